@@ -1,0 +1,38 @@
+"""Some ranks of a communicator as a communicator: the split of backends that have none of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from backends.scheduled import ScheduledCommunicator
+from minidist.communicator import Work
+from minidist.errors import CommError
+
+
+class GroupCommunicator(ScheduledCommunicator):
+    """The ranks ``ranks`` of ``parent``, in that order, on a channel of their own.
+
+    It borrows the parent: closing it leaves the parent open, and the parent has to outlive it.
+    """
+
+    def __init__(self, parent: ScheduledCommunicator, ranks: list[int], channel: int) -> None:
+        super().__init__(ranks.index(parent.rank), len(ranks), parent.timeout_s, parent.segment_bytes)
+        self._parent, self._ranks, self._channel = parent, ranks, channel
+
+    def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
+        return self._parent._isend(tensor, self._ranks[dst], tag, timeout_s)
+
+    def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
+        return self._parent._irecv(tensor, self._ranks[src], tag, timeout_s)
+
+    def _abort(self, reason: str) -> None:
+        self._parent.abort(reason)
+
+    def _gone(self) -> Mapping[int, str]:
+        gone = self._parent._gone()
+        return {self._ranks.index(rank): why for rank, why in gone.items() if rank in self._ranks}
+
+    def _translate(self, error: Exception) -> CommError:
+        return self._parent._translate(error)

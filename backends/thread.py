@@ -1,0 +1,208 @@
+"""Ranks as threads of one process: for tests, notebooks and teaching.
+
+::
+
+    def job(comm):
+        tensor = torch.ones(3)
+        comm.all_reduce(tensor)
+        return tensor
+
+    results = run_threads(job, world_size=4)
+
+A message goes straight from the sender's tensor to the receiver's: whoever comes second copies.
+Generators of random numbers, and all else that belongs to a process, are shared by the ranks.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from typing import ClassVar, TypeVar
+
+from torch import Tensor
+
+from backends.scheduled import ScheduledCommunicator
+from minidist.communicator import Work
+from minidist.errors import CommTimeoutError, MismatchError, PeerLostError
+
+T = TypeVar("T")
+_this_thread = threading.local()  # its world and its rank, set by run_threads
+
+
+class ThreadWorld:
+    """The ranks of one process: hands out what their communicators share."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._lock = threading.Lock()
+        self._exchanges: list[_Exchange] = []
+        self._num_made = [0] * world_size
+
+    def next_exchange(self, rank: int) -> _Exchange:
+        """Return the exchange of the communicator that ``rank`` makes now; its k-th meets all k-th ones."""
+        with self._lock:
+            index = self._num_made[rank]
+            self._num_made[rank] += 1
+            if index == len(self._exchanges):
+                self._exchanges.append(_Exchange())
+            return self._exchanges[index]
+
+    def leave(self, rank: int, why: str | None) -> None:
+        """Tell every communicator that the thread of ``rank`` ended; ``why`` it failed, if it did."""
+        with self._lock:
+            for exchange in self._exchanges:
+                exchange.leave(rank, why)
+
+
+class _Exchange:
+    """The meeting place of one communicator's messages."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.left: set[int] = set()
+        self.lost: dict[int, str] = {}
+        self._waiting: dict[tuple[int, int, int, bool], deque[_Half]] = defaultdict(deque)
+
+    def leave(self, rank: int, why: str | None) -> None:
+        with self.changed:
+            if rank not in self.left and why is not None:
+                self.lost[rank] = why
+            self.left.add(rank)
+            self.changed.notify_all()
+
+    def post(self, half: _Half, src: int, dst: int, tag: int, is_send: bool) -> None:
+        """Copy if the other half is there already, else leave this one to be found."""
+        with self.changed:
+            others = self._waiting[src, dst, tag, not is_send]
+            if not others:
+                self._waiting[src, dst, tag, is_send].append(half)
+                return
+            other = others.popleft()
+        send, recv = (half, other) if is_send else (other, half)
+        error = _copy(send.tensor, recv.tensor, src, dst)
+        with self.changed:
+            half.error = other.error = error
+            half.done = other.done = True
+            self.changed.notify_all()
+
+
+def _copy(source: Tensor, target: Tensor, src: int, dst: int) -> MismatchError | None:
+    if source.numel() == target.numel() and source.dtype == target.dtype:
+        target.view(-1).copy_(source.view(-1))
+        return None
+    return MismatchError(
+        f"rank {src} sends {source.numel()} elements of {source.dtype}, "
+        f"rank {dst} receives {target.numel()} of {target.dtype}"
+    )
+
+
+class _Half(Work):
+    """A send, or a receive, that finishes when it has met its other half."""
+
+    def __init__(self, comm: ThreadCommunicator, tensor: Tensor, peer: int, timeout_s: float) -> None:
+        self._comm, self.tensor, self._peer = comm, tensor, peer
+        self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
+        self.done = False
+        self.error: MismatchError | None = None
+
+    def wait(self) -> None:
+        exchange = self._comm.exchange
+        with exchange.changed:
+            while not self.done:
+                self._raise_if_hopeless(exchange)
+                exchange.changed.wait(max(self._deadline - time.monotonic(), 0))
+        if self.error is not None:
+            raise self.error
+
+    def _raise_if_hopeless(self, exchange: _Exchange) -> None:
+        if exchange.lost:
+            raise self._comm._lost()
+        if self._peer in exchange.left:
+            raise PeerLostError(f"rank {self._peer} is gone: it left the group", (self._peer,))
+        if time.monotonic() >= self._deadline:
+            raise CommTimeoutError(f"no answer from rank {self._peer} within {self._timeout_s:g} s")
+
+    def is_done(self) -> bool:
+        return self.done
+
+    def exception(self) -> BaseException | None:
+        return self.error
+
+
+class ThreadCommunicator(ScheduledCommunicator):
+    """One rank per thread of `run_threads`; a world of its own outside of it.
+
+    Args:
+        timeout_s, segment_bytes: see `ScheduledCommunicator`.
+    """
+
+    launcher: ClassVar[str] = "thread"
+
+    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**20) -> None:
+        world, rank = getattr(_this_thread, "place", None) or (ThreadWorld(1), 0)
+        super().__init__(rank, world.world_size, timeout_s, segment_bytes)
+        self.exchange = world.next_exchange(rank)
+
+    def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
+        half = _Half(self, tensor, dst, timeout_s)
+        self.exchange.post(half, self.rank, dst, tag, is_send=True)
+        return half
+
+    def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
+        half = _Half(self, tensor, src, timeout_s)
+        self.exchange.post(half, src, self.rank, tag, is_send=False)
+        return half
+
+    def _close(self) -> None:
+        self.exchange.leave(self.rank, None)
+
+    def _abort(self, reason: str) -> None:
+        self.exchange.leave(self.rank, reason)
+
+    def _gone(self) -> Mapping[int, str]:
+        return self.exchange.lost
+
+
+def run_threads(job: Callable[[ThreadCommunicator], T], world_size: int, timeout_s: float = 300.0) -> list[T]:
+    """Run ``job(comm)`` on ``world_size`` ranks, each in a thread, and return what they return, by rank.
+
+    Raises:
+        Exception: what the first rank to fail raised; the others are told, and end.
+    """
+    return spawn_threads(lambda: _with_communicator(job, timeout_s), world_size)
+
+
+def _with_communicator(job: Callable[[ThreadCommunicator], T], timeout_s: float) -> T:
+    with ThreadCommunicator(timeout_s) as comm:
+        return job(comm)
+
+
+def spawn_threads(job: Callable[[], T], world_size: int) -> list[T]:
+    """Like `run_threads`, for a ``job()`` that makes its `ThreadCommunicator` itself."""
+    world = ThreadWorld(world_size)
+    results: dict[int, T] = {}
+    failures: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        _this_thread.place = (world, rank)
+        try:
+            results[rank] = job()
+        except BaseException as error:  # raised again below, in the thread of the caller
+            failures.append(error)
+            world.leave(rank, f"{type(error).__name__}: {error}")
+        else:
+            world.leave(rank, None)
+
+    threads = [
+        threading.Thread(target=run, args=(rank,), name=f"rank{rank}", daemon=True)
+        for rank in range(world_size)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return [results[rank] for rank in range(world_size)]

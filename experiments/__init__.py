@@ -1,0 +1,1 @@
+"""Runnable experiments: compose, build, run, report."""

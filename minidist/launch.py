@@ -1,0 +1,58 @@
+"""Who am I? Reads what the launcher says about this process; how ranks meet is in backends/rendezvous.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that were started together.
+
+    Attributes:
+        launcher: torchrun, openmpi, mpich, slurm, or alone.
+        rank, world_size: place and number of all processes.
+        local_rank, local_world_size: place and number of the processes on this host.
+        restarts: how often the launcher has started this world again after a failure.
+    """
+
+    launcher: str
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    restarts: int = 0
+
+    @property
+    def by_mpi(self) -> bool:
+        """Whether an mpirun started it, so that MPI can be used."""
+        return self.launcher in ("openmpi", "mpich")
+
+
+# launcher: the variables of rank, world size, local rank, local world size, restarts. The order matters:
+# under srun or a shell of a job the outer launcher's variables are there too.
+_VARIABLES = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"),
+    "openmpi": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+}
+
+
+def detect(environ: Mapping[str, str] = os.environ) -> World:
+    """Return who this process is, from the environment that its launcher set; alone without one."""
+    for launcher, (rank, size, *others) in _VARIABLES.items():
+        if rank in environ and size in environ:
+            # Slurm writes "4(x2),3" for the tasks per node; the first number is near enough for sizing.
+            values = [
+                int(environ.get(name, "0").split("(")[0].split(",")[0]) for name in (rank, size, *others)
+            ]
+            return World(launcher, *values)
+    return World("alone")
