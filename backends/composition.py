@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from backends.scheduled import ScheduledCommunicator
-from minidist.communicator import Communicator, ReduceOp, Work
+from minidist.communicator import Communicator, Device, ReduceOp, Shape, Work
 from minidist.errors import CommError
 
 
@@ -24,22 +24,13 @@ class Composition(ScheduledCommunicator):
         segment_bytes: see `ScheduledCommunicator`.
     """
 
-    def __init__(
-        self, transport: Communicator, timeout_s: float | None = None, segment_bytes: int = 2**20
-    ) -> None:
-        super().__init__(
-            transport.rank, transport.world_size, timeout_s or transport.timeout_s, segment_bytes
-        )
+    def __init__(self, transport: Communicator, timeout_s: float | None = None, segment_bytes: int = 2**20) -> None:
+        super().__init__(transport.rank, transport.world_size, timeout_s or transport.timeout_s, segment_bytes)
         self.transport = transport
         self.device_type = transport.device_type  # type: ignore[misc]  # the class's is only the default
         self._channel = transport._new_channel()
 
-    def empty(
-        self,
-        shape: int | Sequence[int],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
+    def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:
         return self.transport.empty(shape, dtype, device)
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:

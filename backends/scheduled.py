@@ -41,9 +41,7 @@ class ScheduledCommunicator(Communicator):
         segment_bytes: the largest message; what is larger travels in segments. The same on all ranks.
     """
 
-    def __init__(
-        self, rank: int, world_size: int, timeout_s: float = 300.0, segment_bytes: int = 2**20
-    ) -> None:
+    def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0, segment_bytes: int = 2**20) -> None:
         super().__init__(rank, world_size, timeout_s)
         if segment_bytes < 16:
             raise ValueError(f"segment_bytes must be at least 16, got {segment_bytes}")
@@ -63,9 +61,7 @@ class ScheduledCommunicator(Communicator):
         self._execute(steps, [tensor.view(-1)], ReduceOp.SUM, timeout_s)
 
     def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        self._run_all_gather(
-            schedules.direct_all_gather(self.rank, self.world_size), output, input, timeout_s
-        )
+        self._run_all_gather(schedules.direct_all_gather(self.rank, self.world_size), output, input, timeout_s)
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
         steps = schedules.direct_reduce_scatter(self.rank, self.world_size)
@@ -118,9 +114,7 @@ class ScheduledCommunicator(Communicator):
         self._execute(steps, chunks, op, timeout_s)
         output.view(-1).copy_(chunks[self.rank])
 
-    def _execute(
-        self, steps: Iterable[Step], chunks: Sequence[Tensor], op: ReduceOp, timeout_s: float
-    ) -> None:
+    def _execute(self, steps: Iterable[Step], chunks: Sequence[Tensor], op: ReduceOp, timeout_s: float) -> None:
         """Run this rank's ``steps`` on the memory in ``chunks``; each chunk is 1-d and contiguous."""
         deadline = time.monotonic() + timeout_s
         for step in steps:

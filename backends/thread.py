@@ -196,8 +196,7 @@ def spawn_threads(job: Callable[[], T], world_size: int) -> list[T]:
             world.leave(rank, None)
 
     threads = [
-        threading.Thread(target=run, args=(rank,), name=f"rank{rank}", daemon=True)
-        for rank in range(world_size)
+        threading.Thread(target=run, args=(rank,), name=f"rank{rank}", daemon=True) for rank in range(world_size)
     ]
     for thread in threads:
         thread.start()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from minidist.communicator import Communicator, ReduceOp
+    from minidist.communicator import ReduceOp
+    from minidist.membership import Membership
 
 DTYPES = (
     torch.float64,
@@ -35,7 +36,7 @@ def group(rank: int, world_size: int, timeout_s: float) -> None:
         raise ValueError(f"timeout_s must be greater than 0 seconds, got {timeout_s}")
 
 
-def tensors(comm: Communicator, operation: str, **named: Tensor) -> None:
+def tensors(comm: Membership, operation: str, **named: Tensor) -> None:
     """Check that every tensor can travel at all, and that they are of one kind."""
     comm.ensure_usable(operation)
     first = None
@@ -50,7 +51,7 @@ def tensors(comm: Communicator, operation: str, **named: Tensor) -> None:
             )
 
 
-def _tensor(comm: Communicator, operation: str, name: str, tensor: Tensor) -> None:
+def _tensor(comm: Membership, operation: str, name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{comm.who(operation)}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
@@ -65,25 +66,19 @@ def _tensor(comm: Communicator, operation: str, name: str, tensor: Tensor) -> No
             f"{comm.who(operation)}: {type(comm).__name__} moves {comm.device_type} tensors, "
             f"but {name} is on {tensor.device}; move it with .to('{comm.device_type}')"
         )
-    if 0 in tensor.stride() and any(
-        n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)
-    ):
-        raise ValueError(
-            f"{comm.who(operation)}: elements of {name} share memory (is it expanded?); use .clone()"
-        )
+    if 0 in tensor.stride() and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(f"{comm.who(operation)}: elements of {name} share memory (is it expanded?); use .clone()")
 
 
-def peer(comm: Communicator, operation: str, name: str, rank: int) -> None:
+def peer(comm: Membership, operation: str, name: str, rank: int) -> None:
     """Check a rank that an argument names."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"{comm.who(operation)}: {name} must be an int, got {type(rank).__name__}")
     if not 0 <= rank < comm.world_size:
-        raise ValueError(
-            f"{comm.who(operation)}: {name} must be a rank from 0 to {comm.world_size - 1}, got {rank}"
-        )
+        raise ValueError(f"{comm.who(operation)}: {name} must be a rank from 0 to {comm.world_size - 1}, got {rank}")
 
 
-def message(comm: Communicator, operation: str, tensor: Tensor, name: str, rank: int, tag: int) -> None:
+def message(comm: Membership, operation: str, tensor: Tensor, name: str, rank: int, tag: int) -> None:
     """Check the arguments of a send or receive."""
     tensors(comm, operation, tensor=tensor)
     peer(comm, operation, name, rank)
@@ -93,7 +88,7 @@ def message(comm: Communicator, operation: str, tensor: Tensor, name: str, rank:
         raise ValueError(f"{comm.who(operation)}: tag must be an int from 0 to {MAX_TAG}, got {tag!r}")
 
 
-def reduction(comm: Communicator, operation: str, op: ReduceOp, **named: Tensor) -> None:
+def reduction(comm: Membership, operation: str, op: ReduceOp, **named: Tensor) -> None:
     """Check tensors that are to be combined with ``op``."""
     if not isinstance(op, Enum):
         raise TypeError(f"{comm.who(operation)}: op must be a ReduceOp, got {op!r}; use ReduceOp.SUM")
@@ -103,12 +98,10 @@ def reduction(comm: Communicator, operation: str, op: ReduceOp, **named: Tensor)
     if op.name == "AVG" and not dtype.is_floating_point:
         raise TypeError(f"{comm.who(operation)}: op AVG needs a floating-point tensor, got {name}; use SUM")
     if dtype == torch.bool and op.name not in ("MIN", "MAX"):
-        raise TypeError(
-            f"{comm.who(operation)}: op {op.name} is not defined for bool; use MAX (or), MIN (and)"
-        )
+        raise TypeError(f"{comm.who(operation)}: op {op.name} is not defined for bool; use MAX (or), MIN (and)")
 
 
-def blocks(comm: Communicator, operation: str, many: str, **named: Tensor) -> None:
+def blocks(comm: Membership, operation: str, many: str, **named: Tensor) -> None:
     """Check that the tensor called ``many`` holds one block of the other's size per rank."""
     tensors(comm, operation, **named)
     (one,) = (name for name in named if name != many)
@@ -120,9 +113,7 @@ def blocks(comm: Communicator, operation: str, many: str, **named: Tensor) -> No
         )
 
 
-def rooted(
-    comm: Communicator, operation: str, root: tuple[str, int], many: str, **named: Tensor | None
-) -> None:
+def rooted(comm: Membership, operation: str, root: tuple[str, int], many: str, **named: Tensor | None) -> None:
     """Check a gather or scatter, where only the root has the tensor called ``many``."""
     peer(comm, operation, *root)
     given = {name: tensor for name, tensor in named.items() if tensor is not None or name != many}
@@ -136,7 +127,7 @@ def rooted(
         tensors(comm, operation, **given)  # type: ignore[arg-type]  # likewise
 
 
-def exchange(comm: Communicator, operation: str, output: Tensor, input: Tensor) -> None:
+def exchange(comm: Membership, operation: str, output: Tensor, input: Tensor) -> None:
     """Check the tensors of an all-to-all."""
     tensors(comm, operation, output=output, input=input)
     if output.numel() != input.numel() or input.numel() % comm.world_size:
@@ -146,7 +137,7 @@ def exchange(comm: Communicator, operation: str, output: Tensor, input: Tensor) 
         )
 
 
-def timeout(comm: Communicator, operation: str, timeout_s: float | None) -> float:
+def timeout(comm: Membership, operation: str, timeout_s: float | None) -> float:
     """Return the seconds that an operation may take."""
     if timeout_s is None:
         return comm.timeout_s

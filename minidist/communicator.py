@@ -13,21 +13,18 @@ transport does better. Every hook gets ``timeout_s`` and must end, one way or an
 from __future__ import annotations
 
 import pickle
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from enum import Enum
-from types import TracebackType
-from typing import Any, ClassVar, NoReturn, Self, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from minidist import checks
-from minidist.errors import CommClosedError, CommError, PeerLostError
-from minidist.staging import Staged, staged
+from minidist.membership import Membership
 from minidist.traffic import Traffic
-from minidist.work import DONE, Progress, Work
+from minidist.work import Work
 
 __all__ = ["Communicator", "ReduceOp", "Traffic", "Work"]
 
@@ -42,7 +39,13 @@ class ReduceOp(Enum):
     PRODUCT = "product"
 
 
-class Communicator(ABC):
+SUM = ReduceOp.SUM
+Seconds = float | None
+Shape = int | Sequence[int]
+Device = torch.device | str | None
+
+
+class Communicator(Membership, ABC):
     """A fixed group of ranks that exchange tensors.
 
     Every rank of the group calls the same collectives in the same order with tensors of the same
@@ -75,34 +78,20 @@ class Communicator(ABC):
         traffic: what this rank has sent so far, and how long operations took.
     """
 
-    device_type: ClassVar[str] = "cpu"
-    """The kind of device whose tensors the hooks take."""
-    launcher: ClassVar[str] = "torchrun"
-    """What starts several ranks of it: torchrun, mpirun, thread, or none."""
-
-    def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0) -> None:
-        checks.group(rank, world_size, timeout_s)
-        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
-        self.traffic = Traffic()
-        self._progress = Progress(f"minidist-rank{rank}", self.traffic)
-        self._closed = ""
-        self._failure: CommError | None = None
-        self._channel = self._num_channels = 0
-
     # Point to point ---------------------------------------------------------------------------
 
     @final
-    def send(self, tensor: Tensor, dst: int, tag: int = 0, timeout_s: float | None = None) -> None:
+    def send(self, tensor: Tensor, dst: int, tag: int = 0, timeout_s: Seconds = None) -> None:
         """Send ``tensor`` to rank ``dst``; returns once the tensor may be changed again."""
         self.isend(tensor, dst, tag, timeout_s).wait()
 
     @final
-    def recv(self, tensor: Tensor, src: int, tag: int = 0, timeout_s: float | None = None) -> None:
+    def recv(self, tensor: Tensor, src: int, tag: int = 0, timeout_s: Seconds = None) -> None:
         """Receive into ``tensor`` what rank ``src`` sent with the same ``tag``, size and dtype."""
         self.irecv(tensor, src, tag, timeout_s).wait()
 
     @final
-    def isend(self, tensor: Tensor, dst: int, tag: int = 0, timeout_s: float | None = None) -> Work:
+    def isend(self, tensor: Tensor, dst: int, tag: int = 0, timeout_s: Seconds = None) -> Work:
         """Start to send ``tensor`` to rank ``dst``.
 
         Messages between two ranks with one tag arrive in the order in which they were sent. A send
@@ -112,7 +101,7 @@ class Communicator(ABC):
         return self._transfer("isend", self._isend, tensor, dst, tag, timeout_s)
 
     @final
-    def irecv(self, tensor: Tensor, src: int, tag: int = 0, timeout_s: float | None = None) -> Work:
+    def irecv(self, tensor: Tensor, src: int, tag: int = 0, timeout_s: Seconds = None) -> Work:
         """Start to receive into ``tensor``, which holds the message once ``wait()`` returned."""
         checks.message(self, "irecv", tensor, "src", src, tag)
         return self._transfer("irecv", self._irecv, tensor, src, tag, timeout_s)
@@ -120,60 +109,40 @@ class Communicator(ABC):
     # Collectives ------------------------------------------------------------------------------
 
     @final
-    def all_reduce(
-        self,
-        tensor: Tensor,
-        op: ReduceOp = ReduceOp.SUM,
-        async_op: bool = False,
-        timeout_s: float | None = None,
-    ) -> Work:
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = SUM, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Combine ``tensor`` over all ranks, in place; every rank ends with identical bits."""
         checks.reduction(self, "all_reduce", op, tensor=tensor)
-        op = self._divided(op, tensor)
+        op = self._averaged(op, tensor)
         return self._run("all_reduce", self._all_reduce, (tensor,), (op,), async_op, timeout_s)
 
     @final
     def reduce(
-        self,
-        tensor: Tensor,
-        dst: int,
-        op: ReduceOp = ReduceOp.SUM,
-        async_op: bool = False,
-        timeout_s: float | None = None,
+        self, tensor: Tensor, dst: int, op: ReduceOp = SUM, async_op: bool = False, timeout_s: Seconds = None
     ) -> Work:
         """Combine ``tensor`` over all ranks into rank ``dst``'s; the others keep theirs."""
         checks.reduction(self, "reduce", op, tensor=tensor)
         checks.peer(self, "reduce", "dst", dst)
         if self.rank != dst:
             tensor = tensor.detach().clone()
-        op = self._divided(op, tensor)
+        op = self._averaged(op, tensor)
         return self._run("reduce", self._reduce, (tensor,), (dst, op), async_op, timeout_s)
 
     @final
-    def broadcast(
-        self, tensor: Tensor, src: int, async_op: bool = False, timeout_s: float | None = None
-    ) -> Work:
+    def broadcast(self, tensor: Tensor, src: int, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Overwrite ``tensor`` on every rank with that of rank ``src``."""
         checks.tensors(self, "broadcast", tensor=tensor)
         checks.peer(self, "broadcast", "src", src)
         return self._run("broadcast", self._broadcast, (tensor,), (src,), async_op, timeout_s)
 
     @final
-    def all_gather(
-        self, output: Tensor, input: Tensor, async_op: bool = False, timeout_s: float | None = None
-    ) -> Work:
+    def all_gather(self, output: Tensor, input: Tensor, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Write every rank's ``input`` into ``output`` (world_size times its numel), rank by rank."""
         checks.blocks(self, "all_gather", "output", output=output, input=input)
         return self._run("all_gather", self._all_gather, (output, input), (), async_op, timeout_s)
 
     @final
     def reduce_scatter(
-        self,
-        output: Tensor,
-        input: Tensor,
-        op: ReduceOp = ReduceOp.SUM,
-        async_op: bool = False,
-        timeout_s: float | None = None,
+        self, output: Tensor, input: Tensor, op: ReduceOp = SUM, async_op: bool = False, timeout_s: Seconds = None
     ) -> Work:
         """Combine ``input`` (world_size times output's numel); rank r's ``output`` is block r.
 
@@ -187,12 +156,7 @@ class Communicator(ABC):
 
     @final
     def gather(
-        self,
-        output: Tensor | None,
-        input: Tensor,
-        dst: int,
-        async_op: bool = False,
-        timeout_s: float | None = None,
+        self, output: Tensor | None, input: Tensor, dst: int, async_op: bool = False, timeout_s: Seconds = None
     ) -> Work:
         """Write every rank's ``input`` into rank ``dst``'s ``output``; None on the other ranks."""
         checks.rooted(self, "gather", ("dst", dst), "output", output=output, input=input)
@@ -200,32 +164,25 @@ class Communicator(ABC):
 
     @final
     def scatter(
-        self,
-        output: Tensor,
-        input: Tensor | None,
-        src: int,
-        async_op: bool = False,
-        timeout_s: float | None = None,
+        self, output: Tensor, input: Tensor | None, src: int, async_op: bool = False, timeout_s: Seconds = None
     ) -> Work:
         """Write block r of rank ``src``'s ``input`` into rank r's ``output``; None elsewhere."""
         checks.rooted(self, "scatter", ("src", src), "input", output=output, input=input)
         return self._run("scatter", self._scatter, (output, input), (src,), async_op, timeout_s)
 
     @final
-    def all_to_all(
-        self, output: Tensor, input: Tensor, async_op: bool = False, timeout_s: float | None = None
-    ) -> Work:
+    def all_to_all(self, output: Tensor, input: Tensor, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Send block r of ``input`` to rank r; block r of ``output`` comes from rank r."""
         checks.exchange(self, "all_to_all", output, input)
         return self._run("all_to_all", self._all_to_all, (output, input), (), async_op, timeout_s)
 
     @final
-    def barrier(self, async_op: bool = False, timeout_s: float | None = None) -> Work:
+    def barrier(self, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Finish once every rank has started it."""
         return self._run("barrier", self._barrier, (), (), async_op, timeout_s)
 
     @final
-    def all_gather_object(self, obj: Any, timeout_s: float | None = None) -> list[Any]:
+    def all_gather_object(self, obj: Any, timeout_s: Seconds = None) -> list[Any]:
         """Return every rank's picklable ``obj``, by rank. Unpickles: only among trusted ranks."""
         data = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
         sizes = torch.empty(self.world_size, dtype=torch.int64, device=self.device_type)
@@ -238,7 +195,7 @@ class Communicator(ABC):
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in rows]
 
     @final
-    def broadcast_object(self, obj: Any, src: int, timeout_s: float | None = None) -> Any:
+    def broadcast_object(self, obj: Any, src: int, timeout_s: Seconds = None) -> Any:
         """Return rank ``src``'s picklable ``obj``; the others' is ignored. Unpickles likewise."""
         data = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
         size = torch.tensor([data.numel()], dtype=torch.int64, device=self.device_type)
@@ -249,7 +206,7 @@ class Communicator(ABC):
         self.broadcast(data, src, timeout_s=timeout_s)
         return obj if self.rank == src else pickle.loads(data.cpu().numpy().tobytes())
 
-    # Life -------------------------------------------------------------------------------------
+    # Groups and memory ------------------------------------------------------------------------
 
     @final
     def split(self, color: int | None, key: int = 0) -> Communicator | None:
@@ -260,169 +217,25 @@ class Communicator(ABC):
         """
         answers = self.all_gather_object((color, key))
         colors = sorted({c for c, _ in answers if c is not None})
-        groups = [
-            [r for _, r in sorted((k, r) for r, (c, k) in enumerate(answers) if c == color)]
-            for color in colors
-        ]
-        return self._split(groups)
+        by_key = sorted(range(self.world_size), key=lambda rank: (answers[rank][1], rank))
+        return self._split([[rank for rank in by_key if answers[rank][0] == c] for c in colors])
 
-    def empty(
-        self,
-        shape: int | Sequence[int],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
+    def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:
         """Return an uninitialised tensor in the memory that this backend moves fastest."""
         return torch.empty(shape, dtype=dtype, device=device or self.device_type)
 
-    @final
-    def close(self) -> None:
-        """Wait for what was started, then leave the group. A second close does nothing."""
-        if not self._closed:
-            self._progress.finish()
-            self._closed = "it is closed"
-            self._close()
-
-    @final
-    def abort(self, reason: str) -> None:
-        """Leave at once and make the other ranks raise PeerLostError with ``reason``."""
-        if not self._closed:
-            self._closed = f"it was aborted: {reason}"
-            self._abort(reason)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close() if error is None else self.abort(f"{type(error).__name__}: {error}")
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(rank={self.rank}, world_size={self.world_size})"
-
-    # How operations run -----------------------------------------------------------------------
-
-    @final
-    def who(self, operation: str) -> str:
-        """Return the beginning of every message: this rank and the operation."""
-        return f"[rank {self.rank}/{self.world_size}] {operation}"
-
-    @final
-    def ensure_usable(self, operation: str) -> None:
-        """Raise if no operation can be started any more."""
-        if self._closed:
-            raise CommClosedError(f"{self.who(operation)}: the communicator cannot be used, {self._closed}")
-        if self._failure is not None:
-            raise type(self._failure)(f"{self.who(operation)}: unusable since {self._failure}")
-        if self._gone():
-            self._fail(operation, self._lost())
-
-    def _tag(self, tag: int) -> int:
-        """Return the tag that keeps this communicator's messages apart from others on one transport."""
-        return tag + (self._channel << 15)
-
-    def _new_channel(self) -> int:
-        """Return the channel of the next communicator that is built on this one, the same on all ranks."""
-        self._num_channels += 1
-        channel = self._channel * 16 + self._num_channels
-        if self._num_channels > 15 or channel >= 2**16:
-            raise CommError(f"{self!r} carries 15 communicators already; use fewer, or longer")
-        return channel
-
-    def _divided(self, op: ReduceOp, tensor: Tensor) -> ReduceOp:
-        """Turn an average into a sum; dividing before it, so that float16 does not overflow."""
+    def _averaged(self, op: ReduceOp, tensor: Tensor) -> ReduceOp:
+        """Turn an average into a sum; the division comes first, so that float16 does not overflow."""
         if op is not ReduceOp.AVG:
             return op
         tensor.detach().div_(self.world_size)
-        return ReduceOp.SUM
-
-    def _run(
-        self,
-        operation: str,
-        hook: Callable[..., None],
-        tensors: Sequence[Tensor | None],
-        args: Sequence[object],
-        async_op: bool,
-        timeout_s: float | None,
-    ) -> Work:
-        self.ensure_usable(operation)
-        timeout_s = checks.timeout(self, operation, timeout_s)
-        if tensors and all(tensor is None or tensor.numel() == 0 for tensor in tensors):
-            return DONE
-        job = staged(
-            hook, [tensor if tensor is None else tensor.detach() for tensor in tensors], self.device_type
-        )
-
-        def run() -> None:
-            started = time.perf_counter()
-            try:
-                job(*args, timeout_s)
-            except Exception as error:
-                self._fail(operation, error)
-            finally:
-                self.traffic.seconds += time.perf_counter() - started
-
-        return self._dispatch(run, async_op)
-
-    def _dispatch(self, run: Callable[[], None], async_op: bool) -> Work:
-        if async_op or not self._progress.idle:
-            work = self._progress.submit(run)
-            if not async_op:
-                work.wait()
-            return work
-        before = self.traffic.seconds
-        run()
-        self.traffic.blocked_seconds += self.traffic.seconds - before
-        return DONE
-
-    def _transfer(
-        self,
-        operation: str,
-        hook: Callable[[Tensor, int, int, float], Work],
-        tensor: Tensor,
-        peer: int,
-        tag: int,
-        timeout_s: float | None,
-    ) -> Work:
-        timeout_s = checks.timeout(self, operation, timeout_s)
-        if tensor.numel() == 0:
-            return DONE
-        copy = Staged(tensor.detach(), self.device_type)
-        if operation == "isend":
-            copy.load()
-            self.traffic.count(tensor.nbytes)
-        try:
-            work = hook(copy.memory, peer, self._tag(tag), timeout_s)
-        except Exception as error:
-            self._fail(operation, error)
-        return _Message(self, operation, work, copy)
-
-    def _fail(self, operation: str, error: Exception) -> NoReturn:
-        """Raise what ``error`` means to the caller; nothing works on this communicator after it."""
-        if self._closed:
-            failure: CommError = CommClosedError(self._closed)
-        else:
-            failure = error if isinstance(error, CommError) else self._translate(error)
-        failure.args = (f"{self.who(operation)}: {failure}",)
-        self._failure = failure
-        if failure is error:
-            raise failure
-        raise failure from error
-
-    def _lost(self) -> PeerLostError:
-        """Name the rank that left first: the others most often left because of it."""
-        rank, why = next(iter(self._gone().items()))
-        return PeerLostError(f"rank {rank} is gone: {why}", (rank,))
+        return SUM
 
     # Hooks: what a backend implements ---------------------------------------------------------
 
     @abstractmethod
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
-        """Start a send. Tags are any int below 2**31; a message to oneself is possible."""
+        """Start a send. Tags are any int below 2**31; ``dst`` is another rank."""
 
     @abstractmethod
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work: ...
@@ -459,47 +272,3 @@ class Communicator(ABC):
     @abstractmethod
     def _split(self, groups: list[list[int]]) -> Communicator | None:
         """Return the communicator of this rank's group (ranks in their new order), if any."""
-
-    def _close(self) -> None:
-        """Release what the backend holds; called once."""
-        return
-
-    def _abort(self, reason: str) -> None:
-        """Tell the other ranks why this one leaves and unblock what is running; never wait."""
-        self._close()
-
-    def _gone(self) -> Mapping[int, str]:
-        """Return the ranks that are known to be gone and why, the first to go first."""
-        return {}
-
-    def _translate(self, error: Exception) -> CommError:
-        """Return what an error of the backend's library means; the one place where they are mapped."""
-        return CommError(f"{type(error).__name__}: {error}")
-
-
-class _Message(Work):
-    """A send or receive on its way, with what its caller still expects of it."""
-
-    def __init__(self, comm: Communicator, operation: str, work: Work, copy: Staged) -> None:
-        self._comm, self._operation, self._work = comm, operation, work
-        self._copy: Staged | None = copy
-
-    def wait(self) -> None:
-        if self._copy is None:
-            return
-        started = time.perf_counter()
-        try:
-            self._work.wait()
-        except Exception as error:
-            self._comm._fail(self._operation, error)
-        finally:
-            self._comm.traffic.add_blocked(time.perf_counter() - started)
-        if self._operation == "irecv":
-            self._copy.store()
-        self._copy = None
-
-    def is_done(self) -> bool:
-        return self._copy is None or self._work.is_done()
-
-    def exception(self) -> BaseException | None:
-        return self._work.exception()

@@ -51,8 +51,6 @@ def detect(environ: Mapping[str, str] = os.environ) -> World:
     for launcher, (rank, size, *others) in _VARIABLES.items():
         if rank in environ and size in environ:
             # Slurm writes "4(x2),3" for the tasks per node; the first number is near enough for sizing.
-            values = [
-                int(environ.get(name, "0").split("(")[0].split(",")[0]) for name in (rank, size, *others)
-            ]
+            values = [int(environ.get(name, "0").split("(")[0].split(",")[0]) for name in (rank, size, *others)]
             return World(launcher, *values)
     return World("alone")

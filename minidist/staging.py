@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 
-def staged(
-    hook: Callable[..., None], tensors: Sequence[Tensor | None], device_type: str
-) -> Callable[..., None]:
+def staged(hook: Callable[..., None], tensors: Sequence[Tensor | None], device_type: str) -> Callable[..., None]:
     """Return ``hook`` bound to ``tensors``, or to copies of them that the backend can take.
 
     ``tensors`` is ``(tensor,)``, read and written, or ``(output, input)``; None where this rank has

@@ -1,0 +1,225 @@
+"""One rank's place in a group: who it is, whether the group is whole, and how an operation runs and fails."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import ClassVar, NoReturn, Self, final
+
+from torch import Tensor
+
+from minidist import checks
+from minidist.errors import CommClosedError, CommError, PeerLostError
+from minidist.staging import Staged, staged
+from minidist.traffic import Traffic
+from minidist.work import DONE, Progress, Work
+
+
+class Membership:
+    """What every communicator shares beneath its operations; see `minidist.communicator.Communicator`."""
+
+    device_type: ClassVar[str] = "cpu"
+    """The kind of device whose tensors the hooks take."""
+    launcher: ClassVar[str] = "torchrun"
+    """What starts several ranks of it: torchrun, mpirun, thread, or none."""
+
+    def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0) -> None:
+        checks.group(rank, world_size, timeout_s)
+        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
+        self.traffic = Traffic()
+        self._progress = Progress(f"minidist-rank{rank}", self.traffic)
+        self._closed = ""
+        self._failure: CommError | None = None
+        self._channel = self._num_channels = 0
+
+    @classmethod
+    def check_available(cls) -> None:
+        """Raise BackendUnavailableError if this machine or this launcher lacks what the backend needs.
+
+        It starts nothing, so that a job can be refused before any rank runs.
+        """
+        return
+
+    @final
+    def close(self) -> None:
+        """Wait for what was started, then leave the group. A second close does nothing."""
+        if not self._closed:
+            self._progress.finish()
+            self._closed = "it is closed"
+            self._close()
+
+    @final
+    def abort(self, reason: str) -> None:
+        """Leave at once and make the other ranks raise PeerLostError with ``reason``."""
+        if not self._closed:
+            self._closed = f"it was aborted: {reason}"
+            self._abort(reason)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close() if error is None else self.abort(f"{type(error).__name__}: {error}")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rank={self.rank}, world_size={self.world_size})"
+
+    # How operations run -----------------------------------------------------------------------
+
+    @final
+    def who(self, operation: str) -> str:
+        """Return the beginning of every message: this rank and the operation."""
+        return f"[rank {self.rank}/{self.world_size}] {operation}"
+
+    @final
+    def ensure_usable(self, operation: str) -> None:
+        """Raise if no operation can be started any more."""
+        if self._closed:
+            raise CommClosedError(f"{self.who(operation)}: the communicator cannot be used, {self._closed}")
+        if self._failure is not None:
+            failure = copy.copy(self._failure)
+            failure.args = (f"{self.who(operation)}: unusable since {self._failure}",)
+            raise failure
+        if self._gone():
+            self._fail(operation, self._lost())
+
+    def _tag(self, tag: int) -> int:
+        """Return the tag that keeps this communicator's messages apart from others on one transport."""
+        return tag + (self._channel << 15)
+
+    def _new_channel(self) -> int:
+        """Return the channel of the next communicator that is built on this one, the same on all ranks."""
+        self._num_channels += 1
+        channel = self._channel * 16 + self._num_channels
+        if self._num_channels > 15 or channel >= 2**16:
+            raise CommError(f"{self!r} carries 15 communicators already; use fewer, or longer")
+        return channel
+
+    def _run(
+        self,
+        operation: str,
+        hook: Callable[..., None],
+        tensors: Sequence[Tensor | None],
+        args: Sequence[object],
+        async_op: bool,
+        timeout_s: float | None,
+    ) -> Work:
+        self.ensure_usable(operation)
+        timeout_s = checks.timeout(self, operation, timeout_s)
+        if tensors and all(tensor is None or tensor.numel() == 0 for tensor in tensors):
+            return DONE
+        job = staged(hook, [tensor if tensor is None else tensor.detach() for tensor in tensors], self.device_type)
+
+        def run() -> None:
+            started = time.perf_counter()
+            try:
+                job(*args, timeout_s)
+            except Exception as error:
+                self._fail(operation, error)
+            finally:
+                self.traffic.seconds += time.perf_counter() - started
+
+        return self._dispatch(run, async_op)
+
+    def _dispatch(self, run: Callable[[], None], async_op: bool) -> Work:
+        if async_op or not self._progress.idle:
+            work = self._progress.submit(run)
+            if not async_op:
+                work.wait()
+            return work
+        before = self.traffic.seconds
+        run()
+        self.traffic.blocked_seconds += self.traffic.seconds - before
+        return DONE
+
+    def _transfer(
+        self,
+        operation: str,
+        hook: Callable[[Tensor, int, int, float], Work],
+        tensor: Tensor,
+        peer: int,
+        tag: int,
+        timeout_s: float | None,
+    ) -> Work:
+        timeout_s = checks.timeout(self, operation, timeout_s)
+        if tensor.numel() == 0:
+            return DONE
+        staged_tensor = Staged(tensor.detach(), self.device_type)
+        if operation == "isend":
+            staged_tensor.load()
+            self.traffic.count(tensor.nbytes)
+        try:
+            work = hook(staged_tensor.memory, peer, self._tag(tag), timeout_s)
+        except Exception as error:
+            self._fail(operation, error)
+        return _Message(self, operation, work, staged_tensor)
+
+    def _fail(self, operation: str, error: Exception) -> NoReturn:
+        """Raise what ``error`` means to the caller; nothing works on this communicator after it."""
+        if self._closed:
+            failure: CommError = CommClosedError(self._closed)
+        else:
+            failure = error if isinstance(error, CommError) else self._translate(error)
+        failure.args = (f"{self.who(operation)}: {failure}",)
+        self._failure = failure
+        if failure is error:
+            raise failure
+        raise failure from error
+
+    def _lost(self) -> PeerLostError:
+        """Name the rank that left first: the others most often left because of it."""
+        rank, why = next(iter(self._gone().items()))
+        return PeerLostError(f"rank {rank} is gone: {why}", (rank,))
+
+    # Hooks: what a backend may add ------------------------------------------------------------
+
+    def _close(self) -> None:
+        """Release what the backend holds; called once."""
+        return
+
+    def _abort(self, reason: str) -> None:
+        """Tell the other ranks why this one leaves and unblock what is running; never wait."""
+        self._close()
+
+    def _gone(self) -> Mapping[int, str]:
+        """Return the ranks that are known to be gone and why, the first to go first."""
+        return {}
+
+    def _translate(self, error: Exception) -> CommError:
+        """Return what an error of the backend's library means; the one place where they are mapped."""
+        return CommError(f"{type(error).__name__}: {error}")
+
+
+class _Message(Work):
+    """A send or receive on its way, with what its caller still expects of it."""
+
+    def __init__(self, comm: Membership, operation: str, work: Work, staged_tensor: Staged) -> None:
+        self._comm, self._operation, self._work = comm, operation, work
+        self._staged: Staged | None = staged_tensor
+
+    def wait(self) -> None:
+        if self._staged is None:
+            return
+        started = time.perf_counter()
+        try:
+            self._work.wait()
+        except Exception as error:
+            self._comm._fail(self._operation, error)
+        finally:
+            self._comm.traffic.add_blocked(time.perf_counter() - started)
+        if self._operation == "irecv":
+            self._staged.store()
+        self._staged = None
+
+    def is_done(self) -> bool:
+        return self._staged is None or self._work.is_done()
+
+    def exception(self) -> BaseException | None:
+        return self._work.exception()
