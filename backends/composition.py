@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from minidist.errors import CommError
 class Composition(ScheduledCommunicator):
     """Has the transport do everything; a subclass replaces the collectives that it does otherwise.
 
-    It takes the transport over: close the composition, not the transport, and use the transport no
-    longer by itself. Several compositions can share a transport, each on a channel of its own.
+    It takes the transport over, and closing it closes the transport. Several compositions can share a
+    transport, each on a channel of its own; they share its traffic and the order of its operations.
 
     Args:
         transport: the communicator that moves the bytes.
@@ -25,8 +25,12 @@ class Composition(ScheduledCommunicator):
     """
 
     def __init__(self, transport: Communicator, timeout_s: float | None = None, segment_bytes: int = 2**20) -> None:
-        super().__init__(transport.rank, transport.world_size, timeout_s or transport.timeout_s, segment_bytes)
+        super().__init__(
+            transport.rank, transport.world_size, transport.timeout_s if timeout_s is None else timeout_s, segment_bytes
+        )
         self.transport = transport
+        # One order for everything that runs on the transport, whoever starts it.
+        self.traffic, self._progress = transport.traffic, transport._progress
         self.device_type = transport.device_type  # type: ignore[misc]  # the class's is only the default
         self._channel = transport._new_channel()
 
@@ -65,6 +69,9 @@ class Composition(ScheduledCommunicator):
 
     def _barrier(self, timeout_s: float) -> None:
         self.transport._barrier(timeout_s)
+
+    def _dispatch(self, run: Callable[[], None], async_op: bool) -> Work:
+        return self.transport._dispatch(run, async_op)
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:
         child = self.transport._split(groups)

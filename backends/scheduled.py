@@ -164,5 +164,5 @@ class ScheduledCommunicator(Communicator):
         """Scratch memory that is kept, and grows, between calls."""
         nbytes = numel * dtype.itemsize
         if name not in self._scratch or self._scratch[name].numel() < nbytes:
-            self._scratch[name] = torch.empty(nbytes, dtype=torch.uint8)
+            self._scratch[name] = torch.empty(nbytes, dtype=torch.uint8, device=self.device_type)
         return self._scratch[name][:nbytes].view(dtype)

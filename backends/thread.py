@@ -122,7 +122,7 @@ class _Half(Work):
         if self._peer in exchange.left:
             raise PeerLostError(f"rank {self._peer} is gone: it left the group", (self._peer,))
         if time.monotonic() >= self._deadline:
-            raise CommTimeoutError(f"no answer from rank {self._peer} within {self._timeout_s:g} s")
+            raise CommTimeoutError(f"no answer from rank {self._peer} within {self._timeout_s:.1f} s")
 
     def is_done(self) -> bool:
         return self.done

@@ -88,8 +88,9 @@ def message(comm: Membership, operation: str, tensor: Tensor, name: str, rank: i
         raise ValueError(f"{comm.who(operation)}: tag must be an int from 0 to {MAX_TAG}, got {tag!r}")
 
 
-def reduction(comm: Membership, operation: str, op: ReduceOp, **named: Tensor) -> None:
-    """Check tensors that are to be combined with ``op``."""
+def reduction(comm: Membership, operation: str, op: ReduceOp, timeout_s: float | None, **named: Tensor) -> None:
+    """Check tensors that are to be combined with ``op``, and all else: an average changes them at once."""
+    timeout(comm, operation, timeout_s)
     if not isinstance(op, Enum):
         raise TypeError(f"{comm.who(operation)}: op must be a ReduceOp, got {op!r}; use ReduceOp.SUM")
     tensors(comm, operation, **named)

@@ -111,7 +111,7 @@ class Communicator(Membership, ABC):
     @final
     def all_reduce(self, tensor: Tensor, op: ReduceOp = SUM, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Combine ``tensor`` over all ranks, in place; every rank ends with identical bits."""
-        checks.reduction(self, "all_reduce", op, tensor=tensor)
+        checks.reduction(self, "all_reduce", op, timeout_s, tensor=tensor)
         op = self._averaged(op, tensor)
         return self._run("all_reduce", self._all_reduce, (tensor,), (op,), async_op, timeout_s)
 
@@ -120,7 +120,7 @@ class Communicator(Membership, ABC):
         self, tensor: Tensor, dst: int, op: ReduceOp = SUM, async_op: bool = False, timeout_s: Seconds = None
     ) -> Work:
         """Combine ``tensor`` over all ranks into rank ``dst``'s; the others keep theirs."""
-        checks.reduction(self, "reduce", op, tensor=tensor)
+        checks.reduction(self, "reduce", op, timeout_s, tensor=tensor)
         checks.peer(self, "reduce", "dst", dst)
         if self.rank != dst:
             tensor = tensor.detach().clone()
@@ -148,7 +148,7 @@ class Communicator(Membership, ABC):
 
         ``input`` keeps its values.
         """
-        checks.reduction(self, "reduce_scatter", op, output=output)
+        checks.reduction(self, "reduce_scatter", op, timeout_s, output=output)
         checks.blocks(self, "reduce_scatter", "input", output=output, input=input)
         if op is ReduceOp.AVG:  # before the sum, which could overflow float16
             op, input = ReduceOp.SUM, input / self.world_size

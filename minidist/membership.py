@@ -165,6 +165,8 @@ class Membership:
         """Raise what ``error`` means to the caller; nothing works on this communicator after it."""
         if self._closed:
             failure: CommError = CommClosedError(self._closed)
+        elif isinstance(error, PeerLostError) and self._gone():
+            failure = self._lost()  # in this group's numbering: the error may come from a communicator beneath
         else:
             failure = error if isinstance(error, CommError) else self._translate(error)
         failure.args = (f"{self.who(operation)}: {failure}",)

@@ -1,0 +1,328 @@
+"""MPI through mpi4py: native collectives on the tensors' own memory.
+
+Everything runs as a nonblocking operation that is polled, because a blocking MPI call can neither time out
+nor hear that another rank has failed. MPI reduces neither bfloat16 nor, everywhere, float16; those, and
+more than 2**31 - 1 elements, go through the schedules over MPI's send and receive.
+
+A rank that aborts says so to all others on a second communicator. A rank that dies is the launcher's
+business: mpirun ends the job.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from backends.scheduled import ScheduledCommunicator
+from minidist import launch
+from minidist.communicator import Communicator, ReduceOp, Work
+from minidist.errors import BackendUnavailableError, CommTimeoutError, PeerLostError
+
+MAX_COUNT = 2**31 - 1
+SPIN = 100
+"""Tests before the first pause: about 100 us, within which most small operations are done."""
+PAUSE_S = 1e-5
+GRACE_S = 0.5
+"""How long an operation may go on after a rank has left: it may have got all that it needs."""
+LEFT = "it left the group while it was needed"
+LAST_WORDS_S = 3.0
+"""How long a rank that failed waits for the others to fail before it ends the job."""
+
+Request = Any  # mpi4py is imported only where it is used
+_open: set[MpiCommunicator] = set()  # per process, as MPI itself: what has to be told at exit
+
+
+def load() -> Any:
+    """Return mpi4py's MPI, not initialised.
+
+    Raises:
+        BackendUnavailableError: mpi4py or the MPI library is missing.
+    """
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        from mpi4py import MPI
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"mpi needs mpi4py: {error}; run pip install mpi4py mpich, or use comm=gloo"
+        ) from error
+    except RuntimeError as error:
+        raise BackendUnavailableError(
+            f"mpi4py finds no MPI library ({str(error).splitlines()[0]}); run pip install mpich, "
+            "or install Open MPI or MPICH on the system"
+        ) from error
+    return MPI
+
+
+def initialised() -> Any:
+    """Return mpi4py's MPI, ready for use from several threads."""
+    MPI = load()
+    if not MPI.Is_initialized():
+        if MPI.Init_thread(MPI.THREAD_MULTIPLE) != MPI.THREAD_MULTIPLE:
+            raise BackendUnavailableError("this MPI library was built without MPI_THREAD_MULTIPLE; install another")
+        atexit.register(_end)
+    return MPI
+
+
+def from_rank_0(value: Any) -> Any:
+    """Return what rank 0 of the whole world gave; all processes call it."""
+    return initialised().COMM_WORLD.bcast(value)
+
+
+class MpiCommunicator(ScheduledCommunicator):
+    """MPI, for tensors in host memory.
+
+    Args:
+        timeout_s, segment_bytes: see `ScheduledCommunicator`.
+        mpi_comm: an mpi4py communicator to take over; None for a duplicate of COMM_WORLD.
+
+    Raises:
+        BackendUnavailableError: see `check_available`.
+    """
+
+    launcher: ClassVar[str] = "mpirun"
+
+    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**20, mpi_comm: Any = None) -> None:
+        self.check_available()
+        MPI = self._MPI = initialised()
+        self._comm = MPI.COMM_WORLD.Dup() if mpi_comm is None else mpi_comm
+        _check_world(MPI.COMM_WORLD.size)
+        super().__init__(self._comm.rank, self._comm.size, timeout_s, segment_bytes)
+        self._notices = self._comm.Dup()
+        self._told: dict[int, str | None] = {}
+        self._told_at = 0.0
+        self._telling: list[Request] = []
+        self._ops = {
+            ReduceOp.SUM: MPI.SUM,
+            ReduceOp.MIN: MPI.MIN,
+            ReduceOp.MAX: MPI.MAX,
+            ReduceOp.PRODUCT: MPI.PROD,
+        }
+        self._types = {
+            torch.float64: MPI.DOUBLE,
+            torch.float32: MPI.FLOAT,
+            torch.int64: MPI.INT64_T,
+            torch.int32: MPI.INT32_T,
+            torch.uint8: MPI.UINT8_T,
+            torch.bool: MPI.UINT8_T,
+        }
+        self._types_by_size = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T}
+        _open.add(self)
+
+    @classmethod
+    def check_available(cls) -> None:
+        if launch.detect().launcher == "torchrun":
+            raise BackendUnavailableError(
+                "mpi was started by torchrun, where every process is an MPI world of its own and would train alone; "
+                "start with mpirun -n 2 python ..., or use comm=gloo"
+            )
+        load()
+
+    # Point to point ---------------------------------------------------------------------------
+
+    def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
+        requests = [self._comm.Isend(self._moved(part), dst, tag) for part in _parts(tensor)]
+        return _MpiMessage(self, requests, tensor, dst, timeout_s)
+
+    def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
+        requests = [self._comm.Irecv(self._moved(part), src, tag) for part in _parts(tensor)]
+        return _MpiMessage(self, requests, tensor, src, timeout_s)
+
+    # Collectives ------------------------------------------------------------------------------
+
+    def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:
+        if not self._reduces(tensor):
+            return super()._all_reduce(tensor, op, timeout_s)
+        request = self._comm.Iallreduce(self._MPI.IN_PLACE, self._reduced(tensor), self._ops[op])
+        self._finish(request, tensor, timeout_s)
+
+    def _reduce(self, tensor: Tensor, dst: int, op: ReduceOp, timeout_s: float) -> None:
+        if not self._reduces(tensor):
+            return super()._reduce(tensor, dst, op, timeout_s)
+        memory = self._reduced(tensor)
+        buffers = (self._MPI.IN_PLACE, memory) if self.rank == dst else (memory, None)
+        self._finish(self._comm.Ireduce(*buffers, self._ops[op], dst), tensor, timeout_s)
+
+    def _broadcast(self, tensor: Tensor, src: int, timeout_s: float) -> None:
+        if tensor.numel() > MAX_COUNT:
+            return super()._broadcast(tensor, src, timeout_s)
+        self._finish(self._comm.Ibcast(self._moved(tensor), src), tensor, timeout_s)
+
+    def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
+        if output.numel() > MAX_COUNT or _same_memory(output, input, self.rank):
+            return super()._all_gather(output, input, timeout_s)
+        request = self._comm.Iallgather(self._moved(input), self._moved(output, input.numel()))
+        self._finish(request, input, timeout_s)
+
+    def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
+        if not self._reduces(input):
+            return super()._reduce_scatter(output, input, op, timeout_s)
+        memory = self._memory("input", input.numel(), input.dtype).copy_(input.view(-1))
+        request = self._comm.Ireduce_scatter_block(
+            self._reduced(memory, output.numel()), self._reduced(output), self._ops[op]
+        )
+        self._finish(request, input, timeout_s)
+
+    def _gather(self, output: Tensor | None, input: Tensor, dst: int, timeout_s: float) -> None:
+        if input.numel() * self.world_size > MAX_COUNT:
+            return super()._gather(output, input, dst, timeout_s)
+        target = None if output is None else self._moved(output, input.numel())
+        self._finish(self._comm.Igather(self._moved(input), target, dst), input, timeout_s)
+
+    def _scatter(self, output: Tensor, input: Tensor | None, src: int, timeout_s: float) -> None:
+        if output.numel() * self.world_size > MAX_COUNT:
+            return super()._scatter(output, input, src, timeout_s)
+        source = None if input is None else self._moved(input, output.numel())
+        self._finish(self._comm.Iscatter(source, self._moved(output), src), input, timeout_s)
+
+    def _all_to_all(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
+        if input.numel() > MAX_COUNT:
+            return super()._all_to_all(output, input, timeout_s)
+        count = input.numel() // self.world_size
+        request = self._comm.Ialltoall(self._moved(input, count), self._moved(output, count))
+        self._finish(request, input, timeout_s)
+
+    def _barrier(self, timeout_s: float) -> None:
+        self._finish(self._comm.Ibarrier(), None, timeout_s)
+
+    def _reduces(self, tensor: Tensor) -> bool:
+        return tensor.dtype in self._types and tensor.numel() <= MAX_COUNT
+
+    def _reduced(self, tensor: Tensor, count: int | None = None) -> Any:
+        return self._memory_of(tensor, count, self._types[tensor.dtype])
+
+    def _moved(self, tensor: Tensor, count: int | None = None) -> Any:
+        return self._memory_of(tensor, count, self._types_by_size[tensor.element_size()])
+
+    def _memory_of(self, tensor: Tensor, count: int | None, datatype: Any) -> Any:
+        """Return a tensor's memory as MPI takes it, in blocks of ``count`` elements."""
+        memory = self._MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
+        return [memory, tensor.numel() if count is None else count, datatype]
+
+    def _finish(self, request: Request, tensor: Tensor | None, timeout_s: float) -> None:
+        self.traffic.count(0 if tensor is None else tensor.nbytes)
+        self._wait(request, time.monotonic() + timeout_s, timeout_s)
+
+    def _wait(self, request: Request, deadline: float, timeout_s: float, peer: int | None = None) -> None:
+        for _ in range(SPIN):
+            if request.Test():
+                return
+        while not request.Test():
+            now = time.monotonic()
+            self._hear_notices(now)
+            if self._told and now > self._told_at + GRACE_S:
+                self._raise_if_needed(peer)
+            if now > deadline:
+                raise CommTimeoutError(f"no answer within {timeout_s:g} s; a rank did not take part")
+            time.sleep(PAUSE_S)
+
+    # Life -------------------------------------------------------------------------------------
+
+    def _hear_notices(self, now: float) -> None:
+        while self._notices.Iprobe(self._MPI.ANY_SOURCE):
+            rank, why = self._notices.recv(source=self._MPI.ANY_SOURCE)
+            self._told_at = now
+            self._told[rank] = self._told.get(rank) or why
+
+    def _raise_if_needed(self, peer: int | None) -> None:
+        """Raise if a rank failed, or has left and is ``peer`` (None: all ranks are needed)."""
+        needed = {rank: why or LEFT for rank, why in self._told.items() if why or peer in (None, rank)}
+        if needed:
+            rank = next(iter(needed))
+            self._tell(rank, needed[rank])  # so that those who wait for this rank hear the cause
+            raise PeerLostError(f"rank {rank} is gone: {needed[rank]}", (rank,))
+
+    def _tell(self, rank: int, why: str | None) -> None:
+        others = [other for other in range(self.world_size) if other != self.rank]
+        self._telling += [self._notices.isend((rank, why), other) for other in others]
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank aborted, or an operation of it failed."""
+        return bool(self._closed or self._failure)
+
+    def _gone(self) -> Mapping[int, str]:
+        return {rank: why for rank, why in self._told.items() if why}
+
+    def _split(self, groups: list[list[int]]) -> Communicator | None:
+        index, ranks = next(((i, g) for i, g in enumerate(groups) if self.rank in g), (None, []))
+        if index is None:
+            self._comm.Split(self._MPI.UNDEFINED)
+            return None
+        child = self._comm.Split(index, ranks.index(self.rank))
+        return MpiCommunicator(self.timeout_s, self.segment_bytes, child)
+
+    def _close(self) -> None:
+        _open.discard(self)
+        self._tell(self.rank, None)
+        self._notices.Free()
+        self._comm.Free()
+
+    def _abort(self, reason: str) -> None:
+        self._tell(self.rank, reason)
+
+
+class _MpiMessage(Work):
+    def __init__(
+        self, comm: MpiCommunicator, requests: list[Request], tensor: Tensor, peer: int, timeout_s: float
+    ) -> None:
+        self._comm, self._requests, self._tensor, self._peer = comm, requests, tensor, peer
+        self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
+
+    def wait(self) -> None:
+        for request in self._requests:
+            self._comm._wait(request, self._deadline, self._timeout_s, self._peer)
+        self._requests = []
+
+    def is_done(self) -> bool:
+        return all(request.Test() for request in self._requests)
+
+    def exception(self) -> BaseException | None:
+        return None
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    return [tensor] if tensor.numel() <= MAX_COUNT else list(torch.split(tensor.view(-1), 2**30))
+
+
+def _same_memory(output: Tensor, input: Tensor, rank: int) -> bool:
+    """Whether ``input`` is this rank's block of ``output``, which MPI wants to be told in another way."""
+    return output.data_ptr() + rank * input.nbytes == input.data_ptr()
+
+
+def _check_world(mpi_size: int) -> None:
+    world = launch.detect()
+    if mpi_size != world.world_size:
+        raise BackendUnavailableError(
+            f"{world.launcher} started {world.world_size} processes, but this MPI library sees {mpi_size}: it is "
+            f"not the one of that launcher ({sys.executable}); use the mpirun of the MPI that mpi4py finds"
+        )
+
+
+def _end() -> None:
+    """Leave MPI at exit: in order, or by ending the job where this rank failed.
+
+    MPI_Finalize waits for all ranks, so a rank that failed must not enter it. The others get a moment to
+    raise what they have been told, and to print it, before the launcher kills them.
+    """
+    MPI = load()
+    failed = any(comm.failed for comm in _open)
+    for comm in _open:
+        comm.abort("it ended without closing its communicator")
+    together = MPI.COMM_WORLD.Ibarrier()
+    deadline = time.monotonic() + (LAST_WORDS_S if failed else math.inf)
+    while not together.Test() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if failed:
+        MPI.COMM_WORLD.Abort(1)
+    MPI.Finalize()

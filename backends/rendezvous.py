@@ -1,0 +1,113 @@
+"""How processes meet: the key-value store of their world, whatever started them.
+
+Each process connects once and keeps the connection, the one module-level state of the project: a second
+rendezvous of the same processes would read what the first one left behind.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import socket
+import subprocess
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from minidist import launch
+from minidist.errors import BackendUnavailableError
+
+CONNECT_TIMEOUT = timedelta(seconds=300)
+
+
+@dataclass
+class Meeting:
+    """The processes of this world, once they have met.
+
+    Attributes:
+        world: this process among them.
+        host: an address of rank 0's host that all of them reach.
+        store: the key-value store that they share, the same before and after a restart.
+    """
+
+    world: launch.World
+    host: str
+    store: dist.Store
+    _num_jobs: int = field(default=0, init=False)
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all processes run on this host."""
+        return self.world.local_world_size == self.world.world_size
+
+    @functools.cached_property
+    def run_id(self) -> str:
+        """What rank 0 calls this run."""
+        if self.world.rank == 0:
+            name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(2)}"
+            return self.store.compare_set("run_id", "", name).decode()
+        return self.store.get("run_id").decode()
+
+    def job_store(self) -> dist.Store:
+        """Return an empty store for one communicator; all ranks call it in the same order."""
+        self._num_jobs += 1
+        return dist.PrefixStore(f"attempt{self.world.restarts}/job{self._num_jobs}", self.store)
+
+
+@functools.cache
+def meet() -> Meeting:
+    """Return the meeting of this process's world; the first call connects."""
+    world = launch.detect()
+    if world.launcher == "alone":
+        return Meeting(world, "127.0.0.1", dist.HashStore())
+    if world.by_mpi:
+        return _meet_over_mpi(world)
+    if world.launcher == "slurm":
+        os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))
+    return _meet_at_master(world)
+
+
+def run_id() -> str:
+    """Return a name for this run, the same on all ranks and after a restart; it sorts by time."""
+    return meet().run_id
+
+
+def own_address(host: str) -> str:
+    """Return the address of this host by which it reaches ``host``."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing: it only chooses a route
+        return str(probe.getsockname()[0])
+
+
+def _meet_at_master(world: launch.World) -> Meeting:
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except KeyError as error:
+        raise BackendUnavailableError(
+            f"RANK and WORLD_SIZE are set but {error} is not; start with torchrun, or set it to rank 0's"
+        ) from error
+    serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(host, port, world.world_size, serves, CONNECT_TIMEOUT, wait_for_workers=False)
+    return Meeting(world, host, dist.PrefixStore("minidist", store))
+
+
+def _meet_over_mpi(world: launch.World) -> Meeting:
+    from backends.mpi import from_rank_0
+
+    store = None
+    if world.rank == 0:
+        store = dist.TCPStore("0.0.0.0", 0, None, True, CONNECT_TIMEOUT, wait_for_workers=False)
+    one_host = world.local_world_size == world.world_size
+    mine = ("127.0.0.1" if one_host else socket.gethostname(), store.port if store else 0)
+    host, port = from_rank_0(mine)
+    store = store or dist.TCPStore(host, port, None, False, CONNECT_TIMEOUT, wait_for_workers=False)
+    return Meeting(world, host, store)
+
+
+def _first_slurm_host() -> str:
+    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
