@@ -22,6 +22,7 @@ from minidist.errors import CommTimeoutError
 
 DIED = "its process ended"
 OVERTAKEN_S = 0.5
+SEND_TIMEOUT_S = 5.0
 
 
 class Lifeline:
@@ -56,8 +57,8 @@ class Lifeline:
             self._lines = _serve(store, world_size, timeout_s)
         else:
             self._lines = {0: _connect(store, host, rank, timeout_s)}
-        if world_size > 1:
-            threading.Thread(target=self._listen, name=f"lifeline-rank{rank}", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name=f"lifeline-rank{rank}", daemon=True)
+        self._listener.start()
 
     def report(self, rank: int, why: str) -> None:
         """Tell everybody that ``rank`` is lost."""
@@ -82,7 +83,10 @@ class Lifeline:
     def _hang_up(self) -> None:
         self._leaving = True
         for line in self._lines.values():
-            line.close()
+            line.shut_down()  # which also wakes the listener
+        self._listener.join()
+        for line in self._lines.values():
+            line.socket.close()
 
     def _listen(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -96,7 +100,7 @@ class Lifeline:
         line = self._lines[rank]
         try:
             messages = list(line.messages())
-        except OSError:  # reset, or closed by our own leave()
+        except OSError:  # reset by the other end
             messages = [None]
         for message in messages:
             if message is not None:
@@ -130,7 +134,7 @@ class _Line:
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
         self._unread = b""
-        connection.settimeout(5.0)
+        connection.settimeout(SEND_TIMEOUT_S)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for a host that vanishes
         for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3)):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -149,10 +153,9 @@ class _Line:
         if not data:
             yield None
 
-    def close(self) -> None:
+    def shut_down(self) -> None:
         with contextlib.suppress(OSError):  # the other end may have been faster
             self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
 
 
 def _serve(store: dist.Store, world_size: int, timeout_s: float) -> dict[int, _Line]:
@@ -169,12 +172,14 @@ def _serve(store: dist.Store, world_size: int, timeout_s: float) -> dict[int, _L
                 line = _Line(server.accept()[0])
             except TimeoutError as error:
                 missing = sorted(set(range(1, world_size)) - set(lines))
-                raise CommTimeoutError(f"ranks {missing} did not come within {timeout_s:g} s") from error
+                raise CommTimeoutError(f"[rank 0] ranks {missing} did not come within {timeout_s:g} s") from error
             rank = _accepted_rank(line, secret)
             if rank is None:
-                line.close()
+                line.socket.close()
             else:
                 lines[rank] = line
+    for line in lines.values():
+        line.send({"rank": 0, "complete": world_size})
     return lines
 
 
@@ -187,7 +192,16 @@ def _accepted_rank(line: _Line, secret: str) -> int | None:
 
 
 def _connect(store: dist.Store, host: str, rank: int, timeout_s: float) -> _Line:
-    port, secret = json.loads(store.get("lifeline"))
-    line = _Line(socket.create_connection((host, port), timeout_s))
-    line.send({"rank": rank, "secret": secret})
+    """Connect to rank 0, and wait until it has heard from everybody."""
+    missing = CommTimeoutError(f"[rank {rank}] not every rank came within {timeout_s:g} s")
+    try:
+        port, secret = json.loads(store.get("lifeline"))
+        line = _Line(socket.create_connection((host, port), timeout_s))
+        line.send({"rank": rank, "secret": secret})
+        line.socket.settimeout(timeout_s)
+        if next(line.messages(), None) is None:
+            raise missing
+    except (dist.DistStoreError, TimeoutError) as error:
+        raise missing from error
+    line.socket.settimeout(SEND_TIMEOUT_S)
     return line

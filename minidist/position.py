@@ -1,0 +1,148 @@
+"""Where training stands, and how to get back there."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from minidist.communicator import Communicator
+from minidist.seed import RandomState, random_state, restore_random_state
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Loader(Protocol):
+    """What training reads batches ``(inputs, targets)`` from: a DataLoader, a list, anything of that kind."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+@runtime_checkable
+class EpochSampler(Protocol):
+    """A sampler with an order per epoch, such as torch's DistributedSampler."""
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+@runtime_checkable
+class SeekableSampler(Protocol):
+    """A sampler that can begin in the middle of an epoch, such as `minidist.sampler.ShardedSampler`."""
+
+    first_batch: int
+    batch_size: int
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None: ...
+
+
+class Steps:
+    """The rest of an epoch, as groups of batches; its length is that of the whole epoch.
+
+    The last group of an epoch may be smaller than ``batches_per_step``.
+    """
+
+    def __init__(
+        self, epoch: int, first_batch: int, num_batches: int, batches_per_step: int, batches: Iterator[Batch]
+    ) -> None:
+        self.epoch, self.num_done = epoch, math.ceil(first_batch / batches_per_step)
+        self._num_steps = math.ceil(num_batches / batches_per_step)
+        self._batches_per_step, self._batches = batches_per_step, batches
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def __iter__(self) -> Iterator[Sequence[Batch]]:
+        while group := list(itertools.islice(self._batches, self._batches_per_step)):
+            yield group
+
+
+@dataclass
+class Position:
+    """How far this rank has come.
+
+    Attributes:
+        epoch: epochs that are complete.
+        batch: batches taken from the loader in the epoch after them.
+        step: optimizer steps since the start of training.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    _epoch_random: RandomState = field(default_factory=random_state, repr=False)
+
+    def steps(self, loader: Loader, batches_per_step: int, comm: Communicator) -> Steps:
+        """Return the steps of this epoch that are still to come. Collective.
+
+        In the middle of an epoch the loader's iterator is made from the random state of the epoch's start, since
+        an order or the seeds of worker processes may be drawn from it; then training's own state is put
+        back. A `SeekableSampler` skips at once, other loaders are read up to the batch. Augmentations drawn in
+        worker processes (``num_workers`` above 0) repeat exactly only in the latter case.
+
+        Raises:
+            ValueError: on every rank, if the ranks' loaders differ in length.
+        """
+        lengths = comm.all_gather_object(len(loader))
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"{comm.who('Engine.fit')}: the training loaders of all ranks must have the same number of batches, "
+                f"got {lengths}; use ShardedSampler with pad=True, or drop_last=True"
+            )
+        return Steps(self.epoch, self.batch, lengths[0], batches_per_step, self._batches(loader))
+
+    def _batches(self, loader: Loader) -> Iterator[Batch]:
+        if self.batch == 0:
+            self._epoch_random = random_state()
+            return self._seek(loader)
+        now = random_state()
+        restore_random_state(self._epoch_random)
+        batches = self._seek(loader)
+        restore_random_state(now)
+        return batches
+
+    def _seek(self, loader: Loader) -> Iterator[Batch]:
+        sampler = loader.sampler if isinstance(loader, DataLoader) else None
+        if isinstance(sampler, SeekableSampler) and isinstance(loader, DataLoader):
+            if loader.batch_size != sampler.batch_size:
+                raise ValueError(
+                    f"Engine.fit: the loader's batch_size is {loader.batch_size}, its sampler's {sampler.batch_size}; "
+                    "give both the same, or the middle of an epoch cannot be found again"
+                )
+            sampler.set_epoch(self.epoch, self.batch)
+            return iter(loader)
+        if isinstance(sampler, EpochSampler):
+            sampler.set_epoch(self.epoch)
+        batches = iter(loader)
+        next(itertools.islice(batches, self.batch, self.batch), None)
+        return batches
+
+    def advance(self, num_batches: int) -> None:
+        """Go one optimizer step further, for which so many batches were taken."""
+        self.step, self.batch = self.step + 1, self.batch + num_batches
+
+    def end_epoch(self) -> None:
+        """Go to the start of the next epoch."""
+        self.epoch, self.batch = self.epoch + 1, 0
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs; the random states are those of this rank."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "epoch_random": self._epoch_random,
+            "random": random_state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to where `state` was called, the global random generators included."""
+        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        self._epoch_random = state["epoch_random"]
+        restore_random_state(state["random"])

@@ -1,0 +1,19 @@
+"""The same steps as torch's own DDP takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import harness
+
+
+@pytest.mark.parametrize(
+    ("communicator", "world_size"), [("backends.torch_dist.GlooCommunicator", 2), ("tests.table.ring_over_gloo", 3)]
+)
+def test_same_parameters_as_torch_ddp(communicator: str, world_size: int, tmp_path: Path) -> None:
+    arguments = ["-m", "tests.against_torch_ddp", communicator, str(tmp_path / "rendezvous")]
+    command = harness.command("torchrun", world_size, *arguments)
+    returncode, output = harness.run_command(command, tmp_path / "output.txt", limit_s=100)
+    assert returncode == 0, output
