@@ -19,7 +19,8 @@ class GroupCommunicator(ScheduledCommunicator):
 
     def __init__(self, parent: ScheduledCommunicator, ranks: list[int], channel: int) -> None:
         super().__init__(ranks.index(parent.rank), len(ranks), parent.timeout_s, parent.segment_bytes)
-        self._parent, self._ranks, self._channel = parent, ranks, channel
+        self._parent, self._ranks = parent, ranks
+        self._root, self._channel = parent._root, channel
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
         return self._parent._isend(tensor, self._ranks[dst], tag, timeout_s)

@@ -120,10 +120,11 @@ class Lifeline:
                 return
             else:
                 self.lost[rank] = str(why)
+            # Before anybody here acts on it: what this rank then says of itself must come second.
+            for peer, line in self._lines.items():
+                if peer not in (came_from, rank):
+                    line.send(message)
             self._news.notify_all()
-        for peer, line in self._lines.items():
-            if peer not in (came_from, rank):
-                line.send(message)
         if why is not None and rank != self.rank:
             self._on_lost()
 

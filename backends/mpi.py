@@ -11,7 +11,10 @@ business: mpirun ends the job.
 from __future__ import annotations
 
 import atexit
+import functools
 import math
+import secrets
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -20,10 +23,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from backends.notices import Notices
 from backends.scheduled import ScheduledCommunicator
 from minidist import launch
 from minidist.communicator import Communicator, ReduceOp, Work
-from minidist.errors import BackendUnavailableError, CommTimeoutError, PeerLostError
+from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, PeerLostError
 
 MAX_COUNT = 2**31 - 1
 SPIN = 100
@@ -31,7 +35,6 @@ SPIN = 100
 PAUSE_S = 1e-5
 GRACE_S = 0.5
 """How long an operation may go on after a rank has left: it may have got all that it needs."""
-LEFT = "it left the group while it was needed"
 LAST_WORDS_S = 3.0
 """How long a rank that failed waits for the others to fail before it ends the job."""
 
@@ -72,6 +75,12 @@ def initialised() -> Any:
     return MPI
 
 
+@functools.cache
+def notices() -> Notices:
+    """Return the notices of this process; the first call is collective."""
+    return Notices(initialised())
+
+
 def from_rank_0(value: Any) -> Any:
     """Return what rank 0 of the whole world gave; all processes call it."""
     return initialised().COMM_WORLD.bcast(value)
@@ -96,10 +105,10 @@ class MpiCommunicator(ScheduledCommunicator):
         self._comm = MPI.COMM_WORLD.Dup() if mpi_comm is None else mpi_comm
         _check_world(MPI.COMM_WORLD.size)
         super().__init__(self._comm.rank, self._comm.size, timeout_s, segment_bytes)
-        self._notices = self._comm.Dup()
-        self._told: dict[int, str | None] = {}
-        self._told_at = 0.0
-        self._telling: list[Request] = []
+        self._notices = notices()
+        self._key = self._comm.bcast(secrets.token_hex(8))
+        world_group = MPI.COMM_WORLD.Get_group()
+        self._world_ranks = list(self._comm.Get_group().Translate_ranks(None, world_group))
         self._ops = {
             ReduceOp.SUM: MPI.SUM,
             ReduceOp.MIN: MPI.MIN,
@@ -216,33 +225,19 @@ class MpiCommunicator(ScheduledCommunicator):
             if request.Test():
                 return
         while not request.Test():
-            now = time.monotonic()
-            self._hear_notices(now)
-            if self._told and now > self._told_at + GRACE_S:
-                self._raise_if_needed(peer)
-            if now > deadline:
+            if self._closed:
+                raise CommError(self._closed)
+            if gone := self._notices.needed(self._key, peer, GRACE_S):
+                self._tell(*gone)  # so that those who wait for this rank hear the cause
+                raise PeerLostError(f"rank {gone[0]} is gone: {gone[1]}", (gone[0],))
+            if time.monotonic() > deadline:
                 raise CommTimeoutError(f"no answer within {timeout_s:g} s; a rank did not take part")
             time.sleep(PAUSE_S)
 
     # Life -------------------------------------------------------------------------------------
 
-    def _hear_notices(self, now: float) -> None:
-        while self._notices.Iprobe(self._MPI.ANY_SOURCE):
-            rank, why = self._notices.recv(source=self._MPI.ANY_SOURCE)
-            self._told_at = now
-            self._told[rank] = self._told.get(rank) or why
-
-    def _raise_if_needed(self, peer: int | None) -> None:
-        """Raise if a rank failed, or has left and is ``peer`` (None: all ranks are needed)."""
-        needed = {rank: why or LEFT for rank, why in self._told.items() if why or peer in (None, rank)}
-        if needed:
-            rank = next(iter(needed))
-            self._tell(rank, needed[rank])  # so that those who wait for this rank hear the cause
-            raise PeerLostError(f"rank {rank} is gone: {needed[rank]}", (rank,))
-
     def _tell(self, rank: int, why: str | None) -> None:
-        others = [other for other in range(self.world_size) if other != self.rank]
-        self._telling += [self._notices.isend((rank, why), other) for other in others]
+        self._notices.tell(self._key, rank, why, self._world_ranks)
 
     @property
     def failed(self) -> bool:
@@ -250,7 +245,7 @@ class MpiCommunicator(ScheduledCommunicator):
         return bool(self._closed or self._failure)
 
     def _gone(self) -> Mapping[int, str]:
-        return {rank: why for rank, why in self._told.items() if why}
+        return self._notices.failed(self._key)
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:
         index, ranks = next(((i, g) for i, g in enumerate(groups) if self.rank in g), (None, []))
@@ -263,8 +258,9 @@ class MpiCommunicator(ScheduledCommunicator):
     def _close(self) -> None:
         _open.discard(self)
         self._tell(self.rank, None)
-        self._notices.Free()
-        self._comm.Free()
+        self._notices.forget(self._key)
+        if self._failure is None:  # else messages may be on their way, and the next one like it would get them
+            self._comm.Free()
 
     def _abort(self, reason: str) -> None:
         self._tell(self.rank, reason)
@@ -308,9 +304,9 @@ def _check_world(mpi_size: int) -> None:
 
 
 def _end() -> None:
-    """Leave MPI at exit: in order, or by ending the job where this rank failed.
+    """Leave MPI at exit: in order, or by ending the job where this rank failed and the others do not end too.
 
-    MPI_Finalize waits for all ranks, so a rank that failed must not enter it. The others get a moment to
+    MPI_Finalize waits for all ranks, so a rank that failed must not enter it alone. The others get a moment to
     raise what they have been told, and to print it, before the launcher kills them.
     """
     MPI = load()
@@ -321,8 +317,12 @@ def _end() -> None:
     deadline = time.monotonic() + (LAST_WORDS_S if failed else math.inf)
     while not together.Test() and time.monotonic() < deadline:
         time.sleep(0.01)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if failed:
+    if not together.Test():
+        sys.stdout.flush()
+        sys.stderr.flush()
         MPI.COMM_WORLD.Abort(1)
+    if failed:  # what it left on its way may keep MPI_Finalize waiting; then the signal ends the process
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, LAST_WORDS_S)
     MPI.Finalize()
+    signal.setitimer(signal.ITIMER_REAL, 0)

@@ -372,5 +372,5 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _reducible(tensor: Tensor) -> Tensor:
-    """Bool as the bytes that it consists of: minimum and maximum are the same."""
-    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+    """A tensor as the library reduces it: in one dimension, and bool as bytes, which have the same order."""
+    return tensor.view(-1).view(torch.uint8) if tensor.dtype == torch.bool else tensor.view(-1)

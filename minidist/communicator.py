@@ -224,6 +224,12 @@ class Communicator(Membership, ABC):
         """Return an uninitialised tensor in the memory that this backend moves fastest."""
         return torch.empty(shape, dtype=dtype, device=device or self.device_type)
 
+    def _new_channel(self) -> int:
+        """Agree on a channel that no communicator on the same transport uses; all ranks call it."""
+        used: list[int] = self.all_gather_object(self._root._num_channels)
+        self._root._num_channels = channel = max(used) + 1
+        return channel
+
     def _averaged(self, op: ReduceOp, tensor: Tensor) -> ReduceOp:
         """Turn an average into a sum; the division comes first, so that float16 does not overflow."""
         if op is not ReduceOp.AVG:

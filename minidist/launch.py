@@ -50,7 +50,14 @@ def detect(environ: Mapping[str, str] = os.environ) -> World:
     """Return who this process is, from the environment that its launcher set; alone without one."""
     for launcher, (rank, size, *others) in _VARIABLES.items():
         if rank in environ and size in environ:
-            # Slurm writes "4(x2),3" for the tasks per node; the first number is near enough for sizing.
-            values = [int(environ.get(name, "0").split("(")[0].split(",")[0]) for name in (rank, size, *others)]
-            return World(launcher, *values)
+            fields = ("rank", "world_size", "local_rank", "local_world_size", "restarts")
+            names = dict(zip(fields, (rank, size, *others), strict=False))
+            return World(
+                launcher, **{field: _number(environ[name]) for field, name in names.items() if name in environ}
+            )
     return World("alone")
+
+
+def _number(value: str) -> int:
+    """Return the first number: Slurm writes "4(x2),3" for the tasks per node, and it is near enough."""
+    return int(value.split("(")[0].split(",")[0])

@@ -33,6 +33,7 @@ class Membership:
         self._closed = ""
         self._failure: CommError | None = None
         self._channel = self._num_channels = 0
+        self._root: Membership = self
 
     @classmethod
     def check_available(cls) -> None:
@@ -93,14 +94,6 @@ class Membership:
     def _tag(self, tag: int) -> int:
         """Return the tag that keeps this communicator's messages apart from others on one transport."""
         return tag + (self._channel << 15)
-
-    def _new_channel(self) -> int:
-        """Return the channel of the next communicator that is built on this one, the same on all ranks."""
-        self._num_channels += 1
-        channel = self._channel * 16 + self._num_channels
-        if self._num_channels > 15 or channel >= 2**16:
-            raise CommError(f"{self!r} carries 15 communicators already; use fewer, or longer")
-        return channel
 
     def _run(
         self,

@@ -1,0 +1,94 @@
+"""The cost of a training step: ``torchrun --nproc-per-node=2 experiments/bench_step.py comms=[gloo,ring]``.
+
+Alone, with torch's own DistributedDataParallel over Gloo, and with minidist's over each communicator, in turn.
+``exposed`` is what a step takes longer than without communication; ``ratio`` is its time over that of torch's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import hydra
+import torch
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from torch import nn
+
+from backends.rendezvous import meet
+from experiments.communicators import build
+from experiments.compare import Row, communicators, interleaved, median, print_table, write_csv
+from experiments.run import main
+from minidist.communicator import Communicator
+from minidist.ddp import DistributedDataParallel
+
+FORMATS = {
+    "model": "s",
+    "parameters_M": ".1f",
+    "variant": "s",
+    "step_ms": ".2f",
+    "exposed_ms": ".2f",
+    "ratio": ".2f",
+    "samples_per_s": ".0f",
+}
+ALONE, TORCH = "no communication", "torch DDP, gloo"
+
+
+def step(model: nn.Module, shape: list[int], batch_size: int) -> Callable[[], None]:
+    """Return a training step of ``model`` on one random batch."""
+    inputs, targets = torch.randn(batch_size, *shape), torch.randint(10, (batch_size,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    loss_fn = nn.CrossEntropyLoss()
+
+    def run() -> None:
+        optimizer.zero_grad()
+        loss_fn(model(inputs), targets).backward()
+        optimizer.step()
+
+    return run
+
+
+def measure(name: str, cfg: DictConfig, comms: dict[str, Communicator]) -> list[Row]:
+    """Return one row per variant of the model called ``name``."""
+    torch.manual_seed(0)
+    section = cfg.models[name]
+    module = build(section, f"models.{name}")
+    first = next(iter(comms.values()))
+    models = {ALONE: copy.deepcopy(module), TORCH: nn.parallel.DistributedDataParallel(copy.deepcopy(module))}
+    for comm_name, comm in comms.items():
+        models[comm_name] = DistributedDataParallel(copy.deepcopy(module), comm, cfg.bucket_cap_mb)
+    steps = {variant: step(model, list(section.shape), cfg.batch_size) for variant, model in models.items()}
+    times = {v: median(s) for v, s in interleaved(steps, first, cfg.warmup, cfg.iterations).items()}
+    numel = sum(parameter.numel() for parameter in module.parameters())
+    rows = []
+    for variant, seconds in times.items():
+        exposed, speed = (seconds - times[ALONE]) * 1e3, cfg.batch_size * first.world_size / seconds
+        values = (name, numel / 1e6, variant, seconds * 1e3, exposed, seconds / times[TORCH], speed)
+        rows.append(dict(zip(FORMATS, values, strict=True)))
+    return rows
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="bench_step")
+def bench_step(cfg: DictConfig) -> None:
+    """Compare, print, and write bench_step.csv."""
+    meeting = meet()
+    world, store = meeting.world, meeting.job_store()
+    with communicators(cfg.comms) as comms:
+        dist.init_process_group(
+            "gloo", store=store, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=300)
+        )
+        rows = [row for name in cfg.models for row in measure(name, cfg, comms)]
+        dist.destroy_process_group()
+    if world.rank == 0:
+        directory = Path(HydraConfig.get().runtime.output_dir)
+        print(f"{world.world_size} ranks, batch {cfg.batch_size} each, medians of {cfg.iterations} steps")
+        print_table(rows, FORMATS)
+        write_csv(directory / "bench_step.csv", rows)
+        print(f"written: {directory / 'bench_step.csv'}")
+
+
+if __name__ == "__main__":
+    main(bench_step)

@@ -1,0 +1,91 @@
+"""What ``_target_`` names: whether it is there and can run here, what starts its ranks, and the object itself."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Iterator
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from minidist.communicator import Communicator
+from minidist.config import OPEN_SECTIONS
+from minidist.errors import CommError, ConfigError
+
+
+def check_available(comm: DictConfig) -> None:
+    """Refuse what cannot run on this machine, or under this launcher, before anything is started.
+
+    Raises:
+        ConfigError: ``comm`` does not name communicators.
+        BackendUnavailableError: one of them lacks something here.
+    """
+    for kind, _ in _classes(OmegaConf.to_container(comm, resolve=True), "comm"):
+        kind.check_available()
+
+
+def launcher(comm: DictConfig) -> str:
+    """Return what starts ranks of ``comm``: that of the communicators that move its bytes.
+
+    Raises:
+        ConfigError: they do not agree.
+    """
+    classes = _classes(OmegaConf.to_container(comm, resolve=True), "comm")
+    launchers = {kind.launcher: kind.__name__ for kind, is_transport in classes if is_transport}
+    if len(launchers) > 1:
+        needs = " and ".join(f"{name} needs {launcher}" for launcher, name in launchers.items())
+        raise ConfigError(f"comm: {needs}, but one job has one launcher; choose transports that share one")
+    return next(iter(launchers))
+
+
+def check_importable(cfg: DictConfig) -> None:
+    """Refuse targets that do not exist.
+
+    Raises:
+        ConfigError: one of them cannot be imported.
+    """
+    for key in OPEN_SECTIONS:
+        _object(OmegaConf.select(cfg, key)._target_, key)
+
+
+def build(section: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
+    """Return what the ``_target_`` of ``section`` makes of its settings.
+
+    Raises:
+        ConfigError: the target does not exist, or does not take these settings.
+        CommError: what a communicator raised.
+    """
+    try:
+        return instantiate(section, *args, **kwargs)
+    except InstantiationException as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, CommError):
+            raise cause from None
+        raise ConfigError(f"{key}: {' '.join(str(cause).split())}; check its _target_ and settings") from error
+
+
+def _classes(node: Any, key: str) -> Iterator[tuple[type[Communicator], bool]]:
+    """Yield every communicator class, and whether it stands alone instead of on another one."""
+    nested = [] if not isinstance(node, dict) else [(f"{key}.{name}", child) for name, child in node.items()]
+    inner = [found for name, child in nested for found in _classes(child, name)]
+    yield from inner
+    if isinstance(node, dict) and "_target_" in node:
+        yield _class(node["_target_"], key), not inner
+
+
+def _class(target: str, key: str) -> type[Communicator]:
+    found = _object(target, key)
+    if not isinstance(found, type) or not issubclass(found, Communicator):
+        raise ConfigError(f"{key}._target_={target} is not a Communicator class; derive it from Communicator")
+    return found
+
+
+def _object(target: str, key: str) -> Any:
+    try:
+        return pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{key}._target_={target} cannot be imported: {error}") from error

@@ -1,0 +1,37 @@
+"""Where a run that goes on finds its checkpoints: its own, or those of the last run of the same job."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from minidist.communicator import Communicator
+
+log = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+
+
+def directory(run: Path, comm: Communicator) -> Path:
+    """Return the directory of checkpoints to go on from, and in; rank 0 looks, all ranks get its answer."""
+    found = comm.broadcast_object(_find(run) if comm.rank == 0 else None, src=0)
+    if comm.rank == 0:
+        log.info("resume: %s", f"going on from {found}" if found else "no earlier run has a checkpoint; starting anew")
+    return Path(found or run / CHECKPOINTS)
+
+
+def _find(run: Path) -> str | None:
+    """Run directories sort by time, so the last name is the newest run."""
+    name = HydraConfig.get().job.name
+    earlier = sorted((other for other in run.parent.iterdir() if other.name < run.name), reverse=True)
+    for other in [run, *earlier]:
+        if any((other / CHECKPOINTS).glob("*.pt")) and (other == run or _job_name(other) == name):
+            return str(other / CHECKPOINTS)
+    return None
+
+
+def _job_name(run: Path) -> str | None:
+    settings = run / ".hydra" / "hydra.yaml"
+    return OmegaConf.load(settings).hydra.job.name if settings.is_file() else None

@@ -1,0 +1,102 @@
+"""What every experiment does with its configuration: check it, start ranks or be one, train, report.
+
+::
+
+    main ---> hydra composes ---> run ---> check ---> start.run_to_end ---> torchrun or mpirun: main on n ranks
+                                              |
+                                              +-----> train: this process is a rank
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from backends.rendezvous import run_id
+from backends.thread import spawn_threads
+from experiments import communicators, start
+from experiments.refusal import FULL_ERROR, REFUSALS, TRACEBACKS, refuse
+from experiments.sweep import RESULTS
+from experiments.train import train
+from minidist import config
+from minidist.errors import ConfigError
+from minidist.launch import detect
+
+log = logging.getLogger(__name__)
+config.register()
+config.register_resolvers(run_id=run_id, rank=lambda: detect().rank)
+
+
+def main(job: Callable[[], None]) -> None:
+    """Run a function that `hydra.main` made; a mistake in the command is one line and not a traceback."""
+    os.environ[FULL_ERROR] = "1"  # else Hydra prints the errors of composing itself
+    try:
+        job()
+    except REFUSALS as error:
+        if TRACEBACKS:
+            raise
+        refuse(error)
+
+
+def run(cfg: DictConfig) -> float:
+    """Do one job; returns its final test accuracy, on every rank."""
+    try:
+        return _run(cfg)
+    except REFUSALS as error:
+        if TRACEBACKS:
+            raise
+        refuse(error)
+
+
+def _run(cfg: DictConfig) -> float:
+    checked = config.check(cfg)
+    communicators.check_available(cfg.comm)
+    communicators.check_importable(cfg)
+    world, nproc = detect(), checked.launch.nproc
+    if world.launcher != "alone":
+        start.die_with_launcher()
+        if nproc not in (None, world.world_size) and world.rank == 0:
+            log.warning("launch.nproc=%s has no effect: %s started %s ranks", nproc, world.launcher, world.world_size)
+    elif nproc is not None:
+        return _start(cfg, checked, nproc)
+    return train(cfg, checked)
+
+
+def _start(cfg: DictConfig, checked: config.Config, nproc: int) -> float:
+    launcher = communicators.launcher(cfg.comm)
+    if launcher == "none" and nproc > 1:
+        raise ConfigError(f"launch.nproc={nproc}: {cfg.comm._target_} is one rank alone; choose comm=gloo or another")
+    if launcher != "torchrun" and checked.launch.max_restarts:
+        log.warning("launch.max_restarts has no effect: %s starts the ranks once", launcher)
+    if launcher == "thread":
+        return spawn_threads(lambda: train(cfg, checked), nproc)[0]
+    if launcher == "none":
+        return train(cfg, checked)
+    arguments = start.command(launcher, nproc, checked.launch.max_restarts, _script())
+    status = start.run_to_end(arguments, start.environment(nproc) | {FULL_ERROR: str(int(TRACEBACKS))})
+    if status:
+        raise SystemExit(status if status > 0 else 128 - status)  # the ranks said why
+    results = json.loads((_output_dir() / RESULTS).read_text())
+    return float(results["accuracy"])
+
+
+def _script() -> list[str]:
+    """Return this script and the arguments that make a rank compose this job's configuration."""
+    hydra = HydraConfig.get()
+    own = [o for o in hydra.overrides.hydra if not o.startswith(("hydra.mode=", "hydra.run.", "hydra.sweep"))]
+    extra = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
+    config_dir = [argument for path in extra for argument in ("--config-dir", path)]
+    directory = f"hydra.run.dir={_output_dir()}"
+    name = ["--config-name", str(hydra.job.config_name)]
+    return [os.path.abspath(sys.argv[0]), *config_dir, *name, *hydra.overrides.task, *own, directory]
+
+
+def _output_dir() -> Path:
+    return Path(HydraConfig.get().runtime.output_dir)

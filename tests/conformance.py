@@ -1,0 +1,309 @@
+"""What every communicator must do: the values that the operations leave on every rank.
+
+Each ``check_<operation>_<property>(comm)`` is called by all ranks and raises on the rank that saw
+something wrong. The order of operations is in conformance_order.py, failures in
+conformance_faults.py; `harness` runs all three on the rows of `table`.
+
+To run the suite on a communicator that lives elsewhere, give the dotted path of its class, or of
+anything that makes one when it is called without arguments on each rank::
+
+    pytest tests/test_conformance.py --comm my_package.MyCommunicator --comm-launcher torchrun --world-sizes 1,2,3,4
+
+The launcher is torchrun, mpirun, thread (the ranks are threads of `backends.thread.spawn_threads`) or
+none (one rank). ``-k all_reduce`` picks checks; ``--comm-lacks 'leaving=why'`` declares what it cannot do.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from minidist import checks
+from minidist.communicator import Communicator, ReduceOp
+from tests.inputs import (
+    FLOATS,
+    SENTINEL,
+    assert_same,
+    layouts,
+    needs,
+    operand,
+    reduced,
+    reductions,
+    sizes,
+    tensor,
+    untouched,
+)
+
+
+def check_group_is_whole(comm: Communicator) -> None:
+    assert comm.all_gather_object((comm.rank, comm.world_size)) == [
+        (rank, comm.world_size) for rank in range(comm.world_size)
+    ]
+
+
+# Reductions -----------------------------------------------------------------------------------
+
+
+def check_all_reduce_values(comm: Communicator) -> None:
+    n = comm.world_size
+    for dtype, op in reductions():
+        for numel in sizes(n):
+            data = operand(comm.rank, numel, dtype, op, n)
+            comm.all_reduce(data, op)
+            assert_same(data, reduced(n, numel, dtype, op), "all_reduce", dtype, op, numel)
+
+
+def check_all_reduce_layouts(comm: Communicator) -> None:
+    n = comm.world_size
+    for dtype in checks.DTYPES:
+        values = operand(comm.rank, 1000, dtype, ReduceOp.MAX, n)
+        for layout, view, memory in layouts(values):
+            before = untouched(memory)
+            comm.all_reduce(view, ReduceOp.MAX)
+            assert_same(view, reduced(n, 1000, dtype, ReduceOp.MAX), "all_reduce", dtype, layout)
+            assert untouched(memory) == before, f"all_reduce {dtype} {layout}: wrote beside the view"
+
+
+def check_all_reduce_same_bits_on_all_ranks(comm: Communicator) -> None:
+    generator = torch.Generator().manual_seed(comm.rank)
+    for dtype in FLOATS:
+        for op in (ReduceOp.SUM, ReduceOp.AVG, ReduceOp.PRODUCT):
+            data = torch.randn(4097, generator=generator, dtype=torch.float64).to(dtype)
+            comm.all_reduce(data, op)
+            bits = comm.all_gather_object(data.view(torch.uint8).numpy().tobytes())
+            assert len(set(bits)) == 1, f"all_reduce {dtype} {op}: the ranks hold different bits"
+
+
+def check_all_reduce_average_does_not_overflow(comm: Communicator) -> None:
+    data = torch.full((10,), 32768.0, dtype=torch.float16)
+    comm.all_reduce(data, ReduceOp.AVG)
+    assert data.isfinite().all(), f"all_reduce AVG of 32768 in float16 gave {data}"
+
+
+def check_all_reduce_spreads_nan(comm: Communicator) -> None:
+    data = torch.ones(5)
+    data[2] = float("nan") if comm.rank == comm.world_size - 1 else 1.0
+    comm.all_reduce(data)
+    assert data.isnan().tolist() == [False, False, True, False, False]
+
+
+@needs(once=True)
+def check_all_reduce_large(comm: Communicator) -> None:
+    data = torch.full((2**24 + 1,), float(comm.rank + 1))
+    comm.all_reduce(data)
+    expected = sum(range(1, comm.world_size + 1))
+    assert data.min() == data.max() == expected, f"64 MB: {data.min()} to {data.max()}, expected {expected}"
+
+
+def check_all_reduce_of_a_leaf_that_requires_grad(comm: Communicator) -> None:
+    data = tensor(comm.rank, 12).requires_grad_()
+    comm.all_reduce(data)
+    assert data.is_leaf
+    assert data.requires_grad
+    assert data.grad_fn is None
+    assert_same(data, reduced(comm.world_size, 12, torch.float32, ReduceOp.SUM), "all_reduce of a leaf")
+
+
+def check_reduce_values(comm: Communicator) -> None:
+    n = comm.world_size
+    for dtype, op in reductions():
+        for numel in (1, n + 1, 1000):
+            dst = numel % n
+            data = operand(comm.rank, numel, dtype, op, n)
+            comm.reduce(data, dst, op)
+            own = operand(comm.rank, numel, dtype, op, n)
+            expected = reduced(n, numel, dtype, op) if comm.rank == dst else own
+            assert_same(data, expected, "reduce", dtype, op, numel, "to", dst)
+
+
+def check_reduce_layouts(comm: Communicator) -> None:
+    n = comm.world_size
+    for dst in range(n):
+        own = operand(comm.rank, 1000, torch.float32, ReduceOp.SUM, n)
+        for layout, view, memory in layouts(own):
+            before = untouched(memory)
+            comm.reduce(view, dst)
+            expected = reduced(n, 1000, torch.float32, ReduceOp.SUM) if comm.rank == dst else own
+            assert_same(view, expected, "reduce", layout, "to", dst)
+            assert untouched(memory) == before, f"reduce {layout}: wrote beside the view"
+
+
+def check_reduce_scatter_values(comm: Communicator) -> None:
+    n = comm.world_size
+    for dtype, op in reductions():
+        for numel in (1, n + 1, 1000):
+            data = operand(comm.rank, n * numel, dtype, op, n)
+            before = data.clone()
+            output = torch.full((numel,), 1).to(dtype)
+            comm.reduce_scatter(output, data, op)
+            expected = reduced(n, n * numel, dtype, op).view(n, numel)[comm.rank]
+            assert_same(output, expected, "reduce_scatter", dtype, op, numel)
+            assert_same(data, before, "reduce_scatter: input of", dtype, op, numel)
+
+
+def check_reduce_scatter_layouts(comm: Communicator) -> None:
+    n = comm.world_size
+    values = operand(comm.rank, n * 100, torch.float32, ReduceOp.SUM, n)
+    expected = reduced(n, n * 100, torch.float32, ReduceOp.SUM).view(n, 100)[comm.rank]
+    for layout, view, memory in layouts(values):
+        for target, output, _ in layouts(torch.zeros(100)):
+            before = memory.clone()
+            comm.reduce_scatter(output, view)
+            assert_same(output, expected, "reduce_scatter", layout, "to", target)
+            assert_same(memory, before, "reduce_scatter: input", layout)
+
+
+# Moves ----------------------------------------------------------------------------------------
+
+
+def check_broadcast_values(comm: Communicator) -> None:
+    for dtype in checks.DTYPES:
+        for numel in sizes(comm.world_size):
+            for src in range(comm.world_size):
+                data = tensor(comm.rank, numel, dtype, salt=src)
+                comm.broadcast(data, src)
+                assert_same(data, tensor(src, numel, dtype, salt=src), "broadcast", dtype, numel, "from", src)
+
+
+def check_broadcast_layouts(comm: Communicator) -> None:
+    for src in range(comm.world_size):
+        for layout, view, memory in layouts(tensor(comm.rank, 1000)):
+            before = untouched(memory)
+            comm.broadcast(view, src)
+            assert_same(view, tensor(src, 1000), "broadcast", layout)
+            assert untouched(memory) == before, f"broadcast {layout}: wrote beside the view"
+
+
+def check_all_gather_values(comm: Communicator) -> None:
+    n = comm.world_size
+    for dtype in checks.DTYPES:
+        for numel in sizes(n):
+            output = torch.zeros(n * numel, dtype=dtype)
+            comm.all_gather(output, tensor(comm.rank, numel, dtype))
+            expected = torch.cat([tensor(rank, numel, dtype) for rank in range(n)])
+            assert_same(output, expected, "all_gather", dtype, numel)
+
+
+def check_all_gather_layouts(comm: Communicator) -> None:
+    n = comm.world_size
+    expected = torch.cat([tensor(rank, 100) for rank in range(n)])
+    for layout, view, _ in layouts(tensor(comm.rank, 100)):
+        for target, output, memory in layouts(torch.zeros(n * 100)):
+            before = untouched(memory)
+            comm.all_gather(output, view)
+            assert_same(output, expected, "all_gather", layout, "to", target)
+            assert untouched(memory) == before, f"all_gather to {target}: wrote beside the view"
+
+
+def check_all_gather_shapes(comm: Communicator) -> None:
+    n = comm.world_size
+    output = torch.zeros(n, 2, 3)
+    comm.all_gather(output, tensor(comm.rank, 6).view(3, 2))
+    assert_same(output, torch.cat([tensor(rank, 6) for rank in range(n)]), "all_gather of (3, 2) into (n, 2, 3)")
+
+
+def check_gather_values(comm: Communicator) -> None:
+    n = comm.world_size
+    for dtype in checks.DTYPES:
+        for numel in (1, n + 1, 1000):
+            for dst in range(n):
+                output = torch.zeros(n * numel, dtype=dtype) if comm.rank == dst else None
+                comm.gather(output, tensor(comm.rank, numel, dtype), dst)
+                if output is not None:
+                    expected = torch.cat([tensor(rank, numel, dtype) for rank in range(n)])
+                    assert_same(output, expected, "gather", dtype, numel, "to", dst)
+
+
+def check_scatter_values(comm: Communicator) -> None:
+    n = comm.world_size
+    for dtype in checks.DTYPES:
+        for numel in (1, n + 1, 1000):
+            for src in range(n):
+                data = tensor(src, n * numel, dtype)
+                output = torch.zeros(numel, dtype=dtype)
+                comm.scatter(output, data if comm.rank == src else None, src)
+                assert_same(output, data.view(n, numel)[comm.rank], "scatter", dtype, numel, "from", src)
+
+
+def check_all_to_all_values(comm: Communicator) -> None:
+    n = comm.world_size
+    for dtype in checks.DTYPES:
+        for numel in (0, 1, n + 1, 1000):
+            output = torch.zeros(n * numel, dtype=dtype)
+            comm.all_to_all(output, tensor(comm.rank, n * numel, dtype))
+            expected = torch.cat([tensor(rank, n * numel, dtype).view(n, -1)[comm.rank] for rank in range(n)])
+            assert_same(output, expected, "all_to_all", dtype, numel)
+
+
+def check_rooted_layouts(comm: Communicator) -> None:
+    n = comm.world_size
+    gathered = torch.cat([tensor(rank, 100) for rank in range(n)])
+    for layout, view, _ in layouts(tensor(comm.rank, 100)):
+        for target, many, memory in layouts(torch.zeros(n * 100)):
+            before = untouched(memory)
+            comm.gather(many if comm.rank == 0 else None, view, 0)
+            if comm.rank == 0:
+                assert_same(many, gathered, "gather", layout, "to", target)
+            comm.scatter(view, many if comm.rank == 0 else None, 0)
+            assert_same(view, tensor(comm.rank, 100), "scatter", target, "to", layout)
+            assert untouched(memory) == before, f"gather to {target}: wrote beside the view"
+
+
+def check_objects(comm: Communicator) -> None:
+    mine = {"rank": comm.rank, "text": "ä" * 1000 * comm.rank, "none": None}
+    everyone = [{"rank": r, "text": "ä" * 1000 * r, "none": None} for r in range(comm.world_size)]
+    assert comm.all_gather_object(mine) == everyone
+    for src in range(comm.world_size):
+        assert comm.broadcast_object(mine, src) == everyone[src]
+
+
+def check_barrier_waits_for_all(comm: Communicator) -> None:
+    arrived = time.monotonic()
+    while time.monotonic() < arrived + 0.01 * comm.rank:  # the ranks come at different times
+        pass
+    entered = time.monotonic()
+    comm.barrier()
+    left = time.monotonic()
+    times = comm.all_gather_object((entered, left))
+    assert max(t[0] for t in times) <= min(t[1] for t in times), f"(entered, left) by rank: {times}"
+
+
+def check_nothing_of_no_elements(comm: Communicator) -> None:
+    nothing, bytes_before = torch.empty(0, 3), comm.traffic.bytes
+    comm.all_reduce(nothing)
+    comm.reduce(nothing, 0)
+    comm.broadcast(nothing, 0)
+    comm.all_gather(nothing, nothing)
+    comm.reduce_scatter(nothing, nothing.clone())
+    comm.gather(nothing if comm.rank == 0 else None, nothing, 0)
+    comm.scatter(nothing, nothing if comm.rank == 0 else None, 0)
+    comm.all_to_all(nothing, nothing.clone())
+    assert comm.traffic.bytes == bytes_before
+
+
+def check_empty_is_usable_memory(comm: Communicator) -> None:
+    for shape, dtype in (((3, 4), torch.float32), (5, torch.int64), ((0,), torch.bfloat16), ((), torch.float64)):
+        memory = comm.empty(shape, dtype)
+        assert memory.dtype == dtype
+        assert memory.shape == torch.empty(shape).shape
+        comm.all_reduce(memory.fill_(1))
+        assert (memory == comm.world_size).all()
+
+
+def check_wrong_arguments_send_nothing(comm: Communicator) -> None:
+    """A rank that was refused takes part in the next operation as if nothing had been."""
+    wrong = (
+        lambda: comm.all_reduce(torch.ones(2, dtype=torch.int32), ReduceOp.AVG),
+        lambda: comm.broadcast(torch.ones(2), comm.world_size),
+        lambda: comm.all_gather(torch.ones(comm.world_size + 1), torch.ones(1)),
+        lambda: comm.all_reduce(torch.ones(1).expand(SENTINEL)),
+    )
+    for call in wrong:
+        if comm.rank == 0:
+            with pytest.raises((TypeError, ValueError), match=r"^\[rank 0/"):
+                call()
+        data = torch.ones(3)
+        comm.all_reduce(data)
+        assert (data == comm.world_size).all()

@@ -1,0 +1,214 @@
+"""What every communicator must do when something goes wrong: an error on every rank, and never a hang.
+
+Every check has a communicator of its own; ``meet()`` joins the ranks without it. See conformance.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from minidist.communicator import Communicator
+from minidist.errors import CommClosedError, CommError, CommTimeoutError, PeerLostError
+from tests.inputs import needs
+
+Meet = Callable[[], None]
+LIMIT_S = 10.0
+"""Within this time every rank has to know."""
+
+
+@contextmanager
+def expected(kind: type[CommError], *words: str) -> Iterator[list[CommError]]:
+    """Expect an error of ``kind`` with ``words`` in its message, within LIMIT_S; it is added to the list."""
+    errors: list[CommError] = []
+    started = time.monotonic()
+    try:
+        yield errors
+    except kind as error:
+        errors.append(error)
+    seconds = time.monotonic() - started
+    assert errors, f"no {kind.__name__} was raised"
+    missing = [word for word in words if word not in str(errors[0])]
+    assert not missing, f"{type(errors[0]).__name__} without {missing}: {errors[0]}"
+    assert seconds < LIMIT_S, f"it took {seconds:.1f} s: {errors[0]}"
+
+
+@needs(fresh=True)
+def check_close_and_use_after_it(comm: Communicator, meet: Meet) -> None:
+    work = comm.all_reduce(torch.ones(1000), async_op=True)
+    comm.close()
+    work.wait()
+    comm.close()
+    with expected(CommClosedError, "all_reduce", f"[rank {comm.rank}/", "closed"):
+        comm.all_reduce(torch.ones(1))
+    with expected(CommClosedError, "isend" if comm.world_size > 1 else "barrier"):
+        comm.isend(torch.ones(1), (comm.rank + 1) % comm.world_size) if comm.world_size > 1 else comm.barrier()
+
+
+@needs(fresh=True)
+def check_abort_and_use_after_it(comm: Communicator, meet: Meet) -> None:
+    meet()
+    comm.abort("enough")
+    comm.abort("again")
+    comm.close()
+    with expected(CommClosedError, "barrier", "enough"):
+        comm.barrier()
+
+
+@needs(fresh=True)
+def check_context_manager_closes(comm: Communicator, meet: Meet) -> None:
+    with comm as entered:
+        assert entered is comm
+        comm.barrier()
+    with expected(CommClosedError, "barrier"):
+        comm.barrier()
+
+
+# A rank that does not come --------------------------------------------------------------------
+
+
+@needs(fresh=True, ranks=2)
+def check_timeout_of_all_reduce_names_it(comm: Communicator, meet: Meet) -> None:
+    _others_time_out(comm, meet, "all_reduce", lambda: comm.all_reduce(torch.ones(1000), timeout_s=0.5))
+
+
+@needs(fresh=True, ranks=2)
+def check_timeout_of_an_async_operation_is_raised_by_wait(comm: Communicator, meet: Meet) -> None:
+    def all_reduce() -> None:
+        work = comm.all_reduce(torch.ones(1000), async_op=True, timeout_s=0.5)
+        try:
+            work.wait()
+        finally:
+            assert work.is_done()
+            assert isinstance(work.exception(), CommTimeoutError)
+
+    _others_time_out(comm, meet, "all_reduce", all_reduce)
+
+
+@needs(fresh=True, ranks=2)
+def check_timeout_of_barrier_names_it(comm: Communicator, meet: Meet) -> None:
+    _others_time_out(comm, meet, "barrier", lambda: comm.barrier(timeout_s=0.5))
+
+
+@needs(fresh=True, ranks=2)
+def check_timeout_of_broadcast_names_it(comm: Communicator, meet: Meet) -> None:
+    _others_time_out(comm, meet, "broadcast", lambda: comm.broadcast(torch.ones(1000), 0, timeout_s=0.5))
+
+
+@needs(fresh=True, ranks=2)
+def check_timeout_of_recv_names_it(comm: Communicator, meet: Meet) -> None:
+    _others_time_out(comm, meet, "irecv", lambda: comm.recv(torch.ones(10), 0, timeout_s=0.5))
+
+
+def _others_time_out(comm: Communicator, meet: Meet, operation: str, run: Callable[[], object]) -> None:
+    """Rank 0 stays away until everybody else has given up."""
+    if comm.rank > 0:
+        if comm.world_size == 2 or operation != "broadcast" or comm.rank in (1, 2):
+            with expected(CommTimeoutError, operation, f"[rank {comm.rank}/"):
+                run()
+        else:  # a rank further down the tree of a broadcast times out as well, or hears of it
+            with expected(CommError, operation):
+                run()
+        with expected(CommError, "barrier", "unusable"):
+            comm.barrier()
+    meet()
+
+
+# A rank that is gone --------------------------------------------------------------------------
+
+
+@needs(fresh=True, ranks=2)
+def check_raising_rank_is_named(comm: Communicator, meet: Meet) -> None:
+    victim = comm.world_size - 1
+    comm.barrier()
+    meet()  # a barrier that is over here may be going on elsewhere
+    if comm.rank == victim:
+        try:
+            with comm:
+                raise KeyError("no such thing")
+        except KeyError:
+            pass
+    else:
+        with expected(PeerLostError, f"rank {victim}", "no such thing") as errors:
+            _until_it_fails(comm)
+        assert victim in errors[0].peers, f"peers {errors[0].peers}: {errors[0]}"
+    meet()
+
+
+@needs(fresh=True, ranks=2)
+def check_raising_rank_ends_async_operations(comm: Communicator, meet: Meet) -> None:
+    comm.barrier()
+    meet()
+    if comm.rank == 0:
+        meet()
+        comm.abort("out of memory")
+    else:
+        works = [comm.all_reduce(torch.ones(100000), async_op=True) for _ in range(3)]
+        meet()
+        with expected(PeerLostError, "rank 0", "out of memory") as errors:
+            works[0].wait()
+        assert 0 in errors[0].peers, f"peers {errors[0].peers}: {errors[0]}"
+        for work in works[1:]:
+            with expected(CommError):
+                work.wait()
+    meet()
+
+
+@needs(fresh=True, ranks=2)
+def check_leaving_rank_is_named(comm: Communicator, meet: Meet) -> None:
+    comm.barrier()
+    meet()
+    if comm.rank == 0:
+        comm.close()
+    else:
+        with expected(PeerLostError, "rank 0"):
+            _until_it_fails(comm)
+    meet()
+
+
+@needs(fresh=True, ranks=2)
+def check_abort_ends_own_pending_operation(comm: Communicator, meet: Meet) -> None:
+    """A rank that gives up, from its main thread, gets its waiting operation back."""
+    comm.barrier()
+    meet()
+    if comm.rank == 0:
+        work = comm.all_reduce(torch.ones(1000), async_op=True)
+        comm.abort("changed my mind")
+        with expected(CommError, "all_reduce"):
+            work.wait()
+    meet()
+
+
+@needs(own_world=True, ranks=2)
+def check_killed_rank_is_named(comm: Communicator, meet: Meet) -> None:
+    _victim_ends(comm, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+@needs(own_world=True, ranks=2)
+def check_exiting_rank_is_named(comm: Communicator, meet: Meet) -> None:
+    _victim_ends(comm, lambda: os._exit(0))
+
+
+def _victim_ends(comm: Communicator, end: Callable[[], object]) -> None:
+    comm.all_reduce(torch.ones(10))
+    if comm.rank == 1:
+        comm.all_reduce(torch.ones(2**20), async_op=True)  # in the middle of a collective
+        end()
+    with expected(PeerLostError, "rank 1") as errors:
+        _until_it_fails(comm)
+    assert 1 in errors[0].peers, f"peers {errors[0].peers}: {errors[0]}"
+
+
+def _until_it_fails(comm: Communicator) -> None:
+    """Run all-reduces, and leave as training would: telling the others why."""
+    try:
+        for _ in range(10):
+            comm.all_reduce(torch.ones(2**20), timeout_s=30.0)
+    except CommError as error:
+        comm.abort(str(error))
+        raise

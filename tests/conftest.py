@@ -1,0 +1,32 @@
+"""Options of the test suite."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("minidist")
+    group.addoption("--slow", action="store_true", help="run the slow tests too: larger worlds, larger tensors")
+    group.addoption("--comm", metavar="PATH", help="conformance of this communicator (dotted path) and no other")
+    group.addoption(
+        "--comm-launcher",
+        choices=("torchrun", "mpirun", "thread", "none"),
+        default="torchrun",
+        help="what starts the ranks of --comm",
+    )
+    group.addoption(
+        "--comm-lacks",
+        action="append",
+        default=[],
+        metavar="PART=REASON",
+        help="skip the checks with PART in their names, for this reason; can be repeated",
+    )
+    group.addoption("--world-sizes", metavar="1,2,...", help="numbers of ranks of the conformance suite")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))

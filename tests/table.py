@@ -1,0 +1,88 @@
+"""The communicators that the conformance suite runs on: a new backend is one row."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from backends.ring import RingCommunicator
+from backends.thread import ThreadCommunicator
+from minidist.communicator import Communicator
+from tests import conformance, conformance_faults, conformance_order, conformance_training
+from tests.inputs import Needs
+
+MODULES: tuple[ModuleType, ...] = (conformance, conformance_order, conformance_training, conformance_faults)
+CHECKS: dict[str, Callable[..., None]] = {
+    name: check for module in MODULES for name, check in vars(module).items() if name.startswith("check_")
+}
+
+
+def needs_of(check: str) -> Needs:
+    """Return what the check of this name asks for."""
+    return getattr(CHECKS[check], "needs", Needs())
+
+
+@dataclass(frozen=True)
+class Row:
+    """A communicator under test.
+
+    Attributes:
+        name: as it stands in the names of the tests.
+        make: dotted path of what makes it, called without arguments on every rank.
+        launcher: torchrun, mpirun, thread, or none for one rank that nobody starts.
+        lacks: a part of the names of checks that it cannot pass, with the reason.
+    """
+
+    name: str
+    make: str
+    launcher: str
+    lacks: Mapping[str, str] = field(default_factory=dict)
+
+    def missing(self, check: str) -> str | None:
+        """Return why the check is not for this communicator, or None."""
+        return next((why for part, why in self.lacks.items() if part in check), None)
+
+
+ONE_PROCESS = dict.fromkeys(("killed_rank", "exiting_rank"), "its ranks share a process")
+
+ROWS = (
+    Row("serial", "backends.serial.SerialCommunicator", "none"),
+    Row("thread", "backends.thread.ThreadCommunicator", "thread", ONE_PROCESS),
+    Row("ring-thread", "tests.table.ring_over_thread", "thread", ONE_PROCESS),
+    Row(
+        "group-of-thread",
+        "tests.table.group_of_thread",
+        "thread",
+        {**ONE_PROCESS, "leaving_rank": "closing a group leaves its parent, whose ranks are all there, as it is"},
+    ),
+    Row("gloo", "backends.torch_dist.GlooCommunicator", "torchrun"),
+    Row("ring-gloo", "tests.table.ring_over_gloo", "torchrun"),
+    Row("mpi", "backends.mpi.MpiCommunicator", "mpirun"),
+    Row("ring-mpi", "tests.table.ring_over_mpi", "mpirun"),
+)
+
+
+def made_by(path: str) -> Callable[[], Communicator]:
+    """Return what a dotted path names."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def ring_over_thread() -> Communicator:
+    return RingCommunicator(ThreadCommunicator())
+
+
+def ring_over_gloo() -> Communicator:
+    return RingCommunicator(made_by("backends.torch_dist.GlooCommunicator")())
+
+
+def ring_over_mpi() -> Communicator:
+    return RingCommunicator(made_by("backends.mpi.MpiCommunicator")())
+
+
+def group_of_thread() -> Communicator:
+    """Return all ranks in another order, so that a rank of the group is another one of its parent."""
+    parent = ThreadCommunicator()
+    return parent.split(0, key=-parent.rank)

@@ -1,0 +1,221 @@
+"""Every command that the README promises, as a user types it, and what is said where one is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+MNIST = str(ROOT / "experiments" / "mnist.py")
+TIMEOUT_S = 280
+TINY = (
+    "data=synthetic",
+    "data.shape=[1,8,8]",
+    "data.num_samples=96",
+    "data.num_test_samples=40",
+    "data.batch_size=8",
+    "model=mlp",
+    "model.width=16",
+    "engine.epochs=1",
+)
+pytestmark = pytest.mark.timeout(300)
+
+
+def environment() -> dict[str, str]:
+    """The environment of a shell in which the virtual environment is active."""
+    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return own | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def words(value: object) -> str | None:
+    """The id of a parameter that is part of a command; None leaves others to pytest."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else None
+
+
+def run(directory: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+
+@contextmanager
+def started(directory: Path, *command: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that has trained its first steps; whatever happens, it is gone in the end."""
+    process = subprocess.Popen(
+        command, cwd=directory, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            assert any("Step" in line for line in process.stdout), "it ended before its first line"
+            yield process
+        finally:
+            process.kill()
+
+
+def only_run(directory: Path, pattern: str = "outputs/*") -> Path:
+    (found,) = directory.glob(pattern)
+    return found
+
+
+def check_run(path: Path, comm: str, world_size: int, rank_files: int | None = None) -> None:
+    """One directory with one configuration, a log per rank, and results."""
+    names = {entry.name for entry in path.iterdir()}
+    logs = {f"rank{rank}.log" for rank in range(world_size if rank_files is None else rank_files)}
+    assert names == {".hydra", "checkpoints", "metrics.jsonl", "results.json"} | logs
+    results = json.loads((path / "results.json").read_text())
+    assert (results["comm"], results["world_size"], results["data"]) == (comm, world_size, "synthetic")
+    assert results["epochs"] == 1
+    assert 0 <= results["accuracy"] <= 1
+    assert not results["stopped"]
+
+
+# Launching --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("launch", "overrides", "comm", "world_size"),
+    [
+        (("python",), (), "gloo", 1),
+        (("torchrun", "--nproc-per-node=2"), ("comm=ring",), "ring/gloo", 2),
+        (("mpirun", "-n", "4", "python"), ("comm=mpi",), "mpi", 4),
+        (("python",), ("comm=ring", "launch.nproc=2"), "ring/gloo", 2),
+        (("python",), ("comm=ring", "comm/transport=mpi", "launch.nproc=2"), "ring/mpi", 2),
+    ],
+    ids=words,
+)
+def test_launch(launch: Sequence[str], overrides: Sequence[str], comm: str, world_size: int, tmp_path: Path) -> None:
+    done = run(tmp_path, *launch, MNIST, *overrides, *TINY)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Test accuracy: ") == 1
+    check_run(only_run(tmp_path), comm, world_size)
+
+
+def test_launch_threads(tmp_path: Path) -> None:
+    done = run(tmp_path, "python", MNIST, "comm=thread", "launch.nproc=3", *TINY)
+    assert done.returncode == 0, done.stderr
+    check_run(only_run(tmp_path), "thread", 3, rank_files=1)
+
+
+def test_the_other_experiment(tmp_path: Path) -> None:
+    done = run(tmp_path, "python", str(ROOT / "experiments" / "cifar10.py"), *TINY, "optim.nesterov=false")
+    assert done.returncode == 0, done.stderr
+    check_run(only_run(tmp_path), "gloo", 1)
+
+
+@pytest.mark.timeout(600)
+def test_sweep_with_a_fresh_world_per_job(tmp_path: Path) -> None:
+    command = ("python", MNIST, "-m", "comm=gloo,ring,mpi", "launch.nproc=2,4", *TINY)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=580, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    check_sweep(tmp_path, done.stdout, [(comm, size) for comm in ("gloo", "ring/gloo", "mpi") for size in (2, 4)])
+
+
+def test_sweep_inside_one_world(tmp_path: Path) -> None:
+    done = run(tmp_path, "torchrun", "--nproc-per-node=2", MNIST, "-m", "comm=gloo,ring", *TINY)
+    assert done.returncode == 0, done.stderr
+    check_sweep(tmp_path, done.stdout, [("gloo", 2), ("ring/gloo", 2)])
+
+
+def check_sweep(directory: Path, stdout: str, jobs: list[tuple[str, int]]) -> None:
+    sweep = only_run(directory, "multirun/*")
+    for number, (comm, world_size) in enumerate(jobs):
+        check_run(sweep / str(number), comm, world_size)
+    with (sweep / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["comm"], int(row["world_size"])) for row in rows] == jobs
+    lines = stdout.splitlines()
+    header = next(number for number, line in enumerate(lines) if line.startswith("job "))
+    assert lines[header].split()[-6:] == ["comm", "world_size", "loss", "accuracy", "samples_per_s", "comm_share"]
+    assert [line.split()[1] for line in lines[header + 1 : header + 1 + len(jobs)]] == [comm for comm, _ in jobs]
+
+
+# Mistakes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("engine.epochs=0",), "error: engine.epochs must be at least 1, got 0"),
+        (("engine.epoch=1",), "error: engine.epoch is not a setting; engine has epochs, accumulation_steps"),
+        (("engine.epochs=two",), "error: engine.epochs: Value 'two' of type 'str' could not be converted to Integer"),
+        (("comm=telepathy",), "error: comm=telepathy is not there to choose; comm is one of gloo, mpi, nccl, ring,"),
+        (("comm=serial",), "error: launch.nproc=2: backends.serial.SerialCommunicator is one rank alone;"),
+        (("comm.colour=red",), "error: comm.colour is not a setting; comm has timeout_s, segment_bytes"),
+        (("model._target_=no.such.model",), "error: model._target_=no.such.model cannot be imported: "),
+    ],
+    ids=words,
+)
+def test_mistakes_are_one_line_before_any_rank_starts(overrides: Sequence[str], message: str, tmp_path: Path) -> None:
+    done = run(tmp_path, "python", MNIST, "launch.nproc=2", *overrides)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.rglob("rank1.log"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nccl_without_a_gpu_is_one_line_before_any_rank_starts(tmp_path: Path) -> None:
+    done = run(tmp_path, "python", MNIST, "comm=nccl", "launch.nproc=2")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: nccl needs")
+    assert done.stderr.count("\n") == 1
+
+
+def test_mpi_under_torchrun_is_said_once(tmp_path: Path) -> None:
+    done = run(tmp_path, "torchrun", "--nproc-per-node=2", MNIST, "comm=mpi", *TINY)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "mpirun" in line
+
+
+def test_an_unwritable_data_directory_ends_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    command = ("torchrun", "--nproc-per-node=2", MNIST, f"data.root={tmp_path}/file/data")
+    done = run(tmp_path, *command)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: data.root={tmp_path}/file/data cannot be written (Not a directory)")
+
+
+# Ends and new beginnings ------------------------------------------------------------------------
+
+LONG = (*TINY, "engine.epochs=100000", "engine.log_every=1", "launch.nproc=2")
+
+
+@pytest.mark.parametrize("comm", ["gloo", "mpi"])
+def test_ranks_die_with_the_one_who_started_them(comm: str, tmp_path: Path) -> None:
+    with started(tmp_path, "python", MNIST, f"comm={comm}", *LONG) as process:
+        process.kill()
+        process.communicate(timeout=60)  # ends once the last of them has closed its standard output
+
+
+def test_a_stop_saves_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    with started(tmp_path, "python", MNIST, *LONG) as process:
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=90)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    first = only_run(tmp_path)
+    results = json.loads((first / "results.json").read_text())
+    assert results["stopped"]
+
+    epochs = results["epochs"] + 1
+    done = run(tmp_path, "python", MNIST, *LONG, f"engine.epochs={epochs}", "engine.resume=true")
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {first / 'checkpoints'}" in done.stderr
+    (second,) = (path for path in tmp_path.glob("outputs/*") if path != first)
+    again = json.loads((second / "results.json").read_text())
+    assert again["epochs"] == epochs
+    assert again["steps"] > results["steps"]

@@ -1,0 +1,278 @@
+"""The configuration: every file composes, and mistakes are refused with a message that helps."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import io
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import communicators
+from experiments.refusal import REFUSALS, explain
+from minidist import config
+from minidist.errors import BackendUnavailableError, ConfigError
+
+ROOT = Path(__file__).parent.parent
+CONF = ROOT / "conf"
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.parts[len(CONF.parts)] != "hydra")
+PATH_OF_A_GRADIENT = (
+    "minidist/communicator.py",
+    "backends/ring.py",
+    "backends/scheduled.py",
+    "minidist/ddp.py",
+    "minidist/engine.py",
+)
+
+
+@pytest.fixture(autouse=True)
+def hydra() -> Iterator[None]:
+    config.register()
+    config.register_resolvers(run_id=lambda: "a_run", rank=lambda: 0)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str, name: str = "mnist") -> DictConfig:
+    return compose(name, overrides=list(overrides))
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(REFUSALS) as caught:
+        config.check(composed(*overrides))
+    return explain(caught.value)
+
+
+def choice(path: Path) -> tuple[str, ...]:
+    """The overrides that choose a file of conf/."""
+    group = path.parent.as_posix()
+    needed = ("comm=ring",) if group == "comm/transport" else ()
+    return (*needed, f"{group}={path.stem}")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name], ids=str)
+def test_every_choice_composes_and_is_valid(path: Path) -> None:
+    checked = config.check(composed(*choice(path)))
+    assert checked.engine.epochs >= 1
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if not path.parent.name], ids=str)
+def test_every_primary_file_composes(path: Path) -> None:
+    assert len(composed(name=path.stem)) > 0
+
+
+@pytest.mark.parametrize("name", ["config", "mnist", "cifar10"])
+def test_every_training_job_is_valid(name: str) -> None:
+    assert config.check(composed(name=name)).data.name in ("mnist", "cifar10")
+
+
+@pytest.mark.parametrize("group", ["comm", "model", "optim"])
+def test_every_target_can_be_imported(group: str) -> None:
+    for path in (CONF / group).glob("*.yaml"):
+        module, _, name = composed(f"{group}={path.stem}")[group]._target_.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_ring_nests_its_transport() -> None:
+    comm = composed("comm=ring", "comm/transport=mpi").comm
+    assert comm._target_ == "backends.ring.RingCommunicator"
+    assert comm.transport._target_ == "backends.mpi.MpiCommunicator"
+
+
+def test_directories_have_the_run_id_and_no_clock() -> None:
+    cfg = compose("mnist", return_hydra_config=True)
+    assert cfg.hydra.run.dir == "outputs/a_run"
+    assert cfg.hydra.sweep.dir == "multirun/a_run"
+    assert not any("${now" in path.read_text() for path in CONF.rglob("*.yaml"))
+
+
+def test_only_rank_0_writes_the_configuration() -> None:
+    assert compose("mnist", return_hydra_config=True).hydra.output_subdir == ".hydra"
+    config.register_resolvers(run_id=lambda: "a_run", rank=lambda: 1)
+    assert compose("mnist", return_hydra_config=True).hydra.output_subdir is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("engine.epochs=0", "engine.epochs must be at least 1, got 0"),
+        ("engine.accumulation_steps=0", "engine.accumulation_steps must be at least 1, got 0"),
+        ("engine.max_grad_norm=0", "engine.max_grad_norm must be greater than 0, got 0.0"),
+        ("engine.autocast=float8", "engine.autocast must be one of none, bfloat16, got float8"),
+        ("engine.device=tpu", "engine.device must be one of auto, cpu, cuda, got tpu"),
+        ("engine.lr_schedule=linear", "engine.lr_schedule must be one of constant, cosine, got linear"),
+        ("engine.seed=-1", "engine.seed must be at least 0, got -1"),
+        ("engine.keep_checkpoints=0", "engine.keep_checkpoints must be at least 1, got 0"),
+        ("data.batch_size=0", "data.batch_size must be at least 1, got 0"),
+        ("ddp.bucket_cap_mb=0", "ddp.bucket_cap_mb must be greater than 0, got 0.0"),
+        ("launch.nproc=0", "launch.nproc must be at least 1, got 0"),
+        ("launch.max_restarts=-1", "launch.max_restarts must be at least 0, got -1"),
+        ("comm.timeout_s=0", "comm.timeout_s must be greater than 0, got 0"),
+        ("comm.segment_bytes=8", "comm.segment_bytes must be at least 16, got 8"),
+        ("comm.timeout_s=soon", "comm.timeout_s must be a number, got 'soon'"),
+        ("optim.lr=-1", "optim.lr must be greater than 0, got -1"),
+        ("model.width=0", "model.width must be at least 1, got 0"),
+    ],
+)
+def test_values_out_of_range_are_named(override: str, message: str) -> None:
+    assert refusal(override) == message
+
+
+def test_ranges_hold_inside_of_compositions() -> None:
+    assert refusal("comm=ring", "comm.transport.timeout_s=-1") == (
+        "comm.transport.timeout_s must be greater than 0, got -1"
+    )
+
+
+@pytest.mark.parametrize("shape", ["[]", "[3,0]"])
+def test_synthetic_samples_have_a_shape(shape: str) -> None:
+    assert refusal("data=synthetic", f"data.shape={shape}") == "data.shape must be at least 1, got 0"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "choices"),
+    [
+        ("engine.epoch=1", "engine.epoch", "epochs"),
+        ("+engine.epoch=1", "epoch", "epochs"),
+        ("comm.timeout=1", "comm.timeout", "timeout_s"),
+        ("model.widht=1", "model.widht", "width"),
+        ("engin.epochs=1", "engin", "engine"),
+        ("+engin.epochs=1", "engin", "engine"),
+    ],
+)
+def test_misspelt_keys_are_refused_with_the_choices(override: str, key: str, choices: str) -> None:
+    message = refusal(override)
+    assert message.startswith(f"{key} is not a setting; ")
+    assert choices in message.partition(";")[2]
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("engine.epochs=many", "engine.epochs: Value 'many' of type 'str' could not be converted to Integer"),
+        ("engine.epochs=1.5", "engine.epochs: Value '1.5' of type 'float' could not be converted to Integer"),
+        ("engine.resume=perhaps", "engine.resume: Value 'perhaps' is not a valid bool (type str)"),
+    ],
+)
+def test_wrong_types_are_refused(override: str, message: str) -> None:
+    assert refusal(override) == message
+
+
+def test_an_unknown_choice_is_refused_with_the_others() -> None:
+    assert refusal("comm=telepathy") == (
+        "comm=telepathy is not there to choose; comm is one of gloo, mpi, nccl, ring, serial, thread"
+    )
+
+
+def test_an_open_section_needs_a_target() -> None:
+    assert refusal("ddp.hook=float16") == (
+        "ddp.hook must be a section with a _target_, got 'float16'; choose one of conf/ with ddp/hook=<name>"
+    )
+
+
+# Communicators ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("comm", "transport", "launcher"),
+    [
+        ("serial", None, "none"),
+        ("thread", None, "thread"),
+        ("gloo", None, "torchrun"),
+        ("mpi", None, "mpirun"),
+        ("ring", "gloo", "torchrun"),
+        ("ring", "mpi", "mpirun"),
+        ("ring", "thread", "thread"),
+    ],
+)
+def test_the_transport_says_what_starts_the_ranks(comm: str, transport: str | None, launcher: str) -> None:
+    transports = [] if transport is None else [f"comm/transport={transport}"]
+    assert communicators.launcher(composed(f"comm={comm}", *transports).comm) == launcher
+
+
+def test_one_job_has_one_launcher() -> None:
+    node = {"_target_": "backends.ring.RingCommunicator"}
+    node["intra"] = {"_target_": "backends.torch_dist.GlooCommunicator"}
+    node["inter"] = {"_target_": "backends.mpi.MpiCommunicator"}
+    with pytest.raises(ConfigError, match="GlooCommunicator needs torchrun and MpiCommunicator needs mpirun"):
+        communicators.launcher(OmegaConf.create(node))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("no_such_package.Comm", r"comm\._target_=no_such_package\.Comm cannot be imported"),
+        ("backends.ring.NoSuchRing", r"comm\._target_=backends\.ring\.NoSuchRing cannot be imported"),
+        ("torch.nn.Linear", r"comm\._target_=torch\.nn\.Linear is not a Communicator class"),
+    ],
+)
+def test_targets_that_are_no_communicators_are_refused(target: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        communicators.check_available(OmegaConf.create({"_target_": target}))
+
+
+def test_a_setting_that_the_target_does_not_take_is_refused() -> None:
+    section = OmegaConf.create({"_target_": "backends.serial.SerialCommunicator", "colour": "red"})
+    with pytest.raises(ConfigError, match=r"comm: .*unexpected keyword argument 'colour'"):
+        communicators.build(section, "comm")
+
+
+def test_what_a_communicator_raises_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BackendUnavailableError, match="serial is for one rank"):
+        communicators.build(composed("comm=serial").comm, "comm")
+
+
+# The architecture -------------------------------------------------------------------------------
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "minidist").glob("*.py")), ids=lambda path: path.name)
+def test_minidist_knows_no_backend_and_only_config_knows_hydra(path: Path) -> None:
+    forbidden = {"backends", "experiments", "mpi4py"} | ({"hydra", "omegaconf"} if path.name != "config.py" else set())
+    assert not imports(path) & forbidden
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "backends").glob("*.py")), ids=lambda path: path.name)
+def test_backends_know_only_minidist(path: Path) -> None:
+    assert not imports(path) & {"experiments", "hydra", "omegaconf", "tests"}
+
+
+def lines_of_code(source: str) -> int:
+    """Lines with a token of code on them: no blank lines, no comments, no docstrings."""
+    ignored = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            docstrings.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    code = {line for t in tokens if t.type not in ignored for line in range(t.start[0], t.end[0] + 1)}
+    return len(code - docstrings)
+
+
+def test_lines_of_code_are_counted_right() -> None:
+    assert (
+        lines_of_code('"""A\nB"""\n\n# c\nx = (1,\n     2)  # d\ndef f():\n    """E"""\n    return x\ndef g(): ...\n')
+        == 5
+    )
+
+
+def test_the_path_of_a_gradient_is_short() -> None:
+    counts = {name: lines_of_code((ROOT / name).read_text()) for name in PATH_OF_A_GRADIENT}
+    assert sum(counts.values()) < 500, counts

@@ -1,0 +1,101 @@
+"""Every check of the conformance suite on every row of its table; see conformance.py for other communicators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from tests import harness
+from tests.harness import Job
+from tests.table import CHECKS, ROWS, Row, needs_of
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test: a check on a communicator with a number of ranks."""
+
+    row: Row
+    world_size: int
+    check: str
+
+    @property
+    def job(self) -> Job:
+        return Job(self.row.name, self.row.make, self.check)
+
+    @property
+    def world(self) -> tuple[str, int]:
+        """What it takes to share a world with another case."""
+        return self.row.launcher, self.world_size
+
+
+def _rows(config: pytest.Config) -> tuple[Row, ...]:
+    path = config.getoption("--comm")
+    if not path:
+        return ROWS
+    lacks = dict(declared.split("=", 1) for declared in config.getoption("--comm-lacks"))
+    return (Row(path, path, config.getoption("--comm-launcher"), lacks),)
+
+
+def _world_sizes(config: pytest.Config, row: Row) -> list[int]:
+    if row.launcher == "none":
+        return [1]
+    if chosen := config.getoption("--world-sizes"):
+        return [int(size) for size in chosen.split(",")]
+    return [1, 2, 3, 4, 5, 8] if config.getoption("--slow") else [1, 2, 3, 4]
+
+
+def _wanted(check: str, world_size: int) -> bool:
+    needs = needs_of(check)
+    return world_size >= needs.ranks and (world_size == 3 or not needs.own_world)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    cases = [
+        pytest.param(case, id=f"{row.name}-{world_size}-{check}", marks=_marks(row, check))
+        for row in _rows(metafunc.config)
+        for world_size in _world_sizes(metafunc.config, row)
+        for check in CHECKS
+        if _wanted(check, world_size)
+        for case in [Case(row, world_size, check)]
+    ]
+    metafunc.parametrize("case", cases)
+
+
+def _marks(row: Row, check: str) -> list[pytest.MarkDecorator]:
+    reason = row.missing(check)
+    return [] if reason is None else [pytest.mark.skip(reason=f"{row.name}: {reason}")]
+
+
+class Worlds:
+    """Runs the cases that were selected, those that share a world together, and keeps the outcomes."""
+
+    def __init__(self, cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> None:
+        self._cases, self._tmp_path_factory = cases, tmp_path_factory
+        self._outcomes: dict[tuple[str, int], dict[Job, str | None]] = {}
+
+    def outcome(self, case: Case) -> str | None:
+        if needs_of(case.check).own_world:
+            directory = self._tmp_path_factory.mktemp(case.check) / "world"
+            return harness.run_fatal_job(*case.world, case.job, directory)
+        if case.world not in self._outcomes:
+            self._outcomes[case.world] = self._run_all(case.world)
+        return self._outcomes[case.world][case.job]
+
+    def _run_all(self, world: tuple[str, int]) -> dict[Job, str | None]:
+        jobs = [case.job for case in self._cases if case.world == world and not needs_of(case.check).own_world]
+        return harness.run_jobs(*world, jobs, self._tmp_path_factory.mktemp(f"{world[0]}-{world[1]}"))
+
+
+@pytest.fixture(scope="session")
+def worlds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    selected = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    run = [item for item in selected if item.function is test_conformance and item.get_closest_marker("skip") is None]
+    return Worlds([item.callspec.params["case"] for item in run], tmp_path_factory)
+
+
+@pytest.mark.timeout(1200)  # the first test of a world runs all of it; the harness has its own limits
+def test_conformance(case: Case, worlds: Worlds) -> None:
+    failure = worlds.outcome(case)
+    if failure is not None:
+        pytest.fail(failure, pytrace=False)
