@@ -81,12 +81,12 @@ class Lifeline:
                 self._news.wait_for(lambda: bool(self.lost), OVERTAKEN_S)
 
     def _hang_up(self) -> None:
-        self._leaving = True
-        for line in self._lines.values():
-            line.shut_down()  # which also wakes the listener
-        self._listener.join()
-        for line in self._lines.values():
-            line.socket.close()
+        """Close the connections; those of rank 0 carry the others' news until the others hang up."""
+        if self.rank != 0:
+            self._leaving = True
+            for line in self._lines.values():
+                line.shut_down()  # which also wakes the listener
+            self._listener.join()
 
     def _listen(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -95,6 +95,8 @@ class Lifeline:
             while selector.get_map() and not self._leaving:
                 for key, _ in selector.select(timeout=1.0):
                     self._read(selector, key.data)
+        for line in self._lines.values():
+            line.socket.close()
 
     def _read(self, selector: selectors.BaseSelector, rank: int) -> None:
         line = self._lines[rank]
@@ -122,7 +124,7 @@ class Lifeline:
                 self.lost[rank] = str(why)
             # Before anybody here acts on it: what this rank then says of itself must come second.
             for peer, line in self._lines.items():
-                if peer not in (came_from, rank):
+                if peer != came_from and (peer != rank or peer == 0):
                     line.send(message)
             self._news.notify_all()
         if why is not None and rank != self.rank:

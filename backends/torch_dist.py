@@ -198,7 +198,7 @@ class GlooCommunicator(TorchDistCommunicator):
         if group is not None and self.world_size > 1:
             peer = (self.rank + 1) % self.world_size
             try:
-                group.recv([torch.empty(1)], peer, 2**31 - 1).wait(timedelta(milliseconds=1))
+                group.recv([torch.empty(1, device="cpu")], peer, 2**31 - 1).wait(timedelta(milliseconds=1))
             except RuntimeError:
                 return  # as intended
 

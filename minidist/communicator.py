@@ -201,7 +201,7 @@ class Communicator(Membership, ABC):
         size = torch.tensor([data.numel()], dtype=torch.int64, device=self.device_type)
         self.broadcast(size, src, timeout_s=timeout_s)
         if self.rank != src:
-            data = torch.empty(int(size), dtype=torch.uint8)
+            data = torch.empty(int(size), dtype=torch.uint8, device="cpu")
         data = data.to(self.device_type)
         self.broadcast(data, src, timeout_s=timeout_s)
         return obj if self.rank == src else pickle.loads(data.cpu().numpy().tobytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -11,6 +12,9 @@ from concurrent.futures import Future
 from typing import final
 
 from minidist.traffic import Traffic
+
+EXIT_S = 1.0
+"""How long a process that ends waits for a job: one that is cut off inside of torch would crash it."""
 
 
 class Work(ABC):
@@ -110,15 +114,17 @@ class Progress:
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
             self._thread.start()
+            atexit.register(self.finish, EXIT_S)
         self._last = Future()
         self._jobs.put((job, self._last))
         return Pending(self._last, self._traffic)
 
-    def finish(self) -> None:
-        """Let the jobs finish, well or not, and end the thread."""
+    def finish(self, timeout_s: float | None = None) -> None:
+        """Let the jobs finish, well or not, and end the thread; wait for that no longer than ``timeout_s``."""
         if self._thread is not None:
             self._jobs.put(None)
-            self._thread.join()
+            self._thread.join(timeout_s)
+            atexit.unregister(self.finish)
             self._thread = None
 
     def _serve(self) -> None:

@@ -10,7 +10,8 @@ anything that makes one when it is called without arguments on each rank::
     pytest tests/test_conformance.py --comm my_package.MyCommunicator --comm-launcher torchrun --world-sizes 1,2,3,4
 
 The launcher is torchrun, mpirun, thread (the ranks are threads of `backends.thread.spawn_threads`) or
-none (one rank). ``-k all_reduce`` picks checks; ``--comm-lacks 'leaving=why'`` declares what it cannot do.
+none (one rank). ``-k all_reduce`` picks checks; ``--comm-lacks 'leaving=why'`` declares what it cannot do;
+``--comm-device cuda`` makes all tensors there.
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ def check_all_reduce_layouts(comm: Communicator) -> None:
 
 
 def check_all_reduce_same_bits_on_all_ranks(comm: Communicator) -> None:
-    generator = torch.Generator().manual_seed(comm.rank)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(comm.rank)
     for dtype in FLOATS:
         for op in (ReduceOp.SUM, ReduceOp.AVG, ReduceOp.PRODUCT):
             data = torch.randn(4097, generator=generator, dtype=torch.float64).to(dtype)
             comm.all_reduce(data, op)
-            bits = comm.all_gather_object(data.view(torch.uint8).numpy().tobytes())
+            bits = comm.all_gather_object(data.view(torch.uint8).cpu().numpy().tobytes())
             assert len(set(bits)) == 1, f"all_reduce {dtype} {op}: the ranks hold different bits"
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+from tests.inputs import DEVICE
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,7 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="PART=REASON",
         help="skip the checks with PART in their names, for this reason; can be repeated",
     )
+    group.addoption("--comm-device", default="cpu", help="the device of the tensors of the conformance suite")
     group.addoption("--world-sizes", metavar="1,2,...", help="numbers of ranks of the conformance suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ[DEVICE] = config.getoption("--comm-device")  # for the ranks, which are processes
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -20,6 +20,8 @@ from minidist.communicator import ReduceOp
 Check = TypeVar("Check", bound=Callable[..., None])
 FLOATS = tuple(dtype for dtype in checks.DTYPES if dtype.is_floating_point)
 SENTINEL = 99
+DEVICE = "MINIDIST_TEST_DEVICE"
+"""The variable that tells ranks on which device their tensors are; see `--comm-device`."""
 
 
 @dataclass(frozen=True)

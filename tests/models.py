@@ -129,7 +129,7 @@ def cnn() -> nn.Module:
 
 def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
     """Fill the parameters from a generator of their own: ranks that are threads share the global one."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)

@@ -23,6 +23,7 @@ from backends.thread import spawn_threads
 from minidist.communicator import Communicator
 from minidist.launch import detect
 from tests.harness import CHECK_LIMIT_S, Job
+from tests.inputs import DEVICE
 from tests.table import CHECKS, made_by, needs_of
 
 
@@ -89,6 +90,7 @@ def main(directory: Path) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def run_rank(rank: int) -> None:
+        torch.set_default_device(os.environ.get(DEVICE, "cpu"))
         with (directory / f"rank-{rank}.jsonl").open("w") as report:
             Rank(directory, rank, plan["world_size"], report).run(jobs)
 

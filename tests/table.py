@@ -55,7 +55,11 @@ ROWS = (
         "group-of-thread",
         "tests.table.group_of_thread",
         "thread",
-        {**ONE_PROCESS, "leaving_rank": "closing a group leaves its parent, whose ranks are all there, as it is"},
+        {
+            **ONE_PROCESS,
+            "leaving_rank": "closing a group leaves its parent, whose ranks are all there, as it is",
+            "training": "it runs the same schedules as its parent, the row thread",
+        },
     ),
     Row("gloo", "backends.torch_dist.GlooCommunicator", "torchrun"),
     Row("ring-gloo", "tests.table.ring_over_gloo", "torchrun"),

@@ -52,7 +52,7 @@ def _wanted(check: str, world_size: int) -> bool:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = [
-        pytest.param(case, id=f"{row.name}-{world_size}-{check}", marks=_marks(row, check))
+        pytest.param(case, id=f"{row.name}-{world_size}-{check}", marks=_marks(row, world_size, check))
         for row in _rows(metafunc.config)
         for world_size in _world_sizes(metafunc.config, row)
         for check in CHECKS
@@ -62,9 +62,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("case", cases)
 
 
-def _marks(row: Row, check: str) -> list[pytest.MarkDecorator]:
+def _marks(row: Row, world_size: int, check: str) -> list[pytest.MarkDecorator]:
     reason = row.missing(check)
-    return [] if reason is None else [pytest.mark.skip(reason=f"{row.name}: {reason}")]
+    if reason is not None:
+        return [pytest.mark.skip(reason=f"{row.name}: {reason}")]
+    return [pytest.mark.slow] if _is_slow(row, world_size, check) else []
+
+
+def _is_slow(row: Row, world_size: int, check: str) -> bool:
+    """Training takes most of the time: by default every case on threads, and on two processes of every backend."""
+    everywhere = ("check_training_mlp", "check_training_branches")
+    return check.startswith("check_training") and check not in everywhere and row.name != "thread" and world_size != 2
 
 
 class Worlds:

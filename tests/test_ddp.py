@@ -1,4 +1,7 @@
-"""DistributedDataParallel on ranks that are threads; the checks themselves are in training_checks.py."""
+"""What DistributedDataParallel does, on ranks that are threads; the checks themselves are in training_checks.py.
+
+That training equals that of one process is in conformance_training.py, for every communicator.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,6 @@ from tests.training_checks import CASES
 
 def run(check: Callable[..., None], world_size: int, *args: object) -> None:
     run_threads(lambda comm: check(comm, *args), world_size, timeout_s=60)
-
-
-@pytest.mark.parametrize("num_micro", [1, 2])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", CASES)
-def test_equals_one_process(name: str, world_size: int, num_micro: int) -> None:
-    training_checks.one_process(name, world_size, num_micro)  # once, for all threads
-    run(training_checks.check_equals_one_process, world_size, name, num_micro)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_equals_one_process_bit_for_bit(world_size: int) -> None:
-    run(training_checks.check_equals_one_process_bit_for_bit, world_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -64,7 +64,7 @@ CASES = {
 
 def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
     """Return the inputs and targets of one rank's (micro) step."""
-    generator = torch.Generator().manual_seed(1000 * step + rank)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1000 * step + rank)
     inputs = torch.randn(BATCH_SIZE, models.NUM_INPUTS, generator=generator, dtype=torch.float64)
     return inputs, torch.randn(BATCH_SIZE, models.NUM_OUTPUTS, generator=generator, dtype=torch.float64)
 
@@ -279,7 +279,7 @@ def check_autograd_grad_sends_nothing(comm: Communicator) -> None:
 def check_gradients_are_views(comm: Communicator) -> None:
     """Gradients live in the buckets, in the layout of their parameters."""
     ddp = DistributedDataParallel(models.seeded(models.cnn()), comm)
-    images = torch.randn(2, 1, 12, 12, generator=torch.Generator().manual_seed(comm.rank))
+    images = torch.randn(2, 1, 12, 12, generator=torch.Generator(torch.get_default_device()).manual_seed(comm.rank))
     ddp(images.to(memory_format=torch.channels_last)).sum().backward()
     memory = {bucket.flat.untyped_storage().data_ptr() for bucket in ddp.buckets}
     for parameter in ddp.parameters():
