@@ -40,3 +40,12 @@ def test_launch_commands_are_tested() -> None:
     for words in commands:
         settings = [word for word in words if "=" in word or word in ("-m", "-n", "torchrun", "mpirun")]
         assert all(f'"{setting}"' in TESTED for setting in settings), words
+
+
+def test_no_source_file_is_ignored_by_git() -> None:
+    sources = [
+        str(p.relative_to(ROOT)) for name in ("conf", "minidist", "backends") for p in (ROOT / name).rglob("*.*")
+    ]
+    named = [name for name in sources if "__pycache__" not in name]
+    done = subprocess.run(["git", "check-ignore", *named], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert not done.stdout, f"git leaves out:\n{done.stdout}"
