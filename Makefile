@@ -3,13 +3,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: mnist test check clean
+.PHONY: mnist test test-slow check clean
 
 mnist: $(INSTALLED)  ## train on handwritten digits, on 2 ranks
 	$(BIN)/python experiments/mnist.py comm=ring launch.nproc=2
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+test-slow: $(INSTALLED)  ## what `make test` leaves out: other numbers of ranks, the long sweep
+	$(BIN)/pytest --slow -m slow
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

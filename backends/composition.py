@@ -24,7 +24,7 @@ class Composition(ScheduledCommunicator):
         segment_bytes: see `ScheduledCommunicator`.
     """
 
-    def __init__(self, transport: Communicator, timeout_s: float | None = None, segment_bytes: int = 2**20) -> None:
+    def __init__(self, transport: Communicator, timeout_s: float | None = None, segment_bytes: int = 2**22) -> None:
         super().__init__(
             transport.rank, transport.world_size, transport.timeout_s if timeout_s is None else timeout_s, segment_bytes
         )

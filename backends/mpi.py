@@ -99,7 +99,7 @@ class MpiCommunicator(ScheduledCommunicator):
 
     launcher: ClassVar[str] = "mpirun"
 
-    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**20, mpi_comm: Any = None) -> None:
+    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, mpi_comm: Any = None) -> None:
         self.check_available()
         MPI = self._MPI = initialised()
         self._comm = MPI.COMM_WORLD.Dup() if mpi_comm is None else mpi_comm

@@ -41,7 +41,7 @@ class ScheduledCommunicator(Communicator):
         segment_bytes: the largest message; what is larger travels in segments. The same on all ranks.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0, segment_bytes: int = 2**20) -> None:
+    def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0, segment_bytes: int = 2**22) -> None:
         super().__init__(rank, world_size, timeout_s)
         if segment_bytes < 16:
             raise ValueError(f"segment_bytes must be at least 16, got {segment_bytes}")

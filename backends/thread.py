@@ -140,7 +140,7 @@ class ThreadCommunicator(ScheduledCommunicator):
 
     launcher: ClassVar[str] = "thread"
 
-    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**20) -> None:
+    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22) -> None:
         world, rank = getattr(_this_thread, "place", None) or (ThreadWorld(1), 0)
         super().__init__(rank, world.world_size, timeout_s, segment_bytes)
         self.exchange = world.next_exchange(rank)

@@ -57,7 +57,7 @@ class TorchDistCommunicator(ScheduledCommunicator):
         BackendUnavailableError: see `check_available`.
     """
 
-    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**20, place: Place | None = None) -> None:
+    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
         self.check_available()
         checks.group(0, 1, timeout_s)
         self._meeting = meet()
@@ -232,7 +232,7 @@ class NcclCommunicator(TorchDistCommunicator):
 
     device_type: ClassVar[str] = "cuda"
 
-    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**20, place: Place | None = None) -> None:
+    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
         self.check_available()
         torch.cuda.set_device(launch.detect().local_rank)
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

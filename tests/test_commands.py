@@ -113,6 +113,7 @@ def test_the_other_experiment(tmp_path: Path) -> None:
     check_run(only_run(tmp_path), "gloo", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_sweep_with_a_fresh_world_per_job(tmp_path: Path) -> None:
     command = ("python", MNIST, "-m", "comm=gloo,ring,mpi", "launch.nproc=2,4", *TINY)

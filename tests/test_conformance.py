@@ -42,7 +42,7 @@ def _world_sizes(config: pytest.Config, row: Row) -> list[int]:
         return [1]
     if chosen := config.getoption("--world-sizes"):
         return [int(size) for size in chosen.split(",")]
-    return [1, 2, 3, 4, 5, 8] if config.getoption("--slow") else [1, 2, 3, 4]
+    return [1, 2, 3, 4, 5, 8] if config.getoption("--slow") and row.launcher != "thread" else [1, 2, 3, 4]
 
 
 def _wanted(check: str, world_size: int) -> bool:
@@ -70,9 +70,10 @@ def _marks(row: Row, world_size: int, check: str) -> list[pytest.MarkDecorator]:
 
 
 def _is_slow(row: Row, world_size: int, check: str) -> bool:
-    """Training takes most of the time: by default every case on threads, and on two processes of every backend."""
-    everywhere = ("check_training_mlp", "check_training_branches")
-    return check.startswith("check_training") and check not in everywhere and row.name != "thread" and world_size != 2
+    """By default: processes in twos and threes, and every case of training once, on two ranks."""
+    if row.launcher in ("torchrun", "mpirun") and world_size not in (2, 3):
+        return True
+    return check.startswith("check_training") and world_size != 2 and check != "check_training_mlp"
 
 
 class Worlds:

@@ -51,7 +51,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor
     return last_parameters(directory)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_restarted_ranks_end_with_the_same_bits(victim: int, expected: dict[str, torch.Tensor], tmp_path: Path) -> None:
     with started(tmp_path, *TORCHRUN, MNIST, "comm=ring", *LONGER) as process:
         assert process.stdout is not None
