@@ -216,8 +216,9 @@ def _record(
     def rank_job() -> tuple[list[tuple[int, int]], int, int]:
         transport = RecordingCommunicator()
         with make(transport) as comm:
+            num_sent, messages, nbytes = len(transport.sent), comm.traffic.messages, comm.traffic.bytes
             job(comm)
-            return transport.sent, comm.traffic.messages, comm.traffic.bytes
+            return transport.sent[num_sent:], comm.traffic.messages - messages, comm.traffic.bytes - nbytes
 
     return spawn_threads(rank_job, n)
 
