@@ -27,7 +27,7 @@ def test_linked_files_exist(path: str) -> None:
 
 @pytest.mark.parametrize("group", ["comm", "data"])
 def test_choices_exist(group: str) -> None:
-    named = set(re.findall(rf"\b{group}=([a-z0-9_,]+)", README)) - {"mine"}
+    named = set(re.findall(rf"\b{group}=([a-z0-9_]+(?:,[a-z0-9_]+\b(?!=))*)", README)) - {"mine"}
     there = {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
     assert named
     assert {choice for choices in named for choice in choices.split(",")} <= there
