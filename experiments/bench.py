@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
-from experiments.compare import Row, communicators, interleaved, median, percentile_95, print_table, write_csv
+from experiments.compare import Row, communicators, interleaved, median, percentile_95, report
 from experiments.run import main
 from minidist.communicator import Communicator
 from minidist.errors import ConfigError
@@ -122,11 +120,8 @@ def bench(cfg: DictConfig) -> None:
         rows = [row for nbytes in sizes(cfg) for row in measure(cfg, comms, nbytes)]
         first = next(iter(comms.values()))
         if first.rank == 0:
-            directory = Path(HydraConfig.get().runtime.output_dir)
-            print(f"{cfg.op} of {cfg.dtype}, {first.world_size} ranks, medians of {cfg.iterations}")
-            print_table(rows, FORMATS)
-            write_csv(directory / "bench.csv", rows)
-            print(f"written: {directory / 'bench.csv'}")
+            title = f"{cfg.op} of {cfg.dtype}, {first.world_size} ranks, medians of {cfg.iterations}"
+            report(title, rows, FORMATS, "bench.csv")
 
 
 if __name__ == "__main__":

@@ -9,18 +9,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import hydra
 import torch
 import torch.distributed as dist
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import nn
 
 from backends.rendezvous import meet
 from experiments.communicators import build
-from experiments.compare import Row, communicators, interleaved, median, print_table, write_csv
+from experiments.compare import Row, communicators, interleaved, median, report
 from experiments.run import main
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
@@ -83,11 +81,8 @@ def bench_step(cfg: DictConfig) -> None:
         rows = [row for name in cfg.models for row in measure(name, cfg, comms)]
         dist.destroy_process_group()
     if world.rank == 0:
-        directory = Path(HydraConfig.get().runtime.output_dir)
-        print(f"{world.world_size} ranks, batch {cfg.batch_size} each, medians of {cfg.iterations} steps")
-        print_table(rows, FORMATS)
-        write_csv(directory / "bench_step.csv", rows)
-        print(f"written: {directory / 'bench_step.csv'}")
+        title = f"{world.world_size} ranks, batch {cfg.batch_size} each, medians of {cfg.iterations} steps"
+        report(title, rows, FORMATS, "bench_step.csv")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 
 from experiments.communicators import build, check_available
 from minidist.communicator import Communicator
@@ -68,16 +69,19 @@ def percentile_95(seconds: Sequence[float]) -> float:
     return ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
 
 
-def print_table(rows: Sequence[Row], formats: Mapping[str, str]) -> None:
-    """Print the columns that ``formats`` names, aligned, beneath their names."""
-    cells = [list(formats), *([format(row[name], how) for name, how in formats.items()] for row in rows)]
+def report(title: str, rows: Sequence[Row], formats: Mapping[str, str], name: str) -> None:
+    """Print the columns that ``formats`` names beneath ``title``, and write all as CSV to the run's directory."""
+    cells = [list(formats), *([format(row[column], how) for column, how in formats.items()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    print(title)
     for line in cells:
-        print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)), flush=True)
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
+    path = Path(HydraConfig.get().runtime.output_dir) / name
+    _write_csv(path, rows)
+    print(f"written: {path}", flush=True)
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write ``rows``, which have the same columns."""
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
