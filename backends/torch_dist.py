@@ -1,15 +1,14 @@
 """Gloo and NCCL through torch.distributed's process groups, with their native collectives.
 
 The process groups are made directly, without torch's global default group, so that several can exist
-one after the other in one process. Beside them a `Lifeline` knows which rank is gone: Gloo itself
-reports at most that some connection closed, and goes on waiting for ranks that wait for the dead one.
+one after the other in one process. Gloo itself reports at most that some connection closed, and goes on
+waiting for ranks that wait for the dead one; which rank is gone the lifeline of `ProcessCommunicator` knows.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -18,11 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from backends.lifeline import Lifeline
-from backends.rendezvous import meet, own_address
-from backends.scheduled import ScheduledCommunicator
-from minidist import checks, launch
-from minidist.communicator import Communicator, ReduceOp, Work
+from backends.processes import Place, ProcessCommunicator
+from minidist import launch
+from minidist.communicator import ReduceOp, Work
 from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError
 
 OPS = {
@@ -35,39 +32,13 @@ NEWS_S = 3.0
 """How long to wait for the name of the rank that is gone, after the data path broke."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a communicator is: its rank among how many, their store, and an address of their rank 0."""
-
-    rank: int
-    world_size: int
-    store: dist.Store
-    host: str
-
-
-class TorchDistCommunicator(ScheduledCommunicator):
-    """What the process groups of torch.distributed have in common.
-
-    Args:
-        timeout_s, segment_bytes: see `ScheduledCommunicator`.
-        place: the group of a split; None for all processes of the world.
-
-    Raises:
-        CommTimeoutError: not every rank came within ``timeout_s``.
-        BackendUnavailableError: see `check_available`.
-    """
+class TorchDistCommunicator(ProcessCommunicator):
+    """What the process groups of torch.distributed have in common."""
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
-        self.check_available()
-        checks.group(0, 1, timeout_s)
-        self._meeting = meet()
-        world = self._meeting.world
-        if place is None:
-            place = Place(world.rank, world.world_size, self._meeting.job_store(), self._meeting.host)
-        super().__init__(place.rank, place.world_size, timeout_s, segment_bytes)
-        self._store, self._num_splits = place.store, 0
-        self._lifeline = Lifeline(place.store, place.host, self.rank, self.world_size, self._interrupt, timeout_s)
-        self._group: Any = self._make_group(dist.PrefixStore("group", place.store))
+        self._group: Any = None  # a rank can be lost before it is made
+        super().__init__(timeout_s, segment_bytes, place)
+        self._group = self._make_group(dist.PrefixStore("group", self._store))
 
     def _make_group(self, store: dist.Store) -> Any:
         raise NotImplementedError
@@ -78,10 +49,6 @@ class TorchDistCommunicator(ScheduledCommunicator):
         self._wait(work, timeout_s)
 
     def _wait(self, work: Any, timeout_s: float) -> None:
-        raise NotImplementedError
-
-    def _interrupt(self) -> None:
-        """Make operations that run in other threads fail."""
         raise NotImplementedError
 
     # Collectives ------------------------------------------------------------------------------
@@ -127,37 +94,16 @@ class TorchDistCommunicator(ScheduledCommunicator):
 
     # Life -------------------------------------------------------------------------------------
 
-    def _split(self, groups: list[list[int]]) -> Communicator | None:
-        self._num_splits += 1
-        hosts = self.all_gather_object(self._host())
-        for index, ranks in enumerate(groups):
-            if self.rank in ranks:
-                store = dist.PrefixStore(f"split{self._num_splits}/{index}", self._store)
-                place = Place(ranks.index(self.rank), len(ranks), store, hosts[ranks[0]])
-                return type(self)(self.timeout_s, self.segment_bytes, place)
-        return None
-
-    def _host(self) -> str:
-        return "127.0.0.1" if self._meeting.one_host else own_address(self._meeting.host)
-
     def _close(self) -> None:
-        self._lifeline.leave()
+        super()._close()
         self._group = None
-
-    def _abort(self, reason: str) -> None:
-        self._lifeline.abort(reason)
-        self._interrupt()
-
-    def _gone(self) -> Mapping[int, str]:
-        return self._lifeline.lost
 
     def _translate(self, error: Exception) -> CommError:
         """Name the rank behind a broken connection; the lifeline hears of it within moments."""
         if not isinstance(error, RuntimeError):
             return super()._translate(error)
         self._lifeline.wait_for_news(NEWS_S)
-        if self._lifeline.left and not self._lifeline.lost:
-            self._lifeline.report(min(self._lifeline.left), "it left the group while it was needed")
+        self._report_left()
         if self._lifeline.lost:
             return self._lost()
         return super()._translate(error)

@@ -1,88 +1,42 @@
-"""One operation on several communicators, size by size: ``torchrun --nproc-per-node=2 experiments/bench.py``.
+"""One collective on several communicators, size by size: ``torchrun --nproc-per-node=2 experiments/bench.py``.
 
 busbw is the bandwidth that the wires carry under the best algorithm, as nccl-tests defines it; ``ratio`` is the
-time of the first communicator over this one's; ``wrong`` counts elements that differ from the closed form.
+time of the first communicator over this one's; ``wrong`` counts elements that differ from the closed form. The row
+``limit`` is what the memory of this host allows: the additions and copies of the shared-memory all-reduce, on the
+same memory, without waiting for anybody.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import hydra
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
-from experiments.compare import Row, communicators, interleaved, median, percentile_95, report
+from backends.shm import ShmCommunicator, add_and_write
+from experiments.collectives import BUSBW, Collective
+from experiments.compare import Action, communicators, interleaved, median, percentile_95, report
+from experiments.pictures import draw_bandwidth
 from experiments.run import main
-from minidist.communicator import Communicator
+from experiments.tables import Row
+from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
 
 FORMATS = {
     "bytes": "d",
+    "count": "d",
+    "dtype": "s",
+    "op": "s",
     "comm": "s",
-    "median_us": ".1f",
+    "latency_us": ".1f",
     "p95_us": ".1f",
     "algbw_GBps": ".2f",
     "busbw_GBps": ".2f",
     "ratio": ".2f",
     "wrong": "d",
 }
-BUSBW = {
-    "all_reduce": lambda n: 2 * (n - 1) / n,
-    "reduce_scatter": lambda n: (n - 1) / n,
-    "all_gather": lambda n: (n - 1) / n,
-    "broadcast": lambda n: 1.0,
-}
-
-
-class Operation:
-    """One operation on memory of its own, whose result is known without communication.
-
-    Element i of rank r is i mod 7 + r; sums of few of these are exact in every dtype.
-    """
-
-    def __init__(self, name: str, comm: Communicator, numel: int, dtype: torch.dtype) -> None:
-        self._name, self._comm = name, comm
-        self._numel = numel = numel // comm.world_size * comm.world_size
-        self._pattern = (torch.arange(numel) % 7).to(dtype)
-        self._large = comm.empty(numel, dtype)
-        self._small = comm.empty(numel // comm.world_size, dtype)
-        self.fill()
-
-    def fill(self) -> None:
-        """Write the input."""
-        torch.add(self._pattern, self._comm.rank, out=self._large)
-        self._small.copy_(self._block(self._large))
-
-    def run(self) -> None:
-        """Run the operation once."""
-        comm, large, small = self._comm, self._large, self._small
-        {
-            "all_reduce": partial(comm.all_reduce, large),
-            "reduce_scatter": partial(comm.reduce_scatter, small, large),
-            "all_gather": partial(comm.all_gather, large, small),
-            "broadcast": partial(comm.broadcast, large, 0),
-        }[self._name]()
-
-    def num_wrong(self) -> int:
-        """Run once on fresh input, and count the wrong elements."""
-        self.fill()
-        self.run()
-        n = self._comm.world_size
-        total = self._pattern * n + n * (n - 1) // 2
-        ranks = torch.arange(n, dtype=self._pattern.dtype).repeat_interleave(self._numel // n)
-        result, expected = {
-            "all_reduce": (self._large, total),
-            "reduce_scatter": (self._small, self._block(total)),
-            "all_gather": (self._large, self._pattern + ranks),
-            "broadcast": (self._large, self._pattern),
-        }[self._name]
-        return int((result != expected).sum())
-
-    def _block(self, tensor: Tensor) -> Tensor:
-        return tensor.view(self._comm.world_size, -1)[self._comm.rank]
+LIMIT = "limit"
 
 
 def sizes(cfg: DictConfig) -> Iterator[int]:
@@ -95,33 +49,71 @@ def sizes(cfg: DictConfig) -> Iterator[int]:
 
 def measure(cfg: DictConfig, comms: dict[str, Communicator], nbytes: int) -> list[Row]:
     """Return one row per communicator."""
-    dtype = getattr(torch, cfg.dtype)
-    first = next(iter(comms.values()))
-    operations = {n: Operation(cfg.op, comm, nbytes // dtype.itemsize, dtype) for n, comm in comms.items()}
-    actions: dict[str, Callable[[], None]] = {name: operation.run for name, operation in operations.items()}
-    seconds = interleaved(actions, first, cfg.warmup, cfg.iterations)
-    wrong = {name: sum(first.all_gather_object(operation.num_wrong())) for name, operation in operations.items()}
+    dtype, first = getattr(torch, cfg.dtype), next(iter(comms.values()))
+    collectives = {name: Collective(cfg, comm, nbytes // dtype.itemsize) for name, comm in comms.items()}
+    actions: dict[str, Action] = {name: collective.run for name, collective in collectives.items()}
+    if cfg.collective == "all_reduce" and (shm := _shared_memory(comms)):
+        actions[LIMIT] = _memory_limit(shm, nbytes // dtype.itemsize, dtype)
+    seconds = interleaved(actions, first, cfg.warmup, cfg.iterations, cfg.burst)
+    wrong = {name: sum(first.all_gather_object(collective.num_wrong())) for name, collective in collectives.items()}
     reference, rows = median(next(iter(seconds.values()))), []
     for name, times in seconds.items():
         algbw = nbytes / median(times) / 1e9
-        busbw = algbw * BUSBW[cfg.op](first.world_size)
+        busbw = algbw * BUSBW[cfg.collective](first.world_size)
+        what = (nbytes, nbytes // dtype.itemsize, cfg.dtype, cfg.op, name)
         latency = (median(times) * 1e6, percentile_95(times) * 1e6)
-        values = (nbytes, name, *latency, algbw, busbw, reference / median(times), wrong[name])
+        values = (*what, *latency, algbw, busbw, reference / median(times), wrong.get(name, 0))
         rows.append(dict(zip(FORMATS, values, strict=True)))
     return rows
 
 
+def _shared_memory(comms: dict[str, Communicator]) -> ShmCommunicator | None:
+    return next((comm for comm in comms.values() if isinstance(comm, ShmCommunicator)), None)
+
+
+def _memory_limit(comm: ShmCommunicator, numel: int, dtype: torch.dtype) -> Action:
+    blocks = comm.shared_blocks(comm.empty(numel, dtype).zero_())
+    return lambda: add_and_write(blocks, ReduceOp.SUM)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse settings that mean nothing.
+
+    Raises:
+        ConfigError: naming the setting and its choices.
+    """
+    choices = {
+        "collective": list(BUSBW),
+        "op": [op.value for op in ReduceOp],
+        "memory": ["empty", "ordinary"],
+        "dtype": ["float64", "float32", "float16", "bfloat16", "int64", "int32"],
+    }
+    for key, allowed in choices.items():
+        if cfg[key] not in allowed:
+            raise ConfigError(f"{key} must be one of {', '.join(allowed)}, got {cfg[key]}")
+    for key in ("min_bytes", "iterations", "burst"):
+        if cfg[key] < 1:
+            raise ConfigError(f"{key} must be at least 1, got {cfg[key]}")
+    if cfg.factor < 2:
+        raise ConfigError(f"factor must be at least 2, got {cfg.factor}")
+    if cfg.max_bytes < cfg.min_bytes:
+        raise ConfigError(f"max_bytes must be at least min_bytes = {cfg.min_bytes}, got {cfg.max_bytes}")
+    if cfg.in_place and cfg.collective != "all_gather":
+        raise ConfigError("in_place=true is for all_gather, whose input is then part of its output; leave it out")
+
+
 @hydra.main(version_base="1.3", config_path="../conf", config_name="bench")
 def bench(cfg: DictConfig) -> None:
-    """Compare, print, and write bench.csv."""
-    if cfg.op not in BUSBW:
-        raise ConfigError(f"op must be one of {', '.join(BUSBW)}, got {cfg.op}")
+    """Compare, print, and write bench.csv, bench.json and bench.png."""
+    check(cfg)
     with communicators(cfg.comms) as comms:
         rows = [row for nbytes in sizes(cfg) for row in measure(cfg, comms, nbytes)]
         first = next(iter(comms.values()))
         if first.rank == 0:
-            title = f"{cfg.op} of {cfg.dtype}, {first.world_size} ranks, medians of {cfg.iterations}"
-            report(title, rows, FORMATS, "bench.csv")
+            title = f"{cfg.collective}, {first.world_size} ranks, {cfg.memory} memory"
+            path = report(f"{title}, medians of {cfg.iterations * cfg.burst}", rows, FORMATS, "bench")
+            draw_bandwidth(path.with_suffix(".png"), title, rows)
+            print(f"written: {path}.csv, .json, .png", flush=True)
 
 
 if __name__ == "__main__":

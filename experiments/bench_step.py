@@ -7,7 +7,6 @@ Alone, with torch's own DistributedDataParallel over Gloo, and with minidist's o
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from datetime import timedelta
 
 import hydra
@@ -18,8 +17,10 @@ from torch import nn
 
 from backends.rendezvous import meet
 from experiments.communicators import build
-from experiments.compare import Row, communicators, interleaved, median, report
+from experiments.compare import Action, communicators, interleaved, median, report
+from experiments.pictures import draw_steps
 from experiments.run import main
+from experiments.tables import Row
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
 
@@ -35,7 +36,7 @@ FORMATS = {
 ALONE, TORCH = "no communication", "torch DDP, gloo"
 
 
-def step(model: nn.Module, shape: list[int], batch_size: int) -> Callable[[], None]:
+def step(model: nn.Module, shape: list[int], batch_size: int) -> Action:
     """Return a training step of ``model`` on one random batch."""
     inputs, targets = torch.randn(batch_size, *shape), torch.randint(10, (batch_size,))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -71,7 +72,7 @@ def measure(name: str, cfg: DictConfig, comms: dict[str, Communicator]) -> list[
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="bench_step")
 def bench_step(cfg: DictConfig) -> None:
-    """Compare, print, and write bench_step.csv."""
+    """Compare, print, and write bench_step.csv, bench_step.json and bench_step.png."""
     meeting = meet()
     world, store = meeting.world, meeting.job_store()
     with communicators(cfg.comms) as comms:
@@ -82,7 +83,9 @@ def bench_step(cfg: DictConfig) -> None:
         dist.destroy_process_group()
     if world.rank == 0:
         title = f"{world.world_size} ranks, batch {cfg.batch_size} each, medians of {cfg.iterations} steps"
-        report(title, rows, FORMATS, "bench_step.csv")
+        path = report(title, rows, FORMATS, "bench_step")
+        draw_steps(path.with_suffix(".png"), title, rows)
+        print(f"written: {path}.csv, .json, .png", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import csv
+import os
+import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 
 from experiments.communicators import build, check_available
+from experiments.tables import Row, table, write_csv, write_json
 from minidist.communicator import Communicator
 
-Row = dict[str, Any]
+Action = Callable[[], None]
 
 
 @contextmanager
@@ -40,22 +42,31 @@ def _overrides(name: str) -> list[str]:
 
 
 def interleaved(
-    actions: Mapping[str, Callable[[], None]], comm: Communicator, warmup: int, iterations: int
+    actions: Mapping[str, Action], comm: Communicator, warmup: int, iterations: int, burst: int = 0
 ) -> dict[str, list[float]]:
     """Run every action in turn, again and again; return the seconds of the slowest rank, by action.
 
-    ``comm`` lines the ranks up before each run, and gathers what they measured.
+    ``comm`` lines the ranks up before each turn, and gathers what they measured. A barrier leaves some ranks
+    earlier than others, which counts where an action is short: with a ``burst``, a turn is one action that is
+    not measured and then so many that are, each lined up by the one before it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for iteration in range(warmup + iterations):
         for name, action in actions.items():
             comm.barrier()
-            started = time.perf_counter()
-            action()
+            if burst:
+                action()
+            measured = [_seconds(action) for _ in range(max(burst, 1))]
             if iteration >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name] += measured
     by_rank = comm.all_gather_object(seconds)
     return {name: [max(times) for times in zip(*(rank[name] for rank in by_rank), strict=True)] for name in actions}
+
+
+def _seconds(action: Action) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
 
 
 def median(seconds: Sequence[float]) -> float:
@@ -69,20 +80,28 @@ def percentile_95(seconds: Sequence[float]) -> float:
     return ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
 
 
-def report(title: str, rows: Sequence[Row], formats: Mapping[str, str], name: str) -> None:
-    """Print the columns that ``formats`` names beneath ``title``, and write all as CSV to the run's directory."""
-    cells = [list(formats), *([format(row[column], how) for column, how in formats.items()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    print(title)
-    for line in cells:
-        print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
+def report(title: str, rows: Sequence[Row], formats: Mapping[str, str], name: str) -> Path:
+    """Print the rows beneath ``title``, and write all as CSV and JSON; return the path without its ending."""
     path = Path(HydraConfig.get().runtime.output_dir) / name
-    _write_csv(path, rows)
-    print(f"written: {path}", flush=True)
+    print(f"{title}\n{table(rows, formats)}")
+    write_csv(path.with_suffix(".csv"), rows, list(rows[0]))
+    write_json(path.with_suffix(".json"), {"title": title, **_machine()}, rows)
+    return path
 
 
-def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def _machine() -> dict[str, str | int | None]:
+    """Return what a result has to be read with."""
+    model = next((line for line in _cpu_info() if line.startswith("model name")), ": unknown")
+    return {
+        "command": " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": model.split(": ", 1)[1],
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []

@@ -61,11 +61,13 @@ def _tensor(comm: Membership, operation: str, name: str, tensor: Tensor) -> None
             f"{comm.who(operation)}: {name} has dtype {tensor.dtype}, which no backend moves; "
             f"use one of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}"
         )
-    if tensor.device.type not in (comm.device_type, "cuda"):
+    if not (tensor.is_cpu and comm.device_type == "cpu") and tensor.device.type not in (comm.device_type, "cuda"):
         raise ValueError(
             f"{comm.who(operation)}: {type(comm).__name__} moves {comm.device_type} tensors, "
             f"but {name} is on {tensor.device}; move it with .to('{comm.device_type}')"
         )
+    if tensor.is_contiguous():
+        return
     if 0 in tensor.stride() and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ValueError(f"{comm.who(operation)}: elements of {name} share memory (is it expanded?); use .clone()")
 
@@ -95,8 +97,10 @@ def reduction(comm: Membership, operation: str, op: ReduceOp, timeout_s: float |
         raise TypeError(f"{comm.who(operation)}: op must be a ReduceOp, got {op!r}; use ReduceOp.SUM")
     tensors(comm, operation, **named)
     dtype = next(iter(named.values())).dtype
-    name = str(dtype).removeprefix("torch.")
-    if op.name == "AVG" and not dtype.is_floating_point:
+    if dtype.is_floating_point:
+        return
+    if op.name == "AVG":
+        name = str(dtype).removeprefix("torch.")
         raise TypeError(f"{comm.who(operation)}: op AVG needs a floating-point tensor, got {name}; use SUM")
     if dtype == torch.bool and op.name not in ("MIN", "MAX"):
         raise TypeError(f"{comm.who(operation)}: op {op.name} is not defined for bool; use MAX (or), MIN (and)")

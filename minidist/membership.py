@@ -108,7 +108,8 @@ class Membership:
         timeout_s = checks.timeout(self, operation, timeout_s)
         if tensors and all(tensor is None or tensor.numel() == 0 for tensor in tensors):
             return DONE
-        job = staged(hook, [tensor if tensor is None else tensor.detach() for tensor in tensors], self.device_type)
+        tensors = [tensor.detach() if tensor is not None and tensor.requires_grad else tensor for tensor in tensors]
+        job = staged(hook, tensors, self.device_type)
 
         def run() -> None:
             started = time.perf_counter()

@@ -31,7 +31,8 @@ def staged(hook: Callable[..., None], tensors: Sequence[Tensor | None], device_t
 
 def is_native(tensor: Tensor, device_type: str) -> bool:
     """Whether a backend that works on ``device_type`` can take ``tensor`` as it is."""
-    return tensor.device.type == device_type and tensor.is_contiguous()
+    on_device = tensor.is_cpu if device_type == "cpu" else tensor.device.type == device_type
+    return on_device and tensor.is_contiguous()
 
 
 class Staged:

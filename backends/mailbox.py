@@ -1,0 +1,191 @@
+"""Send and receive through shared memory: for every pair of ranks a ring of slots that the sender fills.
+
+A message is cut into pieces of a slot's size. The sender copies a piece into the next free slot and counts it
+as *sent*; the receiver copies it out and counts it as *taken*. Each count has one writer, so nothing is locked::
+
+    slots of rank 0 to rank 1    |  7  |  4  |  5  |  6  |       sent by rank 0: 8, taken by rank 1: 5
+
+Nothing moves by itself: whoever waits for anything also moves what else can be moved (`Mailbox.advance`).
+Messages of one pair leave in order, and those whose tag nobody expects yet are kept in memory of the receiver.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from minidist.errors import MismatchError
+
+NUM_SLOTS = 4
+SLOT_BYTES = 2**17
+LINE = 8
+"""Words in a cache line; a word that is waited for has one of its own."""
+
+
+def num_words(world_size: int) -> int:
+    """Return how many words a rank's mailbox needs: two counts and the slots' headers, for every peer."""
+    return LINE * world_size * (2 + NUM_SLOTS)
+
+
+class Letter:
+    """A message as one side sees it.
+
+    Attributes:
+        memory: 1-d, bytes: what is sent, or where it goes.
+        tag: as the user of the mailbox chose it.
+        error: what was wrong with it, once it is done.
+    """
+
+    def __init__(self, memory: Tensor, tag: int, heir: Letter | None = None) -> None:
+        self.memory, self.tag, self.nbytes = memory, tag, memory.numel()
+        self.error: MismatchError | None = None
+        self.num_moved = 0
+        self.heir = heir  # the receive whose memory this message could not go into at once
+
+    @property
+    def done(self) -> bool:
+        """Whether all of it has been copied out of, or into, its memory."""
+        return self.num_moved == self.nbytes
+
+    def next_piece(self, length: int) -> Tensor:
+        """Return the next ``length`` bytes, which the caller copies."""
+        start = self.num_moved
+        self.num_moved += length
+        return self.memory[start : start + length]
+
+    def deliver(self) -> None:
+        """Hand what is complete over to its heir."""
+        if self.heir is not None:
+            if self.heir.nbytes == self.nbytes:
+                self.heir.memory.copy_(self.memory)
+            else:
+                sizes = f"the message has {self.nbytes} bytes, its receive expects {self.heir.nbytes}"
+                self.heir.error = MismatchError(sizes)
+            self.heir.num_moved = self.heir.nbytes
+
+
+class _Exchange:
+    """The mail between this rank and one other."""
+
+    def __init__(self) -> None:
+        self.outgoing: deque[Letter] = deque()
+        self.expected: dict[int, deque[Letter]] = defaultdict(deque)
+        self.early: dict[int, deque[Letter]] = defaultdict(deque)
+        self.opened: Letter | None = None
+        self.num_expected = 0
+
+
+class Mailbox:
+    """The mail of one rank.
+
+    Args:
+        rank: the rank of this process.
+        words: per rank the words of its mailbox.
+        slots: per rank its slots: bytes, of shape (world_size, NUM_SLOTS, SLOT_BYTES), by destination.
+        ring: called with the rank that may have waited for what was moved.
+    """
+
+    def __init__(
+        self, rank: int, words: Sequence[memoryview], slots: Sequence[Tensor], ring: Callable[[int], None]
+    ) -> None:
+        self._rank, self._words, self._ring = rank, words, ring
+        self._slots = [list(slot.view(len(words) * NUM_SLOTS, SLOT_BYTES)) for slot in slots]
+        # Words: what was sent to each rank, what was taken from each, and (tag, bytes, bytes in it) of each slot.
+        self._taken, self._headers = LINE * len(words), 2 * LINE * len(words)
+        self._exchanges = [_Exchange() for _ in words]
+        self._lock = threading.Lock()
+        self._num_open = 0
+
+    def send(self, memory: Tensor, dst: int, tag: int) -> Letter:
+        """Start to send bytes."""
+        letter = Letter(memory, tag)
+        with self._lock:
+            self._exchanges[dst].outgoing.append(letter)
+            self._num_open += 1
+        self.advance()
+        return letter
+
+    def receive(self, memory: Tensor, src: int, tag: int) -> Letter:
+        """Start to receive bytes."""
+        letter, exchange = Letter(memory, tag), self._exchanges[src]
+        with self._lock:
+            if not exchange.early[tag]:
+                exchange.expected[tag].append(letter)
+                self._expect(exchange, 1)
+            else:
+                early = exchange.early[tag].popleft()
+                early.heir = letter
+                if early.done:
+                    early.deliver()
+                else:
+                    self._expect(exchange, 1)
+        return letter
+
+    def advance(self) -> None:
+        """Move what can be moved now."""
+        if not self._num_open:
+            return
+        with self._lock:
+            for peer, exchange in enumerate(self._exchanges):
+                while exchange.outgoing and self._push(peer, exchange):
+                    pass
+                while exchange.num_expected and self._pull(peer, exchange):
+                    pass
+
+    def _push(self, dst: int, exchange: _Exchange) -> bool:
+        """Fill a slot, if one is free."""
+        own, letter = self._words[self._rank], exchange.outgoing[0]
+        sent = own[LINE * dst]
+        if sent - self._words[dst][self._taken + LINE * self._rank] == NUM_SLOTS:
+            return False
+        slot = dst * NUM_SLOTS + sent % NUM_SLOTS
+        length = min(letter.nbytes - letter.num_moved, SLOT_BYTES)
+        self._slots[self._rank][slot][:length].copy_(letter.next_piece(length))
+        header = self._headers + LINE * slot
+        own[header], own[header + 1], own[header + 2] = letter.tag, letter.nbytes, length
+        own[LINE * dst] = sent + 1
+        self._ring(dst)
+        if letter.done:
+            exchange.outgoing.popleft()
+            self._num_open -= 1
+        return True
+
+    def _pull(self, src: int, exchange: _Exchange) -> bool:
+        """Empty a slot, if one is full."""
+        own, theirs = self._words[self._rank], self._words[src]
+        taken = own[self._taken + LINE * src]
+        if theirs[LINE * self._rank] == taken:
+            return False
+        slot = self._rank * NUM_SLOTS + taken % NUM_SLOTS
+        header = self._headers + LINE * slot
+        if exchange.opened is None:
+            exchange.opened = _open(exchange, theirs[header], theirs[header + 1])
+        letter, length = exchange.opened, theirs[header + 2]
+        letter.next_piece(length).copy_(self._slots[src][slot][:length])
+        own[self._taken + LINE * src] = taken + 1
+        self._ring(src)
+        if letter.done:
+            exchange.opened = None
+            letter.deliver()
+            if letter not in exchange.early[letter.tag]:
+                self._expect(exchange, -1)
+        return True
+
+    def _expect(self, exchange: _Exchange, change: int) -> None:
+        exchange.num_expected += change
+        self._num_open += change
+
+
+def _open(exchange: _Exchange, tag: int, nbytes: int) -> Letter:
+    """Return where the message that begins now goes."""
+    heir = exchange.expected[tag].popleft() if exchange.expected[tag] else None
+    if heir is not None and heir.nbytes == nbytes:
+        return heir
+    letter = Letter(torch.empty(nbytes, dtype=torch.uint8, device="cpu"), tag, heir)
+    if heir is None:
+        exchange.early[tag].append(letter)
+    return letter

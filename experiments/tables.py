@@ -1,0 +1,37 @@
+"""Rows of results as a table for people and as files for programs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def table(rows: Sequence[Row], formats: Mapping[str, str]) -> str:
+    """Return one line per row beneath a line of names: the columns of ``formats``, aligned."""
+    cells = [list(formats), *([format(row[column], how) for column, how in formats.items()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numbers = [not isinstance(rows[0][column], str) for column in formats] if rows else [False] * len(formats)
+    return "\n".join(
+        "  ".join(
+            f"{cell:{'>' if right else '<'}{width}}" for cell, width, right in zip(line, widths, numbers, strict=True)
+        ).rstrip()
+        for line in cells
+    )
+
+
+def write_csv(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Write the ``columns`` of every row, beneath a line of names."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Write every row, and beside them what they are ``about``."""
+    path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
