@@ -1,6 +1,8 @@
 # Every target installs what it needs into .venv first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# Two tests at a time: most start processes and wait for them.
+WORKERS := -n 2 --dist loadgroup
 INSTALLED := .venv/installed
 
 .PHONY: mnist test test-slow check clean
@@ -9,10 +11,10 @@ mnist: $(INSTALLED)  ## train on handwritten digits, on 2 ranks
 	$(BIN)/python experiments/mnist.py comm=ring launch.nproc=2
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
 
 test-slow: $(INSTALLED)  ## what `make test` leaves out: other numbers of ranks, the long sweep
-	$(BIN)/pytest --slow -m slow
+	$(BIN)/pytest $(WORKERS) --slow -m slow
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

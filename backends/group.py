@@ -37,3 +37,10 @@ class GroupCommunicator(ScheduledCommunicator):
 
     def _translate(self, error: Exception) -> CommError:
         return self._parent._translate(error)
+
+
+def group_of(parent: ScheduledCommunicator, groups: list[list[int]]) -> GroupCommunicator | None:
+    """Return the communicator of this rank's group, if it is in one; all ranks of ``parent`` call it."""
+    channel = parent._new_channel()
+    ranks = next((group for group in groups if parent.rank in group), None)
+    return None if ranks is None else GroupCommunicator(parent, ranks, channel)

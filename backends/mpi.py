@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from backends import cores
 from backends.notices import Notices
 from backends.scheduled import ScheduledCommunicator
 from minidist import launch
@@ -30,8 +31,10 @@ from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, PeerLostError
 
 MAX_COUNT = 2**31 - 1
-SPIN = 100
-"""Tests before the first pause: about 100 us, within which most small operations are done."""
+SPIN_S = 2e-3
+"""How long to test without a pause where every rank has a core; a process that sleeps wakes late."""
+BACKGROUND_SPIN_S = 1e-4
+"""The same where an operation runs beside other work of its rank."""
 PAUSE_S = 1e-5
 GRACE_S = 0.5
 """How long an operation may go on after a rank has left: it may have got all that it needs."""
@@ -105,6 +108,7 @@ class MpiCommunicator(ScheduledCommunicator):
         self._comm = MPI.COMM_WORLD.Dup() if mpi_comm is None else mpi_comm
         _check_world(MPI.COMM_WORLD.size)
         super().__init__(self._comm.rank, self._comm.size, timeout_s, segment_bytes)
+        self._spin_s = SPIN_S if cores.one_each(self._comm.allgather(cores.here()), self.rank) else 0.0
         self._notices = notices()
         self._key = self._comm.bcast(secrets.token_hex(8))
         world_group = MPI.COMM_WORLD.Get_group()
@@ -174,7 +178,7 @@ class MpiCommunicator(ScheduledCommunicator):
     def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
         if not self._reduces(input):
             return super()._reduce_scatter(output, input, op, timeout_s)
-        memory = self._memory("input", input.numel(), input.dtype).copy_(input.view(-1))
+        memory = self._scratch.copy_of("input", input)
         request = self._comm.Ireduce_scatter_block(
             self._reduced(memory, output.numel()), self._reduced(output), self._ops[op]
         )
@@ -221,7 +225,8 @@ class MpiCommunicator(ScheduledCommunicator):
         self._wait(request, time.monotonic() + timeout_s, timeout_s)
 
     def _wait(self, request: Request, deadline: float, timeout_s: float, peer: int | None = None) -> None:
-        for _ in range(SPIN):
+        spin_until = time.perf_counter() + (BACKGROUND_SPIN_S if self._progress.serving else self._spin_s)
+        while time.perf_counter() < spin_until:
             if request.Test():
                 return
         while not request.Test():

@@ -8,29 +8,28 @@ are still on their way::
     step      | irecv s0 s1 s2 | isend s0 s1 s2 | wait s0, add s0 | wait s1, add s1 | ...
 
 Received segments wait in scratch memory that is kept between calls, because fresh pages cost more than
-the copy into them. Chunks without elements (fewer elements than ranks) are skipped on both sides.
+the copy into them. Where it is safe, the receives of the next step are posted before this one has ended.
+Chunks without elements (fewer elements than ranks) are skipped on both sides.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from backends import schedules
+from backends.reductions import COMBINE
+from backends.scratch import Scratch
+from minidist import checks
 from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.schedule import Recv, Reduce, Send, Step
 
 TAG = 2**15 - 1
 """The tag of all messages of schedules; users' tags are below it."""
-COMBINE: dict[ReduceOp, Callable[..., Tensor]] = {
-    ReduceOp.SUM: torch.add,
-    ReduceOp.MIN: torch.minimum,
-    ReduceOp.MAX: torch.maximum,
-    ReduceOp.PRODUCT: torch.mul,
-}
+Received = tuple[Work, Tensor, Tensor]
 
 
 class ScheduledCommunicator(Communicator):
@@ -43,10 +42,8 @@ class ScheduledCommunicator(Communicator):
 
     def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0, segment_bytes: int = 2**22) -> None:
         super().__init__(rank, world_size, timeout_s)
-        if segment_bytes < 16:
-            raise ValueError(f"segment_bytes must be at least 16, got {segment_bytes}")
-        self.segment_bytes = segment_bytes
-        self._scratch: dict[str, Tensor] = {}
+        self.segment_bytes = checks.segment_bytes(segment_bytes)
+        self._scratch, self._turn = Scratch(), 0
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:
         steps = schedules.direct_all_reduce(self.rank, self.world_size)
@@ -89,15 +86,13 @@ class ScheduledCommunicator(Communicator):
 
     def _barrier(self, timeout_s: float) -> None:
         steps = schedules.dissemination_barrier(self.rank, self.world_size)
-        tokens = self._memory("barrier", 2, torch.uint8)
+        tokens = self._scratch.take("barrier", 2, torch.uint8, self.device_type)
         self._execute(steps, [tokens[:1], tokens[1:]], ReduceOp.SUM, timeout_s)
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:
-        from backends.group import GroupCommunicator  # a group is itself a ScheduledCommunicator
+        from backends.group import group_of  # a group is itself a ScheduledCommunicator
 
-        channel = self._new_channel()
-        ranks = next((group for group in groups if self.rank in group), None)
-        return None if ranks is None else GroupCommunicator(self, ranks, channel)
+        return group_of(self, groups)
 
     # The executor -----------------------------------------------------------------------------
 
@@ -110,37 +105,51 @@ class ScheduledCommunicator(Communicator):
     def _run_reduce_scatter(
         self, steps: Iterator[Step], output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float
     ) -> None:
-        chunks = self._cut(self._memory("input", input.numel(), input.dtype).copy_(input.view(-1)))
+        chunks = self._cut(self._scratch.copy_of("input", input))
         self._execute(steps, chunks, op, timeout_s)
         output.view(-1).copy_(chunks[self.rank])
 
-    def _execute(self, steps: Iterable[Step], chunks: Sequence[Tensor], op: ReduceOp, timeout_s: float) -> None:
+    def _execute(self, steps: Iterator[Step], chunks: Sequence[Tensor], op: ReduceOp, timeout_s: float) -> None:
         """Run this rank's ``steps`` on the memory in ``chunks``; each chunk is 1-d and contiguous."""
         deadline = time.monotonic() + timeout_s
-        for step in steps:
-            self._execute_step(step, chunks, op, max(deadline - time.monotonic(), 1e-3))
+        step, early = next(steps, None), None
+        while step is not None:
+            remaining = max(deadline - time.monotonic(), 1e-3)
+            received = self._post_receives(step, chunks, remaining) if early is None else early
+            sent = self._post_sends(step, chunks, remaining)
+            following, early = next(steps, None), None
+            if following is not None and _can_be_early(following, step, len(sent)):
+                for work in sent:
+                    work.wait()
+                early = self._post_receives(following, chunks, remaining)
+            for work, piece, segment in received:
+                work.wait()
+                if piece.data_ptr() != segment.data_ptr():
+                    COMBINE[op](segment, piece, out=segment)
+            for work in sent:
+                work.wait()
+            step = following
 
-    def _execute_step(self, step: Step, chunks: Sequence[Tensor], op: ReduceOp, timeout_s: float) -> None:
-        received: list[tuple[Work, Tensor, Tensor]] = []
-        sent: list[Work] = []
+    def _post_receives(self, step: Step, chunks: Sequence[Tensor], timeout_s: float) -> list[Received]:
+        """Return what to wait for, the memory that it comes into, and the segment that it belongs into."""
+        received: list[Received] = []
         arrivals = [transfer for transfer in step if not isinstance(transfer, Send)]
-        scratch = self._memories([chunks[a.chunk] for a in arrivals if isinstance(a, Reduce)])
+        reduced = [chunks[arrival.chunk] for arrival in arrivals if isinstance(arrival, Reduce)]
+        self._turn = 1 - self._turn  # what arrives early must not overwrite what is being reduced
+        scratch = self._scratch.pieces(f"reduce{self._turn}", reduced)
         for arrival in arrivals:
             chunk = chunks[arrival.chunk]
             target = chunk if isinstance(arrival, Recv) else next(scratch)
             for piece, segment in zip(self._segments(target), self._segments(chunk), strict=True):
                 received.append((self._irecv(piece, arrival.peer, self._tag(TAG), timeout_s), piece, segment))
-        for transfer in step:
-            if isinstance(transfer, Send):
-                for segment in self._segments(chunks[transfer.chunk]):
-                    sent.append(self._isend(segment, transfer.peer, self._tag(TAG), timeout_s))
-                    self.traffic.count(segment.nbytes)
-        for work, piece, segment in received:
-            work.wait()
-            if piece.data_ptr() != segment.data_ptr():
-                COMBINE[op](segment, piece, out=segment)
-        for work in sent:
-            work.wait()
+        return received
+
+    def _post_sends(self, step: Step, chunks: Sequence[Tensor], timeout_s: float) -> list[Work]:
+        sends = [transfer for transfer in step if isinstance(transfer, Send)]
+        segments = [(segment, send.peer) for send in sends for segment in self._segments(chunks[send.chunk])]
+        for segment, _ in segments:
+            self.traffic.count(segment.nbytes)
+        return [self._isend(segment, peer, self._tag(TAG), timeout_s) for segment, peer in segments]
 
     def _segments(self, chunk: Tensor) -> Sequence[Tensor]:
         if chunk.nbytes <= self.segment_bytes:
@@ -154,15 +163,13 @@ class ScheduledCommunicator(Communicator):
     def _root_chunks(self, many: Tensor | None, one: Tensor) -> Sequence[Tensor]:
         return [one.view(-1)] * self.world_size if many is None else self._cut(many)
 
-    def _memories(self, chunks: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Scratch memory of the sizes of ``chunks``, which have one dtype."""
-        if chunks:
-            sizes = [chunk.numel() for chunk in chunks]
-            yield from torch.split(self._memory("reduce", sum(sizes), chunks[0].dtype), sizes)
 
-    def _memory(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
-        """Scratch memory that is kept, and grows, between calls."""
-        nbytes = numel * dtype.itemsize
-        if name not in self._scratch or self._scratch[name].numel() < nbytes:
-            self._scratch[name] = torch.empty(nbytes, dtype=torch.uint8, device=self.device_type)
-        return self._scratch[name][:nbytes].view(dtype)
+def _can_be_early(following: Step, step: Step, num_sent: int) -> bool:
+    """Whether the receives of ``following`` can be posted before ``step`` has ended, but for its sends.
+
+    A peer's send then finds its receive waiting, which saves a message over most transports. Not where a chunk
+    travels in segments: to wait for the sends first would leave no transfer to hide the reduction behind.
+    """
+    arriving = {transfer.chunk for transfer in step if not isinstance(transfer, Send)}
+    overwritten = {transfer.chunk for transfer in following if isinstance(transfer, Recv)}
+    return num_sent <= sum(isinstance(transfer, Send) for transfer in step) and not arriving & overwritten

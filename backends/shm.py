@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -32,12 +31,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from backends import doorbell, mailbox
+from backends import cores, doorbell, mailbox
 from backends.doorbell import Doorbell
 from backends.heap import Heap, OwnHeap, attach, unreachable
 from backends.mailbox import Letter, Mailbox
 from backends.processes import Place, ProcessCommunicator
-from backends.scheduled import COMBINE
+from backends.reductions import combine
 from minidist import checks, launch
 from minidist.communicator import Device, ReduceOp, Shape, Work
 from minidist.errors import (
@@ -124,17 +123,17 @@ class ShmCommunicator(ProcessCommunicator):
     def _meet_heaps(self, control: int) -> tuple[list[Heap], bool]:
         """Map the heaps of all ranks; also return whether every rank has a core to itself."""
         self._heap.words(control, NUM_WORDS)[SECRET] = secret = secrets.randbits(62)
-        hello = (self._heap.address, secret, sorted(os.sched_getaffinity(0)))
+        hello = (self._heap.address, secret, cores.here())
         self._store.set(f"shm{self.rank}", json.dumps(hello))
-        heaps, cores = list[Heap](), set[int]()
+        heaps, places = list[Heap](), list[cores.Cores]()
         for rank in range(self.world_size):
-            address, expected, rank_cores = json.loads(self._store.get(f"shm{rank}"))
+            address, expected, place = json.loads(self._store.get(f"shm{rank}"))
             heap = self._heap if rank == self.rank else attach(address)
             if heap.words(control, NUM_WORDS)[SECRET] != expected:
                 raise unreachable("it belongs to somebody else")
             heaps.append(heap)
-            cores |= set(rank_cores)
-        return heaps, len(cores) >= self.world_size
+            places.append(place)
+        return heaps, cores.one_each(places, self.rank)
 
     def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:
         if device is not None and torch.device(device).type != "cpu":
@@ -153,7 +152,7 @@ class ShmCommunicator(ProcessCommunicator):
             own, parts, signature = self._inline_parts(self._count & 1, flat.numel(), flat.dtype, op)
             own.copy_(flat)
             self._meet(signature, NOWHERE, deadline)
-            return _combine(op, parts, flat)
+            return combine(op, parts, flat)
         offsets = self._begin("all_reduce", flat, flat, op, 0, deadline)
         if NOWHERE in offsets:
             return self._all_reduce_staged(flat, op, deadline)
@@ -174,7 +173,7 @@ class ShmCommunicator(ProcessCommunicator):
         def reduce_own(k: int) -> None:
             if k < len(pieces[me]):
                 own = pieces[me][k]
-                _combine(op, [own, *(stage.piece(rank, k, me, own) for rank in others)], own)
+                combine(op, [own, *(stage.piece(rank, k, me, own) for rank in others)], own)
                 stage.piece(me, k, n, own).copy_(own)
 
         def store_results(k: int) -> None:
@@ -258,7 +257,7 @@ class ShmCommunicator(ProcessCommunicator):
             self._meet(_signature(kind, like, op, root), NOWHERE, deadline)
             for target, parts in reads:
                 views = [self._view(rank, inline + piece * like.nbytes, numel, dtype) for rank, piece in parts]
-                _combine(op, views, target)
+                combine(op, views, target)
             return None
         offsets = self._begin(kind, like, source, op, root, deadline)
         if NOWHERE in (offsets[root : root + 1] if kind in ROOTED_SOURCE else offsets):
@@ -267,7 +266,7 @@ class ShmCommunicator(ProcessCommunicator):
             views = [self._view(rank, offsets[rank] + piece * like.nbytes, numel, dtype) for rank, piece in parts]
             cut = [torch.split(view, BLOCK_BYTES // dtype.itemsize) for view in (target, *views)]
             for block, *others in zip(*cut, strict=True):
-                _combine(op, others, block)
+                combine(op, others, block)
         return self._meet(0, NOWHERE, deadline)
 
     def _exchange_staged(
@@ -289,7 +288,7 @@ class ShmCommunicator(ProcessCommunicator):
 
         def read_pieces(k: int) -> None:
             for target, parts in targets:
-                _combine(op, [stage.piece(rank, k, index, target[k]) for rank, index in parts], target[k])
+                combine(op, [stage.piece(rank, k, index, target[k]) for rank, index in parts], target[k])
 
         self._run_rounds(-(-like.numel() // stage.numel), (stage_pieces, read_pieces), deadline)
 
@@ -442,26 +441,9 @@ def _has_come(words: memoryview, count: int) -> bool:
 def add_and_write(blocks: Blocks, op: ReduceOp) -> None:
     """Combine the blocks of all ranks, and write the result to all of them."""
     for own, others in blocks:
-        _combine(op, [own, *others], own)
+        combine(op, [own, *others], own)
         for other in others:
             other.copy_(own)
-
-
-def _combine(op: ReduceOp, parts: Sequence[Tensor], target: Tensor) -> None:
-    """Write the combination of ``parts``, in their order, into ``target``."""
-    if len(parts) == 1:
-        target.copy_(parts[0])
-        return
-    combine = COMBINE[op]
-    if len(parts) > 2 and target.dtype in (torch.float16, torch.bfloat16):
-        total = parts[0].float()
-        for part in parts[1:]:
-            combine(total, part, out=total)
-        target.copy_(total)
-        return
-    combine(parts[0], parts[1], out=target)
-    for part in parts[2:]:
-        combine(target, part, out=target)
 
 
 _KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}

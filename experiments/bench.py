@@ -37,6 +37,8 @@ FORMATS = {
     "wrong": "d",
 }
 LIMIT = "limit"
+MAX_BURST_BYTES = 2**28
+"""Large sizes get shorter bursts."""
 
 
 def sizes(cfg: DictConfig) -> Iterator[int]:
@@ -54,7 +56,8 @@ def measure(cfg: DictConfig, comms: dict[str, Communicator], nbytes: int) -> lis
     actions: dict[str, Action] = {name: collective.run for name, collective in collectives.items()}
     if cfg.collective == "all_reduce" and (shm := _shared_memory(comms)):
         actions[LIMIT] = _memory_limit(shm, nbytes // dtype.itemsize, dtype)
-    seconds = interleaved(actions, first, cfg.warmup, cfg.iterations, cfg.burst)
+    burst = max(2, min(cfg.burst, MAX_BURST_BYTES // nbytes))
+    seconds = interleaved(actions, first, cfg.warmup, cfg.iterations, burst)
     wrong = {name: sum(first.all_gather_object(collective.num_wrong())) for name, collective in collectives.items()}
     reference, rows = median(next(iter(seconds.values()))), []
     for name, times in seconds.items():
@@ -111,7 +114,7 @@ def bench(cfg: DictConfig) -> None:
         first = next(iter(comms.values()))
         if first.rank == 0:
             title = f"{cfg.collective}, {first.world_size} ranks, {cfg.memory} memory"
-            path = report(f"{title}, medians of {cfg.iterations * cfg.burst}", rows, FORMATS, "bench")
+            path = report(f"{title}, medians of {cfg.iterations} bursts", rows, FORMATS, "bench")
             draw_bandwidth(path.with_suffix(".png"), title, rows)
             print(f"written: {path}.csv, .json, .png", flush=True)
 

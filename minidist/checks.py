@@ -36,6 +36,13 @@ def group(rank: int, world_size: int, timeout_s: float) -> None:
         raise ValueError(f"timeout_s must be greater than 0 seconds, got {timeout_s}")
 
 
+def segment_bytes(value: int) -> int:
+    """Return the size of a segment, which has to hold an element of any dtype."""
+    if value < 16:
+        raise ValueError(f"segment_bytes must be at least 16, got {value}")
+    return value
+
+
 def tensors(comm: Membership, operation: str, **named: Tensor) -> None:
     """Check that every tensor can travel at all, and that they are of one kind."""
     comm.ensure_usable(operation)
@@ -92,7 +99,8 @@ def message(comm: Membership, operation: str, tensor: Tensor, name: str, rank: i
 
 def reduction(comm: Membership, operation: str, op: ReduceOp, timeout_s: float | None, **named: Tensor) -> None:
     """Check tensors that are to be combined with ``op``, and all else: an average changes them at once."""
-    timeout(comm, operation, timeout_s)
+    if timeout_s is not None:
+        timeout(comm, operation, timeout_s)
     if not isinstance(op, Enum):
         raise TypeError(f"{comm.who(operation)}: op must be a ReduceOp, got {op!r}; use ReduceOp.SUM")
     tensors(comm, operation, **named)

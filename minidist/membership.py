@@ -106,10 +106,9 @@ class Membership:
     ) -> Work:
         self.ensure_usable(operation)
         timeout_s = checks.timeout(self, operation, timeout_s)
-        if tensors and all(tensor is None or tensor.numel() == 0 for tensor in tensors):
-            return DONE
-        tensors = [tensor.detach() if tensor is not None and tensor.requires_grad else tensor for tensor in tensors]
         job = staged(hook, tensors, self.device_type)
+        if job is None:
+            return DONE
 
         def run() -> None:
             started = time.perf_counter()

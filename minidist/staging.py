@@ -9,15 +9,24 @@ import torch
 from torch import Tensor
 
 
-def staged(hook: Callable[..., None], tensors: Sequence[Tensor | None], device_type: str) -> Callable[..., None]:
-    """Return ``hook`` bound to ``tensors``, or to copies of them that the backend can take.
+def staged(hook: Callable[..., None], tensors: Sequence[Tensor | None], device_type: str) -> Callable[..., None] | None:
+    """Return ``hook`` bound to ``tensors``, or to copies of them that the backend can take; None if all are empty.
 
     ``tensors`` is ``(tensor,)``, read and written, or ``(output, input)``; None where this rank has
     none. Copies are filled before the hook runs and written back after it, by the thread that runs it.
     """
-    if all(tensor is None or is_native(tensor, device_type) for tensor in tensors):
-        return functools.partial(hook, *tensors)
-    copies = [tensor if tensor is None else Staged(tensor, device_type) for tensor in tensors]
+    numel, native, detached = 0, True, list[Tensor | None]()
+    for tensor in tensors:  # one plain loop: what is done here is paid for by every operation
+        if tensor is not None:
+            numel += tensor.numel()
+            native = native and is_native(tensor, device_type)
+            tensor = tensor.detach() if tensor.requires_grad else tensor
+        detached.append(tensor)
+    if tensors and numel == 0:
+        return None
+    if native:
+        return functools.partial(hook, *detached)
+    copies = [tensor if tensor is None else Staged(tensor, device_type) for tensor in detached]
 
     def copy_run_copy(*args: object) -> None:
         if copies[-1] is not None:

@@ -109,6 +109,11 @@ class Progress:
         """Whether everything that was submitted has finished."""
         return self._last is None or self._last.done()
 
+    @property
+    def serving(self) -> bool:
+        """Whether this is its thread: the operation that asks runs beside other work of its rank."""
+        return threading.current_thread() is self._thread
+
     def submit(self, job: Callable[[], None]) -> Pending:
         """Run ``job`` after all that was submitted before it."""
         if self._thread is None:

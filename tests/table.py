@@ -65,6 +65,10 @@ ROWS = (
     Row("ring-gloo", "tests.table.ring_over_gloo", "torchrun"),
     Row("mpi", "backends.mpi.MpiCommunicator", "mpirun"),
     Row("ring-mpi", "tests.table.ring_over_mpi", "mpirun"),
+    Row("shm", "backends.shm.ShmCommunicator", "torchrun"),
+    Row("ring-shm", "tests.table.ring_over_shm", "torchrun"),
+    Row("shm-mpirun", "backends.shm.ShmCommunicator", "mpirun"),
+    Row("ring-shm-mpirun", "tests.table.ring_over_shm", "mpirun"),
 )
 
 
@@ -84,6 +88,10 @@ def ring_over_gloo() -> Communicator:
 
 def ring_over_mpi() -> Communicator:
     return RingCommunicator(made_by("backends.mpi.MpiCommunicator")())
+
+
+def ring_over_shm() -> Communicator:
+    return RingCommunicator(made_by("backends.shm.ShmCommunicator")())
 
 
 def group_of_thread() -> Communicator:

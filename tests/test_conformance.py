@@ -72,13 +72,14 @@ def _marks(row: Row, world_size: int, check: str) -> list[pytest.MarkDecorator]:
 
 
 SAME_WORKER = pytest.mark.xdist_group  # the cases that share a world run together
-FATAL_BY_DEFAULT = ("gloo", "ring-mpi")
+FATAL_BY_DEFAULT = ("gloo", "ring-mpi", "shm")
 COMPOSED_OF_THREADS = ("ring-thread", "group-of-thread")
+OTHER_LAUNCHER = ("shm-mpirun", "ring-shm-mpirun")
 
 
 def _is_slow(row: Row, world_size: int, check: str) -> bool:
     """By default: processes in twos and threes, and every case of training once, on two ranks."""
-    if row.launcher in ("torchrun", "mpirun") and world_size not in (2, 3):
+    if row.name in OTHER_LAUNCHER or (row.launcher in ("torchrun", "mpirun") and world_size not in (2, 3)):
         return True
     if row.name in COMPOSED_OF_THREADS and (world_size == 4 or check.startswith("check_training")):
         return True

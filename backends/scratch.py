@@ -1,0 +1,32 @@
+"""Memory that is kept between calls, because fresh pages cost more than the copy into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    """Named pieces of memory that grow as they are asked for."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def take(self, name: str, numel: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """Return ``numel`` elements; the next call with the same ``name`` returns the same memory."""
+        nbytes = numel * dtype.itemsize
+        if name not in self._memory or self._memory[name].numel() < nbytes:
+            self._memory[name] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return self._memory[name][:nbytes].view(dtype)
+
+    def copy_of(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a flat copy of ``tensor``."""
+        return self.take(name, tensor.numel(), tensor.dtype, tensor.device).copy_(tensor.view(-1))
+
+    def pieces(self, name: str, like: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield one piece of memory for each tensor in ``like``, which have one dtype and device."""
+        if like:
+            sizes = [tensor.numel() for tensor in like]
+            yield from torch.split(self.take(name, sum(sizes), like[0].dtype, like[0].device), sizes)
