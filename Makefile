@@ -1,8 +1,8 @@
 # Every target installs what it needs into .venv first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# Two tests at a time: most start processes and wait for them.
-WORKERS := -n 2 --dist loadgroup
+# Two test files at a time: most start processes and wait for them.
+WORKERS := -n 2 --dist loadfile
 INSTALLED := .venv/installed
 
 .PHONY: mnist test test-slow check clean

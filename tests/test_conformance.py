@@ -66,12 +66,9 @@ def _marks(row: Row, world_size: int, check: str) -> list[pytest.MarkDecorator]:
     reason = row.missing(check)
     if reason is not None:
         return [pytest.mark.skip(reason=f"{row.name}: {reason}")]
-    if _is_slow(row, world_size, check):
-        return [pytest.mark.slow, SAME_WORKER(f"{row.launcher}-{world_size}")]
-    return [SAME_WORKER(f"{row.launcher}-{world_size}")]
+    return [pytest.mark.slow] if _is_slow(row, world_size, check) else []
 
 
-SAME_WORKER = pytest.mark.xdist_group  # the cases that share a world run together
 FATAL_BY_DEFAULT = ("gloo", "ring-mpi", "shm")
 COMPOSED_OF_THREADS = ("ring-thread", "group-of-thread")
 OTHER_LAUNCHER = ("shm-mpirun", "ring-shm-mpirun")

@@ -20,7 +20,7 @@ LONGER = (
     "engine.checkpoint_every_steps=2",
 )
 TORCHRUN = ("torchrun", "--nproc-per-node=2", "--max-restarts=1")
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("killed")]  # one run to compare with
+pytestmark = pytest.mark.timeout(300)
 
 
 def kill_rank(launcher_pid: int, rank: int) -> None:

@@ -1,0 +1,124 @@
+"""One rank of a world in which test_shm.py tries something: ``python -m tests.shm_ranks disagree``."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from backends.shm import ShmCommunicator
+from minidist.communicator import Communicator, ReduceOp
+from minidist.errors import MismatchError, PeerLostError
+
+
+def disagree() -> None:
+    """Rank 1 calls something else than the others: each rank is told of both calls."""
+    calls: list[tuple[Callable[[Communicator], object], Callable[[Communicator], object], str]] = [
+        (
+            lambda comm: comm.all_reduce(torch.ones(5)),
+            lambda comm: comm.all_reduce(torch.ones(5), ReduceOp.MAX),
+            "all_reduce of 5 float32 with op MAX",
+        ),
+        (
+            lambda comm: comm.all_reduce(torch.ones(10000)),
+            lambda comm: comm.all_reduce(torch.ones(10000, dtype=torch.int32)),
+            "all_reduce of 10000 int32 with op SUM",
+        ),
+        (
+            lambda comm: comm.all_reduce(torch.ones(5)),
+            lambda comm: comm.all_reduce(torch.ones(50000)),
+            "all_reduce of 50000 float32",
+        ),
+        (
+            lambda comm: comm.broadcast(torch.ones(5), 0),
+            lambda comm: comm.broadcast(torch.ones(5), 1),
+            "broadcast of 5 float32 with op SUM and root 1",
+        ),
+        (
+            lambda comm: comm.barrier(),
+            lambda comm: comm.all_gather(torch.ones(15), torch.ones(5)),
+            "all_gather of 5 float32",
+        ),
+    ]
+    for usual, other, spelt in calls:
+        comm = ShmCommunicator(timeout_s=20)
+        try:
+            (other if comm.rank == 1 else usual)(comm)
+            print("no error")
+        except MismatchError as error:
+            print(
+                "as expected" if spelt in str(error) and "rank 1 calls" in str(error) else f"wrong: {error}", flush=True
+            )
+        comm.close()
+
+
+def leave_nothing() -> None:
+    """Much use of one communicator, then many communicators: files, mappings and memory are as before."""
+    with ShmCommunicator() as comm:
+        work(comm, 100)
+        before = footprint(comm)
+        work(comm, 10_000)
+        for _ in range(100):
+            comm.empty(2**24).fill_(1)
+        for _ in range(100):
+            with ShmCommunicator() as another:
+                work(another, 1)
+        del another
+        gc.collect()
+        after = footprint(comm)
+    num_files, num_maps, resident = (a - b for a, b in zip(after, before, strict=True))
+    same = num_files <= 0 and num_maps <= 4 and resident < 2**25
+    print("as before" if same else f"{num_files} files, {num_maps} maps, {resident} bytes more", flush=True)
+
+
+def work(comm: Communicator, times: int) -> None:
+    small, shared, ordinary = torch.ones(100), comm.empty(30_000).fill_(1), torch.ones(30_000)
+    for _ in range(times):
+        for tensor in (small, shared, ordinary):
+            comm.all_reduce(tensor)
+
+
+def footprint(comm: Communicator) -> tuple[int, int, int]:
+    comm.barrier()
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    maps = Path("/proc/self/maps").read_text().count("memfd:minidist")
+    return len(os.listdir("/proc/self/fd")), maps, resident
+
+
+def die_together() -> None:
+    """Hold memory, then die on all ranks at once."""
+    comm = ShmCommunicator()
+    held = comm.empty(2**24).fill_(1)
+    comm.barrier()
+    print(f"holds {held.nbytes >> 20} MiB", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def one_dies() -> None:
+    """Rank 1 is killed in the middle of an all-reduce; the others say who is gone, and how long that took."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun asks the others to end when one has died
+    comm = ShmCommunicator()
+    tensor = comm.empty(2**22).fill_(1)
+    comm.all_reduce(tensor)
+    if comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    try:
+        comm.all_reduce(tensor)
+    except PeerLostError as error:
+        seconds = time.monotonic() - started
+        print("named rank 1" if error.peers == (1,) and seconds < 2.0 else f"{error} after {seconds:.1f} s", flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"disagree": disagree, "leave_nothing": leave_nothing, "die_together": die_together, "one_dies": one_dies}[
+        sys.argv[1]
+    ]()

@@ -1,0 +1,204 @@
+"""What only shared memory can get wrong: the memory itself, and who can reach it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from backends.heap import ALIGNMENT, OwnHeap, attach, available_bytes
+from backends.mailbox import NUM_SLOTS, SLOT_BYTES, Mailbox, num_words
+from backends.shm import ShmCommunicator
+from minidist.errors import BackendUnavailableError, CommError, MismatchError
+from tests.harness import command, run_command
+
+
+def run_ranks(what: str, tmp_path: Path, world_size: int = 2, limit_s: float = 100) -> str:
+    """Run a function of tests/shm_ranks.py on every rank; return what they wrote."""
+    arguments = command("torchrun", world_size, "-m", "tests.shm_ranks", what)
+    returncode, output = run_command(arguments, tmp_path / "output.txt", limit_s)
+    assert returncode == 0, output
+    return output
+
+
+# The heap ---------------------------------------------------------------------------------------
+
+
+def test_memory_goes_back_and_is_used_again() -> None:
+    heap = OwnHeap()
+    first, second, third = (heap.take(1000, torch.float32, "test") for _ in range(3))
+    places = [heap.offset_of(tensor) for tensor in (first, second, third)]
+    assert places == [0, ALIGNMENT, 2 * ALIGNMENT]
+    view = second[10:20]
+    del second
+    assert heap.offset_of(heap.take(1, torch.uint8, "test")) == 3 * ALIGNMENT, "a view still needs it"
+    del first, view
+    gc.collect()
+    assert heap.offset_of(heap.take(2 * ALIGNMENT, torch.uint8, "test")) == 0, "two neighbours are one piece"
+
+
+def test_a_tensor_that_is_gone_holds_no_memory() -> None:
+    heap = OwnHeap()
+    before = os.fstat(heap._file).st_blocks
+    tensor = heap.take(2**24, torch.uint8, "test").fill_(1)
+    assert os.fstat(heap._file).st_blocks * 512 >= 2**24
+    del tensor
+    assert os.fstat(heap._file).st_blocks == before
+
+
+def test_too_little_memory_is_said_with_both_sizes() -> None:
+    heap = OwnHeap()
+    with pytest.raises(CommError, match=r"empty needs 1125899906842624 bytes of shared memory, but \d+ are available"):
+        heap.take(2**50, torch.uint8, "empty")
+    assert 0 < available_bytes() < 2**50
+
+
+def test_a_process_of_the_same_user_can_map_it_and_another_cannot() -> None:
+    heap = OwnHeap()
+    tensor = heap.take(8, torch.int64, "test").fill_(7)
+    assert attach(heap.address).tensor(heap.offset_of(tensor), 8, torch.int64).tolist() == [7] * 8
+    program = (
+        "import os, sys\n"
+        "if sys.argv[2] == 'other':\n"
+        "    os.setuid(65534)\n"
+        "try:\n"
+        "    os.open(sys.argv[1], os.O_RDWR)\n"
+        "    print('opened')\n"
+        "except PermissionError:\n"
+        "    print('refused')\n"
+    )
+
+    def tried(who: str) -> str:
+        done = subprocess.run([sys.executable, "-c", program, heap.address, who], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    assert tried("same") == "opened"
+    if os.getuid() == 0:
+        assert tried("other") == "refused"
+
+
+def test_memory_that_cannot_be_mapped_is_one_sentence() -> None:
+    with pytest.raises(BackendUnavailableError, match=r"shm cannot map the memory of another rank.*comm=gloo"):
+        attach("/proc/1/fd/no-such-file")
+
+
+# The mailbox ------------------------------------------------------------------------------------
+
+
+def two_mailboxes() -> tuple[Mailbox, Mailbox]:
+    words = [memoryview(bytearray(8 * num_words(2))).cast("q") for _ in range(2)]
+    slots = [torch.zeros(2, NUM_SLOTS, SLOT_BYTES, dtype=torch.uint8) for _ in range(2)]
+    return Mailbox(0, words, slots, lambda rank: None), Mailbox(1, words, slots, lambda rank: None)
+
+
+def message(numel: int, seed: int) -> torch.Tensor:
+    return torch.randint(256, (numel,), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+@pytest.mark.parametrize("numel", [1, SLOT_BYTES, SLOT_BYTES + 1, 11 * SLOT_BYTES + 5])
+def test_a_message_goes_through_the_slots_in_pieces(numel: int) -> None:
+    sender, receiver = two_mailboxes()
+    sent, target = message(numel, 0), torch.zeros(numel, dtype=torch.uint8)
+    letter, arriving = sender.send(sent, 1, tag=3), receiver.receive(target, 0, tag=3)
+    for _ in range(20):
+        receiver.advance()
+        sender.advance()
+    assert letter.done
+    assert arriving.done
+    assert torch.equal(target, sent)
+
+
+def test_messages_are_matched_by_tag_in_any_order_of_receives() -> None:
+    sender, receiver = two_mailboxes()
+    messages = {tag: message(2 * SLOT_BYTES + tag, tag) for tag in (1, 2, 3)}
+    targets = {tag: torch.zeros_like(sent) for tag, sent in messages.items()}
+    for tag, sent in messages.items():
+        sender.send(sent, 1, tag)
+    for tag in (3, 1, 2):
+        arriving = receiver.receive(targets[tag], 0, tag)
+        for _ in range(20):
+            receiver.advance()
+            sender.advance()
+        assert arriving.done
+    assert all(torch.equal(targets[tag], messages[tag]) for tag in messages)
+
+
+def test_a_receive_that_comes_while_its_message_is_half_there() -> None:
+    sender, receiver = two_mailboxes()
+    first, second = message(10, 0), message(3 * NUM_SLOTS * SLOT_BYTES, 1)
+    sender.send(second, 1, tag=2)
+    sender.send(first, 1, tag=1)
+    targets = torch.zeros_like(first), torch.zeros_like(second)
+    early = receiver.receive(targets[0], 0, tag=1)
+    receiver.advance()  # takes in a part of the other message, which nobody has asked for
+    late = receiver.receive(targets[1], 0, tag=2)
+    for _ in range(20):
+        sender.advance()
+        receiver.advance()
+    assert early.done
+    assert late.done
+    assert torch.equal(targets[0], first)
+    assert torch.equal(targets[1], second)
+
+
+def test_a_message_of_another_size_is_an_error_of_its_receive_alone() -> None:
+    sender, receiver = two_mailboxes()
+    sender.send(message(8, 0), 1, tag=0)
+    sender.send(message(4, 1), 1, tag=0)
+    wrong, target = receiver.receive(torch.zeros(4, dtype=torch.uint8), 0, 0), torch.zeros(4, dtype=torch.uint8)
+    right = receiver.receive(target, 0, 0)
+    receiver.advance()
+    assert isinstance(wrong.error, MismatchError)
+    assert str(wrong.error) == "the message has 8 bytes, its receive expects 4"
+    assert right.error is None
+    assert torch.equal(target, message(4, 1))
+
+
+# The communicator -------------------------------------------------------------------------------
+
+
+def test_several_hosts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        BackendUnavailableError, match=r"one host, but of these 4 ranks only 2 are on this one; use comm=ring"
+    ):
+        ShmCommunicator.check_available()
+
+
+def test_ranks_that_disagree_are_all_told(tmp_path: Path) -> None:
+    output = run_ranks("disagree", tmp_path, world_size=3)
+    assert output.count("as expected") == 3 * 5
+
+
+def test_use_leaves_memory_as_it_was(tmp_path: Path) -> None:
+    assert run_ranks("leave_nothing", tmp_path).count("as before") == 2
+
+
+def test_killed_ranks_leave_no_memory(tmp_path: Path) -> None:
+    before = sorted(os.listdir("/dev/shm"))
+    returncode, output = run_command(
+        command("torchrun", 2, "-m", "tests.shm_ranks", "die_together"), tmp_path / "output.txt", 100
+    )
+    assert returncode == 1, output
+    assert output.count("holds 64 MiB") == 2, output
+    assert sorted(os.listdir("/dev/shm")) == before
+    assert shared_bytes() < 2**26, "the memory of the killed ranks is still there"
+
+
+def test_a_killed_rank_is_named_within_two_seconds(tmp_path: Path) -> None:
+    returncode, output = run_command(
+        command("torchrun", 3, "-m", "tests.shm_ranks", "one_dies"), tmp_path / "output.txt", 100
+    )
+    assert returncode == 1, output
+    assert output.count("named rank 1") == 2, output
+
+
+def shared_bytes() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["Shmem"].split()[0]) * 1024
