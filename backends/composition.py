@@ -32,6 +32,7 @@ class Composition(ScheduledCommunicator):
         # One order for everything that runs on the transport, whoever starts it.
         self.traffic, self._progress = transport.traffic, transport._progress
         self.device_type = transport.device_type  # type: ignore[misc]  # the class's is only the default
+        self.overlaps = transport.overlaps
         self._root, self._channel = transport._root, transport._new_channel()
 
     def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether the ranks of a host have a core each: only then may one that waits keep its core busy."""
+"""The cores that the ranks of a host share: only with one for each may a rank that waits keep its own busy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def here() -> Cores:
     return socket.gethostname(), sorted(os.sched_getaffinity(0))
 
 
-def one_each(cores: Sequence[Cores], rank: int) -> bool:
-    """Return whether the ranks on the host of ``rank`` have together as many cores as they are."""
+def per_rank(cores: Sequence[Cores], rank: int) -> int:
+    """Return how many cores there are for each rank on the host of ``rank``; 0 if fewer than ranks."""
     host = cores[rank][0]
     of_host = [mine for where, mine in cores if where == host]
-    return len(set().union(*of_host)) >= len(of_host)
+    return len(set().union(*of_host)) // len(of_host)

@@ -108,7 +108,7 @@ class MpiCommunicator(ScheduledCommunicator):
         self._comm = MPI.COMM_WORLD.Dup() if mpi_comm is None else mpi_comm
         _check_world(MPI.COMM_WORLD.size)
         super().__init__(self._comm.rank, self._comm.size, timeout_s, segment_bytes)
-        self._spin_s = SPIN_S if cores.one_each(self._comm.allgather(cores.here()), self.rank) else 0.0
+        self._spin_s = SPIN_S if cores.per_rank(self._comm.allgather(cores.here()), self.rank) else 0.0
         self._notices = notices()
         self._key = self._comm.bcast(secrets.token_hex(8))
         world_group = MPI.COMM_WORLD.Get_group()

@@ -2,7 +2,8 @@
 
 A hook is any callable ``hook(bucket, comm) -> Work``. It finds in ``bucket.flat`` this rank's gradients divided by the
 world size, and has to leave their sum over the ranks there once the Work has been waited for. It is called in the
-middle of backward, so it should start its communication and return; `Work.then` holds what is left to do after it.
+middle of backward, so it should start its communication and return, unless ``comm.overlaps`` says that nothing is
+gained by that; `Work.then` holds what is left to do after it.
 
 Every rank calls it for the same buckets in the same order, once per synchronised backward pass. A hook may keep state
 per ``bucket.index``, such as the error that a compression left behind; then every wrapped model needs its own::
@@ -33,7 +34,7 @@ class AllReduce:
     """Sum the gradients as they are."""
 
     def __call__(self, bucket: Bucket, comm: Communicator) -> Work:
-        return comm.all_reduce(bucket.flat, async_op=True)
+        return comm.all_reduce(bucket.flat, async_op=comm.overlaps)
 
 
 class CastHook:
@@ -53,11 +54,11 @@ class CastHook:
     def __call__(self, bucket: Bucket, comm: Communicator) -> Work:
         flat = bucket.flat
         if flat.dtype.itemsize <= self.dtype.itemsize:
-            return comm.all_reduce(flat, async_op=True)
+            return comm.all_reduce(flat, async_op=comm.overlaps)
         if bucket not in self._memory:
             self._memory[bucket] = comm.empty(flat.shape, self.dtype, flat.device)
         cast = self._memory[bucket].copy_(flat)
-        return comm.all_reduce(cast, async_op=True).then(partial(_copy, cast, flat))
+        return comm.all_reduce(cast, async_op=comm.overlaps).then(partial(_copy, cast, flat))
 
 
 def _copy(source: Tensor, target: Tensor) -> None:

@@ -24,6 +24,8 @@ class Membership:
     """The kind of device whose tensors the hooks take."""
     launcher: ClassVar[str] = "torchrun"
     """What starts several ranks of it: torchrun, mpirun, thread, or none."""
+    overlaps: bool = True
+    """Whether an operation that runs beside computation gains time; not where both would need the same core."""
 
     def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0) -> None:
         checks.group(rank, world_size, timeout_s)

@@ -10,7 +10,12 @@ from tests import harness
 
 
 @pytest.mark.parametrize(
-    ("communicator", "world_size"), [("backends.torch_dist.GlooCommunicator", 2), ("tests.table.ring_over_gloo", 3)]
+    ("communicator", "world_size"),
+    [
+        ("backends.torch_dist.GlooCommunicator", 2),
+        pytest.param("tests.table.ring_over_gloo", 3, marks=pytest.mark.slow),
+        pytest.param("backends.shm.ShmCommunicator", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_same_parameters_as_torch_ddp(communicator: str, world_size: int, tmp_path: Path) -> None:
     arguments = ["-m", "tests.against_torch_ddp", communicator, str(tmp_path / "rendezvous")]

@@ -90,7 +90,11 @@ def check_run(path: Path, comm: str, world_size: int, rank_files: int | None = N
         (("torchrun", "--nproc-per-node=2"), ("comm=ring",), "ring/gloo", 2),
         (("mpirun", "-n", "4", "python"), ("comm=mpi",), "mpi", 4),
         (("python",), ("comm=ring", "launch.nproc=2"), "ring/gloo", 2),
-        (("python",), ("comm=ring", "comm/transport=mpi", "launch.nproc=2"), "ring/mpi", 2),
+        (("mpirun", "-n", "2", "python"), ("comm=shm",), "shm", 2),
+        pytest.param(
+            ("python",), ("comm=ring", "comm/transport=mpi", "launch.nproc=2"), "ring/mpi", 2, marks=pytest.mark.slow
+        ),
+        pytest.param(("python",), ("comm=shm", "launch.nproc=3"), "shm", 3, marks=pytest.mark.slow),
     ],
     ids=words,
 )
@@ -196,13 +200,14 @@ def test_an_unwritable_data_directory_ends_all_ranks(tmp_path: Path) -> None:
 LONG = (*TINY, "engine.epochs=100000", "engine.log_every=1", "launch.nproc=2")
 
 
-@pytest.mark.parametrize("comm", ["gloo", "mpi"])
+@pytest.mark.parametrize("comm", ["gloo", pytest.param("mpi", marks=pytest.mark.slow)])
 def test_ranks_die_with_the_one_who_started_them(comm: str, tmp_path: Path) -> None:
     with started(tmp_path, "python", MNIST, f"comm={comm}", *LONG) as process:
         process.kill()
         process.communicate(timeout=60)  # ends once the last of them has closed its standard output
 
 
+@pytest.mark.slow
 def test_a_stop_saves_and_the_next_run_goes_on(tmp_path: Path) -> None:
     with started(tmp_path, "python", MNIST, *LONG) as process:
         process.send_signal(signal.SIGTERM)

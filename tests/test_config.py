@@ -166,7 +166,7 @@ def test_wrong_types_are_refused(override: str, message: str) -> None:
 
 def test_an_unknown_choice_is_refused_with_the_others() -> None:
     assert refusal("comm=telepathy") == (
-        "comm=telepathy is not there to choose; comm is one of gloo, mpi, nccl, ring, serial, thread"
+        "comm=telepathy is not there to choose; comm is one of gloo, mpi, nccl, ring, serial, shm, thread"
     )
 
 

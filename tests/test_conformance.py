@@ -69,20 +69,24 @@ def _marks(row: Row, world_size: int, check: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.slow] if _is_slow(row, world_size, check) else []
 
 
-FATAL_BY_DEFAULT = ("gloo", "ring-mpi", "shm")
-COMPOSED_OF_THREADS = ("ring-thread", "group-of-thread")
+FATAL_BY_DEFAULT = ("gloo", "ring-mpi")
 OTHER_LAUNCHER = ("shm-mpirun", "ring-shm-mpirun")
+COMPOSED = ("ring-thread", "group-of-thread", "ring-gloo", "ring-mpi", "ring-shm")
 
 
 def _is_slow(row: Row, world_size: int, check: str) -> bool:
-    """By default: processes in twos and threes, and every case of training once, on two ranks."""
+    """By default: processes in twos and threes, and training on two ranks of what moves bytes itself."""
     if row.name in OTHER_LAUNCHER or (row.launcher in ("torchrun", "mpirun") and world_size not in (2, 3)):
-        return True
-    if row.name in COMPOSED_OF_THREADS and (world_size == 4 or check.startswith("check_training")):
         return True
     if needs_of(check).own_world:
         return row.name not in FATAL_BY_DEFAULT
-    return check.startswith("check_training") and world_size != 2 and check != "check_training_mlp"
+    if row.name in COMPOSED and world_size == 4:
+        return True
+    return (
+        check.startswith("check_training")
+        and check != "check_training_mlp"
+        and (world_size != 2 or row.name in COMPOSED)
+    )
 
 
 class Worlds:

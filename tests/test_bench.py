@@ -1,0 +1,131 @@
+"""The benchmarks: what they run, that they would notice a wrong result, and what they write."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from backends.thread import ThreadCommunicator, run_threads
+from experiments.bench import check, sizes
+from experiments.collectives import BUSBW, Collective
+from experiments.pictures import draw_bandwidth, draw_steps
+from experiments.tables import table, write_csv, write_json
+from minidist.communicator import Communicator, ReduceOp
+from minidist.errors import ConfigError
+from tests.test_commands import ROOT, only_run, run
+
+CONF = ROOT / "conf" / "bench.yaml"
+
+
+def config(**changes: object) -> DictConfig:
+    cfg = OmegaConf.load(CONF)
+    assert isinstance(cfg, DictConfig)
+    return DictConfig({**{key: value for key, value in cfg.items() if key not in ("defaults", "hydra")}, **changes})
+
+
+@pytest.mark.parametrize("collective", BUSBW)
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_every_collective_has_a_closed_form(collective: str, world_size: int, is_async: bool) -> None:
+    cfg = config(collective=collective, async_op=is_async)
+    assert run_threads(lambda comm: Collective(cfg, comm, 1000).num_wrong(), world_size) == [0] * world_size
+
+
+@pytest.mark.parametrize("op", ReduceOp)
+@pytest.mark.parametrize("collective", ["all_reduce", "reduce", "reduce_scatter"])
+def test_every_op_has_a_closed_form(collective: str, op: ReduceOp) -> None:
+    cfg = config(collective=collective, op=op.value, dtype="float64")
+    assert run_threads(lambda comm: Collective(cfg, comm, 50).num_wrong(), 2) == [0, 0]
+
+
+def test_all_gather_in_place() -> None:
+    cfg = config(collective="all_gather", in_place=True)
+    assert run_threads(lambda comm: Collective(cfg, comm, 50).num_wrong(), 2) == [0, 0]
+
+
+class _Wrong(ThreadCommunicator):
+    """Adds one to an element too many."""
+
+    def _all_reduce(self, tensor: torch.Tensor, op: ReduceOp, timeout_s: float) -> None:
+        super()._all_reduce(tensor, op, timeout_s)
+        tensor[3] += self.rank
+
+
+def test_wrong_elements_are_counted() -> None:
+    def job(comm: Communicator) -> int:
+        with _Wrong() as wrong:
+            return Collective(config(), wrong, 50).num_wrong()
+
+    assert run_threads(job, 3) == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"collective": "all_recuce"}, "collective must be one of all_reduce, reduce, .*, got all_recuce"),
+        ({"op": "add"}, "op must be one of sum, avg, min, max, product, got add"),
+        ({"memory": "gpu"}, "memory must be one of empty, ordinary, got gpu"),
+        ({"dtype": "float8"}, "dtype must be one of float64, .*, got float8"),
+        ({"iterations": 0}, "iterations must be at least 1, got 0"),
+        ({"factor": 1}, "factor must be at least 2, got 1"),
+        ({"max_bytes": 8, "min_bytes": 16}, "max_bytes must be at least min_bytes = 16, got 8"),
+        ({"in_place": True}, "in_place=true is for all_gather"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(changes: dict[str, object], message: str) -> None:
+    check(config())
+    with pytest.raises(ConfigError, match=message):
+        check(config(**changes))
+
+
+def test_sizes_are_powers_of_the_factor() -> None:
+    assert list(sizes(config(min_bytes=1024, max_bytes=20_000, factor=4))) == [1024, 4096, 16384]
+
+
+def test_table_aligns_numbers_right_and_words_left() -> None:
+    rows = [{"name": "a", "time": 1.0}, {"name": "longer", "time": 123.456}]
+    assert table(rows, {"name": "", "time": ".1f"}).split("\n") == ["name     time", "a         1.0", "longer  123.5"]
+
+
+def test_files_hold_the_rows(tmp_path: Path) -> None:
+    rows = [{"a": 1, "b": 2.5}]
+    write_csv(tmp_path / "t.csv", rows, ["b"])
+    assert (tmp_path / "t.csv").read_text().split() == ["b", "2.5"]
+    write_json(tmp_path / "t.json", {"about": "this"}, rows)
+    assert json.loads((tmp_path / "t.json").read_text()) == {"about": "this", "rows": rows}
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    bandwidth = [
+        {"comm": comm, "bytes": 2**k, "busbw_GBps": k + 1.0, "latency_us": 2.0 * k + 1}
+        for comm in ("gloo", "limit")
+        for k in (10, 20)
+    ]
+    draw_bandwidth(tmp_path / "a.png", "title", bandwidth)
+    steps = [
+        {"model": model, "variant": variant, "parameters_M": 1.0, "step_ms": 2.0, "exposed_ms": exposed}
+        for model in ("cnn", "mlp")
+        for variant, exposed in (("none", 0.0), ("shm", -0.5), ("gloo", 1.0))
+    ]
+    draw_steps(tmp_path / "b.png", "title", steps)
+    for name in ("a.png", "b.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(300)
+def test_bench_compares_checks_and_writes(tmp_path: Path) -> None:
+    settings = ("comms=[gloo,ring,shm]", "max_bytes=4096", "warmup=1", "iterations=2", "burst=2")
+    done = run(tmp_path, "torchrun", "--nproc-per-node=2", str(ROOT / "experiments" / "bench.py"), *settings)
+    assert done.returncode == 0, done.stderr
+    written = only_run(tmp_path)
+    with (written / "bench.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["comm"] for row in rows] == ["gloo", "ring", "shm", "limit"] * 2
+    assert all(row["wrong"] == "0" and float(row["latency_us"]) > 0 for row in rows)
+    assert len(json.loads((written / "bench.json").read_text())["rows"]) == 8
+    assert (written / "bench.png").stat().st_size > 10_000
