@@ -71,8 +71,7 @@ class Doorbell:
     def ring_all(self) -> None:
         """Wake all others that sleep."""
         for peer in self._others:
-            if self._bells[peer][1]:
-                self.ring(peer)
+            self.ring(peer)
 
     def wait(self, ready: Callable[[], bool], hopeless: Callable[[], Exception | None]) -> None:
         """Return once ``ready()``; raise what ``hopeless()`` returns, which is asked before each sleep."""

@@ -58,10 +58,17 @@ class OwnHeap(Heap):
 
     def __init__(self) -> None:
         self._file = os.memfd_create("minidist", os.MFD_CLOEXEC)
+        self._closing = weakref.finalize(self, os.close, self._file)
         os.fchmod(self._file, 0o600)
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        os.ftruncate(self._file, size)
-        super().__init__(self._file, size)
+        try:
+            os.ftruncate(self._file, size)
+            super().__init__(self._file, size)
+        except OSError as error:
+            raise BackendUnavailableError(
+                f"shm cannot map {size} bytes, as much as this host has ({error}); raise the limits that ulimit -v and "
+                "-f show, or use comm=gloo"
+            ) from error
         self.address = f"/proc/{os.getpid()}/fd/{self._file}"
         self._free = [(0, size)]  # (start, length), by start, no two of them adjacent
         # Tensors die at any moment, also while `_free` is being changed; what they leave is collected here.
@@ -82,10 +89,10 @@ class OwnHeap(Heap):
 
     def close(self) -> None:
         """Close the file; the mappings stay as long as tensors in them."""
-        os.close(self._file)
+        self._closing()
 
     def reserve(self, nbytes: int, purpose: str) -> tuple[int, int]:
-        """Set ``nbytes`` and what fills the last page aside, for good; return where they begin, and how many.
+        """Set ``nbytes`` and what fills the last page aside; return where they begin, and how many.
 
         Raises:
             CommError: there is not enough memory.
@@ -98,9 +105,11 @@ class OwnHeap(Heap):
         if index is None or there < length:
             raise CommError(f"{purpose} needs {length} bytes of shared memory, but {there} are available on this host")
         start, free = self._free[index]
+        try:  # pages that are missing are an error now; later they would be a signal that kills the process
+            os.posix_fallocate(self._file, start, length)
+        except OSError as error:
+            raise CommError(f"{purpose} cannot get {length} bytes of shared memory: {error}") from error
         self._free[index : index + 1] = [(start + length, free - length)] if free > length else []
-        # Pages that are missing now are an error here; later they would be a signal that kills the process.
-        os.posix_fallocate(self._file, start, length)
         return start, length
 
     def _insert(self, start: int, length: int) -> None:

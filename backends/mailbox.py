@@ -12,6 +12,7 @@ Messages of one pair leave in order, and those whose tag nobody expects yet are 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 
@@ -26,9 +27,27 @@ LINE = 8
 """Words in a cache line; a word that is waited for has one of its own."""
 
 
+_mailboxes: weakref.WeakSet[Mailbox] = weakref.WeakSet()
+"""All mailboxes of this process: a rank that waits on one communicator moves the messages of the others too."""
+_mailboxes_lock = threading.Lock()
+
+
 def num_words(world_size: int) -> int:
     """Return how many words a rank's mailbox needs: two counts and the slots' headers, for every peer."""
     return LINE * world_size * (2 + NUM_SLOTS)
+
+
+def num_bytes(world_size: int) -> int:
+    """Return how much memory the slots of a rank take."""
+    return world_size * NUM_SLOTS * SLOT_BYTES
+
+
+def advance_all() -> None:
+    """Move what can be moved in every mailbox of this process."""
+    with _mailboxes_lock:
+        mailboxes = list(_mailboxes)
+    for each in mailboxes:
+        each.advance()
 
 
 class Letter:
@@ -51,11 +70,15 @@ class Letter:
         """Whether all of it has been copied out of, or into, its memory."""
         return self.num_moved == self.nbytes
 
-    def next_piece(self, length: int) -> Tensor:
-        """Return the next ``length`` bytes, which the caller copies."""
-        start = self.num_moved
+    def take_from(self, slot: Tensor, length: int) -> None:
+        """Copy the next ``length`` bytes from a slot."""
+        self.memory[self.num_moved : self.num_moved + length].copy_(slot[:length])
+        self.num_moved += length  # after the copy: another thread may ask whether it is done
+
+    def put_into(self, slot: Tensor, length: int) -> None:
+        """Copy the next ``length`` bytes into a slot."""
+        slot[:length].copy_(self.memory[self.num_moved : self.num_moved + length])
         self.num_moved += length
-        return self.memory[start : start + length]
 
     def deliver(self) -> None:
         """Hand what is complete over to its heir."""
@@ -85,7 +108,7 @@ class Mailbox:
     Args:
         rank: the rank of this process.
         words: per rank the words of its mailbox.
-        slots: per rank its slots: bytes, of shape (world_size, NUM_SLOTS, SLOT_BYTES), by destination.
+        slots: per rank its slots: `num_bytes` bytes, NUM_SLOTS of SLOT_BYTES for each destination.
         ring: called with the rank that may have waited for what was moved.
     """
 
@@ -99,6 +122,13 @@ class Mailbox:
         self._exchanges = [_Exchange() for _ in words]
         self._lock = threading.Lock()
         self._num_open = 0
+        with _mailboxes_lock:
+            _mailboxes.add(self)
+
+    def has_sent(self, dst: int) -> bool:
+        """Whether all that was to go to ``dst`` is in its slots or taken; moves what can be moved."""
+        self.advance()
+        return not self._exchanges[dst].outgoing
 
     def send(self, memory: Tensor, dst: int, tag: int) -> Letter:
         """Start to send bytes."""
@@ -144,7 +174,7 @@ class Mailbox:
             return False
         slot = dst * NUM_SLOTS + sent % NUM_SLOTS
         length = min(letter.nbytes - letter.num_moved, SLOT_BYTES)
-        self._slots[self._rank][slot][:length].copy_(letter.next_piece(length))
+        letter.put_into(self._slots[self._rank][slot], length)
         header = self._headers + LINE * slot
         own[header], own[header + 1], own[header + 2] = letter.tag, letter.nbytes, length
         own[LINE * dst] = sent + 1
@@ -165,7 +195,7 @@ class Mailbox:
         if exchange.opened is None:
             exchange.opened = _open(exchange, theirs[header], theirs[header + 1])
         letter, length = exchange.opened, theirs[header + 2]
-        letter.next_piece(length).copy_(self._slots[src][slot][:length])
+        letter.take_from(self._slots[src][slot], length)
         own[self._taken + LINE * src] = taken + 1
         self._ring(src)
         if letter.done:

@@ -230,14 +230,20 @@ class MpiCommunicator(ScheduledCommunicator):
             if request.Test():
                 return
         while not request.Test():
-            if self._closed:
-                raise CommError(self._closed)
-            if gone := self._notices.needed(self._key, peer, GRACE_S):
-                self._tell(*gone)  # so that those who wait for this rank hear the cause
-                raise PeerLostError(f"rank {gone[0]} is gone: {gone[1]}", (gone[0],))
-            if time.monotonic() > deadline:
-                raise CommTimeoutError(f"no answer within {timeout_s:g} s; a rank did not take part")
+            if error := self.obstacle(deadline, timeout_s, peer):
+                raise error
             time.sleep(PAUSE_S)
+
+    def obstacle(self, deadline: float, timeout_s: float, peer: int | None) -> CommError | None:
+        """Return why it is hopeless to wait for ``peer``, or for all ranks, if it is."""
+        if self._closed:
+            return CommError(self._closed)
+        if gone := self._notices.needed(self._key, peer, GRACE_S):
+            self._tell(*gone)  # so that those who wait for this rank hear the cause
+            return PeerLostError(f"rank {gone[0]} is gone: {gone[1]}", (gone[0],))
+        if time.monotonic() > deadline:
+            return CommTimeoutError(f"no answer within {timeout_s:g} s; a rank did not take part")
+        return None
 
     # Life -------------------------------------------------------------------------------------
 
@@ -284,7 +290,8 @@ class _MpiMessage(Work):
         self._requests = []
 
     def is_done(self) -> bool:
-        return all(request.Test() for request in self._requests)
+        arrived = all(request.Test() for request in self._requests)
+        return arrived or self._comm.obstacle(self._deadline, self._timeout_s, self._peer) is not None
 
     def exception(self) -> BaseException | None:
         return None

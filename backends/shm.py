@@ -11,9 +11,8 @@ reads in the round after it, so that all ranks meet once per round::
     reduce own chunk             block 0  block 1  block 2
     copy results out                      block 0  block 1  block 2
 
-Ranks meet at one counter each: a rank adds one to its own and waits until the others' are as high. With the
-counter each rank publishes a word that tells which collective it means and on how much of what, so that ranks
-that disagree all raise `MismatchError`. Small tensors travel with the counter: one meeting is all that they need.
+Ranks that meet (backends/arena.py) compare what they mean to do, so that ranks that disagree all raise
+`MismatchError`. A small tensor is copied before the first meeting, which is then all that it needs.
 
 Cost of an all-reduce of M bytes on n ranks: 2 meetings in place, in which every rank reads and writes (n-1)/n M of
 the others' memory; about 2 + M / (n STAGE_BYTES / (n+1)) meetings, and twice the traffic, through the stage.
@@ -22,56 +21,28 @@ The scheme is the one of Li, Hoefler and Snir, "NUMA-aware shared-memory collect
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
-import secrets
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from backends import cores, doorbell, mailbox
-from backends.doorbell import Doorbell
-from backends.heap import Heap, OwnHeap, attach, unreachable
-from backends.mailbox import Letter, Mailbox
+from backends import doorbell
+from backends.arena import INLINE_BYTES, NOWHERE, STAGE_BYTES, Arena
+from backends.mailbox import Letter
 from backends.processes import Place, ProcessCommunicator
 from backends.reductions import combine
-from minidist import checks, launch
+from backends.signature import MEETING, signature
+from minidist import launch
 from minidist.communicator import Device, ReduceOp, Shape, Work
-from minidist.errors import (
-    BackendUnavailableError,
-    CommError,
-    CommTimeoutError,
-    MismatchError,
-    PeerLostError,
-)
+from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError
 
 BLOCK_BYTES = 2**17
 """What is added at a time: two or three such blocks stay in a core's cache."""
-INLINE_BYTES = 2**14
-"""What is so small that copying it costs less than a second meeting."""
-STAGE_BYTES = 2**19
-LINE = mailbox.LINE
-BELL, COUNT, TICKET, SECRET = 0, LINE, 2 * LINE, 3 * LINE
-"""Words of a rank: its bell, its counter, two tickets (signature, offset) that are used in turn, and a secret."""
-NUM_WORDS = 4 * LINE
-KINDS = (
-    "barrier",
-    "all_reduce",
-    "reduce",
-    "broadcast",
-    "all_gather",
-    "reduce_scatter",
-    "gather",
-    "scatter",
-    "all_to_all",
-)
-OPS = tuple(ReduceOp)
 SUM = ReduceOp.SUM
-NOWHERE = -1
-"""The offset of a tensor that is not in shared memory."""
-
 ROOTED_SOURCE = ("broadcast", "scatter")
 """What only the root offers something to."""
 
@@ -82,38 +53,27 @@ Read = tuple[Tensor, Sequence[tuple[int, int]]]
 
 
 class ShmCommunicator(ProcessCommunicator):
-    """Shared memory, for ranks that are processes of one host; started by torchrun or mpirun."""
+    """Shared memory, for ranks that are processes of one host; started by torchrun or mpirun.
+
+    Messages move while their sender or their receiver waits for something on shared memory, whatever it is; a
+    large one does not move while both compute.
+    """
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
         super().__init__(timeout_s, segment_bytes, place)
-        self._heap = OwnHeap()
-        n = self.world_size
-        # The first memory of every heap, so that it lies at the same place in all of them.
-        sizes = (
-            8 * (NUM_WORDS + mailbox.num_words(n)),
-            2 * INLINE_BYTES,
-            2 * STAGE_BYTES,
-            n * mailbox.NUM_SLOTS * mailbox.SLOT_BYTES,
-        )
-        control, self._inline, self._stage, slots = (self._heap.reserve(size, "shm")[0] for size in sizes)
-        self._heaps, cores_per_rank = self._meet_heaps(control)
+        self._arena: Arena | None = None
+        self._inline_parts: Any = None
+        self._blocks: Any = None
+        try:
+            deadline = time.monotonic() + timeout_s
+            self._arena = Arena(self.rank, self.world_size, self._store, self.obstacle, deadline)
+        except BaseException as error:
+            self.abort(f"{type(error).__name__}: {error}")
+            raise
         # A helper thread on the core of its rank made steps 2 to 8 % slower than to communicate in between.
-        self.overlaps = cores_per_rank > 1
-        words = [heap.words(control, NUM_WORDS) for heap in self._heaps]
-        self._own = words[self.rank]
-        self._others = [(peer, words[peer]) for peer in range(n) if peer != self.rank]
-        self._count = 0
-        bells = [word[BELL : BELL + 2] for word in words]
-        self._bell = Doorbell(self.rank, bells, [heap.base + control for heap in self._heaps], cores_per_rank > 0)
-        mail_words = [heap.words(control + 8 * NUM_WORDS, mailbox.num_words(n)) for heap in self._heaps]
-        mail_slots = [heap.tensor(slots, sizes[3], torch.uint8) for heap in self._heaps]
-        self._mail = Mailbox(self.rank, mail_words, mail_slots, self._bell.ring)
-        self._meet(
-            0, NOWHERE, time.monotonic() + timeout_s
-        )  # a rank that closes at once takes its heap's address along
-        self._view = functools.lru_cache(4096)(self._make_view)
-        self._inline_parts = functools.lru_cache(256)(self._make_inline_parts)
-        self._blocks = functools.lru_cache(64)(self._make_blocks)
+        self.overlaps = self._arena.cores_per_rank > 1
+        self._inline_parts = functools.lru_cache(256)(functools.partial(_make_inline_parts, self._arena))
+        self._blocks = functools.lru_cache(64)(functools.partial(_make_blocks, self._arena))
 
     @classmethod
     def check_available(cls) -> None:
@@ -125,27 +85,14 @@ class ShmCommunicator(ProcessCommunicator):
                 f"{world.local_world_size} are on this one; use comm=ring or comm=gloo"
             )
 
-    def _meet_heaps(self, control: int) -> tuple[list[Heap], int]:
-        """Map the heaps of all ranks; also return how many cores there are for each of them."""
-        self._heap.words(control, NUM_WORDS)[SECRET] = secret = secrets.randbits(62)
-        hello = (self._heap.address, secret, cores.here())
-        self._store.set(f"shm{self.rank}", json.dumps(hello))
-        heaps, places = list[Heap](), list[cores.Cores]()
-        for rank in range(self.world_size):
-            address, expected, place = json.loads(self._store.get(f"shm{rank}"))
-            heap = self._heap if rank == self.rank else attach(address)
-            if heap.words(control, NUM_WORDS)[SECRET] != expected:
-                raise unreachable("it belongs to somebody else")
-            heaps.append(heap)
-            places.append(place)
-        return heaps, cores.per_rank(places, self.rank)
-
     def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:
         if device is not None and torch.device(device).type != "cpu":
             return super().empty(shape, dtype, device)
         self.ensure_usable("empty")
         sizes = torch.Size([shape] if isinstance(shape, int) else shape)
-        return self._heap.take(sizes.numel(), dtype, self.who("empty")).view(sizes)
+        if any(size < 0 for size in sizes):
+            raise ValueError(f"{self.who('empty')}: sizes must be at least 0, got {tuple(sizes)}")
+        return self._shared.heap.take(sizes.numel(), dtype, self.who("empty")).view(sizes)
 
     # Collectives ------------------------------------------------------------------------------
 
@@ -154,20 +101,21 @@ class ShmCommunicator(ProcessCommunicator):
         deadline = time.monotonic() + timeout_s
         flat = tensor if tensor.dim() == 1 else tensor.view(-1)
         if flat.nbytes <= INLINE_BYTES:
-            own, parts, signature = self._inline_parts(self._count & 1, flat.numel(), flat.dtype, op)
+            arena = self._shared
+            own, parts, word = self._inline_parts(arena.turn, flat.numel(), flat.dtype, op)
             own.copy_(flat)
-            self._meet(signature, NOWHERE, deadline)
+            arena.meet(word, NOWHERE, deadline)
             return combine(op, parts, flat)
         offsets = self._begin("all_reduce", flat, flat, op, 0, deadline)
         if NOWHERE in offsets:
             return self._all_reduce_staged(flat, op, deadline)
         add_and_write(self._blocks(offsets, flat.numel(), flat.dtype), op)
-        self._meet(0, NOWHERE, deadline)
+        self._shared.meet(MEETING, NOWHERE, deadline)
 
     def _all_reduce_staged(self, flat: Tensor, op: ReduceOp, deadline: float) -> None:
         n, me = self.world_size, self.rank
         others = [rank for rank in range(n) if rank != me]
-        stage = _Stage(self, n + 1, flat.dtype)  # the last piece holds the result
+        stage = _Stage(self._shared, n + 1, flat.dtype)  # the last piece holds the result
         pieces = [torch.split(chunk, stage.numel) if chunk.numel() else () for chunk in self._cut(flat)]
 
         def stage_chunks(k: int) -> None:
@@ -190,9 +138,7 @@ class ShmCommunicator(ProcessCommunicator):
 
     def _reduce(self, tensor: Tensor, dst: int, op: ReduceOp, timeout_s: float) -> None:
         flat = tensor.view(-1)
-        # Its own part first: it is overwritten by the sum with the second one.
-        ranks = sorted(range(self.world_size), key=lambda rank: rank != dst)
-        reads = [(flat, [(rank, 0) for rank in ranks])] if self.rank == dst else []
+        reads = [(flat, [(rank, 0) for rank in self._own_rank_first()])] if self.rank == dst else []
         self._exchange("reduce", flat, flat, reads, timeout_s, op=op, root=dst)
 
     def _broadcast(self, tensor: Tensor, src: int, timeout_s: float) -> None:
@@ -207,7 +153,7 @@ class ShmCommunicator(ProcessCommunicator):
         self._exchange("all_gather", input, input.view(-1), reads, timeout_s)
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
-        reads = [(output.view(-1), [(rank, self.rank) for rank in range(self.world_size)])]
+        reads = [(output.view(-1), [(rank, self.rank) for rank in self._own_rank_first()])]
         self._exchange("reduce_scatter", output, input.view(-1), reads, timeout_s, self.world_size, op)
 
     def _gather(self, output: Tensor | None, input: Tensor, dst: int, timeout_s: float) -> None:
@@ -227,7 +173,7 @@ class ShmCommunicator(ProcessCommunicator):
 
     def _barrier(self, timeout_s: float) -> None:
         self.traffic.count(0)
-        self._meet(0, NOWHERE, time.monotonic() + timeout_s)
+        self._shared.meet(MEETING, NOWHERE, time.monotonic() + timeout_s)
 
     def shared_blocks(self, tensor: Tensor) -> Blocks:
         """Return what this rank works on in an all-reduce of ``tensor``, which came from `empty` on every rank.
@@ -235,10 +181,22 @@ class ShmCommunicator(ProcessCommunicator):
         Every rank calls it. For measurements, and for collectives that others write.
         """
         self.ensure_usable("shared_blocks")
+        if self._shared.heap.offset_of(tensor) == NOWHERE:
+            raise ValueError(f"{self.who('shared_blocks')}: tensor is not in shared memory; make it with empty()")
         offsets = self._begin("all_reduce", tensor, tensor, SUM, 0, time.monotonic() + self.timeout_s)
-        return self._blocks(offsets, tensor.numel(), tensor.dtype)
+        blocks: Blocks = self._blocks(offsets, tensor.numel(), tensor.dtype)
+        return blocks
 
     # How they work ----------------------------------------------------------------------------
+
+    @property
+    def _shared(self) -> Arena:
+        assert self._arena is not None  # it is gone once the communicator is closed, and nothing runs then
+        return self._arena
+
+    def _own_rank_first(self) -> list[int]:
+        """Return all ranks; what is read from memory that is also the target has to be read first."""
+        return sorted(range(self.world_size), key=lambda rank: rank != self.rank)
 
     def _exchange(
         self,
@@ -252,27 +210,27 @@ class ShmCommunicator(ProcessCommunicator):
         root: int = 0,
     ) -> None:
         """Offer ``source`` to the other ranks, in ``num_pieces`` pieces like ``like``, and read what they offer."""
-        deadline = time.monotonic() + timeout_s
+        arena, deadline = self._shared, time.monotonic() + timeout_s
         self.traffic.count(0 if source is None else source.nbytes)
         numel, dtype = like.numel(), like.dtype
         if like.nbytes * num_pieces <= INLINE_BYTES:
-            inline = self._inline + (self._count & 1) * INLINE_BYTES
+            inline = arena.inline(arena.turn)
             if source is not None:
-                self._view(self.rank, inline, numel * num_pieces, dtype).copy_(source)
-            self._meet(_signature(kind, like, op, root), NOWHERE, deadline)
+                arena.view(self.rank, inline, numel * num_pieces, dtype).copy_(source)
+            arena.meet(signature(kind, like, op, root), NOWHERE, deadline)
             for target, parts in reads:
-                views = [self._view(rank, inline + piece * like.nbytes, numel, dtype) for rank, piece in parts]
+                views = [arena.view(rank, inline + piece * like.nbytes, numel, dtype) for rank, piece in parts]
                 combine(op, views, target)
             return None
         offsets = self._begin(kind, like, source, op, root, deadline)
         if NOWHERE in (offsets[root : root + 1] if kind in ROOTED_SOURCE else offsets):
             return self._exchange_staged(like, source, reads, deadline, num_pieces, op)
         for target, parts in reads:
-            views = [self._view(rank, offsets[rank] + piece * like.nbytes, numel, dtype) for rank, piece in parts]
+            views = [arena.view(rank, offsets[rank] + piece * like.nbytes, numel, dtype) for rank, piece in parts]
             cut = [torch.split(view, BLOCK_BYTES // dtype.itemsize) for view in (target, *views)]
             for block, *others in zip(*cut, strict=True):
                 combine(op, others, block)
-        return self._meet(0, NOWHERE, deadline)
+        return self._shared.meet(MEETING, NOWHERE, deadline)
 
     def _exchange_staged(
         self,
@@ -283,7 +241,7 @@ class ShmCommunicator(ProcessCommunicator):
         num_pieces: int,
         op: ReduceOp,
     ) -> None:
-        stage = _Stage(self, num_pieces, like.dtype)
+        stage = _Stage(self._shared, num_pieces, like.dtype)
         pieces = [] if source is None else [torch.split(p, stage.numel) for p in torch.split(source, like.numel())]
         targets = [(torch.split(target, stage.numel), parts) for target, parts in reads]
 
@@ -309,138 +267,104 @@ class ShmCommunicator(ProcessCommunicator):
                 if 0 <= k - lag < num_rounds:
                     run(k - lag)
             if k < last:
-                self._meet(0, NOWHERE, deadline)
+                self._shared.meet(MEETING, NOWHERE, deadline)
 
     def _begin(
         self, kind: str, like: Tensor, source: Tensor | None, op: ReduceOp, root: int, deadline: float
     ) -> tuple[int, ...]:
         """Meet, and return where the sources of all ranks are in their heaps."""
-        offset = NOWHERE if source is None else self._heap.offset_of(source)
-        ticket = TICKET + 1 + 2 * (self._count & 1)
-        self._meet(_signature(kind, like, op, root), offset, deadline)
-        offsets = [words[ticket] for _, words in self._others]
-        offsets.insert(self.rank, offset)
-        return tuple(offsets)
-
-    def _meet(self, signature: int, offset: int, deadline: float) -> None:
-        """Wait until every rank has come here as often; what it wrote before is then visible."""
-        own, ticket = self._own, TICKET + 2 * (self._count & 1)
-        own[ticket], own[ticket + 1] = signature, offset
-        own[COUNT] = self._count = count = self._count + 1
-        self._bell.ring_all()
-        for peer, words in self._others:
-            if words[COUNT] < count:
-                self.wait_until(functools.partial(_has_come, words, count), peer, deadline)
-            if words[ticket] != signature:
-                raise MismatchError(_difference(self.rank, signature, peer, words[ticket]))
-
-    def wait_until(self, ready: Callable[[], bool], peer: int, deadline: float) -> None:
-        """Wait for something that ``peer`` has to do."""
-
-        def hopeless() -> Exception | None:
-            self._mail.advance()
-            if self._closed:
-                return CommError(self._closed)
-            if self._lifeline.lost:
-                return self._lost()
-            if peer in self._lifeline.left:
-                return PeerLostError(f"rank {peer} is gone: it left the group", (peer,))
-            if time.monotonic() > deadline:
-                return CommTimeoutError(f"no answer from rank {peer} in time; it did not take part")
-            return None
-
-        try:
-            self._bell.wait(ready, hopeless)
-        except PeerLostError:
-            self._report_left()
-            raise
-
-    def advance(self) -> None:
-        """Move messages that can be moved now."""
-        self._mail.advance()
-
-    def staged(self, rank: int, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
-        """Return memory of the stage of ``rank``."""
-        return self._view(rank, self._stage + offset, numel, dtype)
-
-    def _make_view(self, rank: int, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
-        return self._heaps[rank].tensor(offset, numel, dtype)
-
-    def _make_inline_parts(
-        self, turn: int, numel: int, dtype: torch.dtype, op: ReduceOp
-    ) -> tuple[Tensor, list[Tensor], int]:
-        """Return where this rank puts a small tensor, where all ranks put theirs, and the signature."""
-        offset = self._inline + turn * INLINE_BYTES
-        parts = [heap.tensor(offset, numel, dtype) for heap in self._heaps]
-        return parts[self.rank], parts, _signature("all_reduce", parts[0], op, 0)
-
-    def _make_blocks(self, offsets: tuple[int, ...], numel: int, dtype: torch.dtype) -> Blocks:
-        """Return this rank's chunk in blocks, each with the other ranks' copies of it."""
-        chunks = [
-            self._cut(heap.tensor(o, numel, dtype))[self.rank] for heap, o in zip(self._heaps, offsets, strict=True)
-        ]
-        size = BLOCK_BYTES // dtype.itemsize
-        own, *others = (torch.split(chunks[rank], size) for rank in (self.rank, *(peer for peer, _ in self._others)))
-        return [(block, [other[k] for other in others]) for k, block in enumerate(own)]
+        offset = NOWHERE if source is None else self._shared.heap.offset_of(source)
+        return self._shared.exchange(signature(kind, like, op, root), offset, deadline)
 
     # Point to point ---------------------------------------------------------------------------
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
-        return _ShmMessage(self, self._mail.send(tensor.view(-1).view(torch.uint8), dst, tag), dst, timeout_s)
+        letter = self._shared.mail.send(tensor.view(-1).view(torch.uint8), dst, tag)
+        return _ShmMessage(self, self._shared, letter, dst, timeout_s)
 
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        return _ShmMessage(self, self._mail.receive(tensor.view(-1).view(torch.uint8), src, tag), src, timeout_s)
+        letter = self._shared.mail.receive(tensor.view(-1).view(torch.uint8), src, tag)
+        return _ShmMessage(self, self._shared, letter, src, timeout_s)
 
     # Life -------------------------------------------------------------------------------------
+
+    def obstacle(self, peer: int, deadline: float) -> Exception | None:
+        """Return why it is hopeless to wait for ``peer``, if it is."""
+        return CommError(self._closed) if self._closed else self._outer_obstacle(peer, deadline)
+
+    def _outer_obstacle(self, peer: int, deadline: float) -> Exception | None:
+        if self._lifeline.lost:
+            return self._lost()
+        if peer in self._lifeline.left:
+            return ConnectionError(f"rank {peer} left the group")
+        if time.monotonic() > deadline:
+            return CommTimeoutError(f"no answer from rank {peer} in time; it did not take part")
+        return None
+
+    def _translate(self, error: Exception) -> CommError:
+        if isinstance(error, ConnectionError):
+            self._report_left()
+            return self._lost()
+        return super()._translate(error)
 
     def _interrupt(self) -> None:
         """Nothing to do: who waits looks up often enough."""
 
     def _close(self) -> None:
+        arena, deadline = self._shared, time.monotonic() + self.timeout_s
+        for peer in range(self.world_size):
+            with contextlib.suppress(CommError, ConnectionError):  # a message that nobody takes any more
+                arena.wait_until(functools.partial(arena.mail.has_sent, peer), peer, deadline, self._outer_obstacle)
         super()._close()
-        for cache in (self._view, self._inline_parts, self._blocks):
-            cache.cache_clear()
-        self._heap.close()
-        del self._heaps, self._mail
+        self._let_go()
+
+    def _abort(self, reason: str) -> None:
+        super()._abort(reason)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget everything that keeps memory mapped; what still runs fails, as it should."""
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = self._inline_parts = self._blocks = None
 
 
 class _Stage:
     """The stages of all ranks, cut into ``num_pieces`` pieces of ``numel`` elements, twice."""
 
-    def __init__(self, comm: ShmCommunicator, num_pieces: int, dtype: torch.dtype) -> None:
-        self._comm, self._dtype = comm, dtype
+    def __init__(self, arena: Arena, num_pieces: int, dtype: torch.dtype) -> None:
+        self._arena, self._dtype = arena, dtype
         self.numel = STAGE_BYTES // num_pieces // 64 * 64 // dtype.itemsize
 
     def piece(self, rank: int, k: int, index: int, like: Tensor) -> Tensor:
         """Return a piece of ``rank``'s stage of round ``k``, as long as ``like``."""
-        offset = (k & 1) * STAGE_BYTES + index * self.numel * self._dtype.itemsize
-        return self._comm.staged(rank, offset, like.numel(), self._dtype)
+        offset = self._arena.stage(k & 1) + index * self.numel * self._dtype.itemsize
+        return self._arena.view(rank, offset, like.numel(), self._dtype)
 
 
 class _ShmMessage(Work):
     """A send or receive in the mailbox."""
 
-    def __init__(self, comm: ShmCommunicator, letter: Letter, peer: int, timeout_s: float) -> None:
-        self._comm, self._letter, self._peer = comm, letter, peer
+    def __init__(self, comm: ShmCommunicator, arena: Arena, letter: Letter, peer: int, timeout_s: float) -> None:
+        self._comm, self._arena, self._letter, self._peer = comm, arena, letter, peer
         self._deadline = time.monotonic() + timeout_s
 
     def wait(self) -> None:
-        if not self.is_done():
-            self._comm.wait_until(self.is_done, self._peer, self._deadline)
+        if not self._has_moved():
+            self._arena.wait_until(self._has_moved, self._peer, self._deadline)
         if self._letter.error is not None:
             raise self._letter.error
 
     def is_done(self) -> bool:
-        if not self._letter.done:
-            self._comm.advance()
-        return self._letter.done
+        return self._has_moved() or self._comm.obstacle(self._peer, self._deadline) is not None
 
     def exception(self) -> BaseException | None:
         return self._letter.error
 
-
-def _has_come(words: memoryview, count: int) -> bool:
-    return words[COUNT] >= count
+    def _has_moved(self) -> bool:
+        if not self._letter.done:
+            self._arena.mail.advance()
+        return self._letter.done
 
 
 def add_and_write(blocks: Blocks, op: ReduceOp) -> None:
@@ -451,24 +375,18 @@ def add_and_write(blocks: Blocks, op: ReduceOp) -> None:
             other.copy_(own)
 
 
-_KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
-_DTYPE_CODES = {dtype: code for code, dtype in enumerate(checks.DTYPES)}
-_OP_CODES = {op: code for code, op in enumerate(OPS)}
+def _make_inline_parts(
+    arena: Arena, turn: int, numel: int, dtype: torch.dtype, op: ReduceOp
+) -> tuple[Tensor, list[Tensor], int]:
+    """Return where this rank puts a small tensor, where all ranks put theirs, and the signature."""
+    parts = [heap.tensor(arena.inline(turn), numel, dtype) for heap in arena.heaps]
+    return parts[arena.rank], parts, signature("all_reduce", parts[0], op, 0)
 
 
-def _signature(kind: str, like: Tensor, op: ReduceOp, root: int) -> int:
-    """Return a word that says what a rank means to do; 0 stands for a meeting and nothing else."""
-    return _KIND_CODES[kind] << 58 | _DTYPE_CODES[like.dtype] << 55 | _OP_CODES[op] << 52 | root << 40 | like.numel()
-
-
-def _difference(rank: int, mine: int, peer: int, theirs: int) -> str:
-    return f"rank {rank} calls {_spell(mine)}, rank {peer} calls {_spell(theirs)}; every rank has to call the same"
-
-
-def _spell(signature: int) -> str:
-    kind = KINDS[signature >> 58]
-    if kind == "barrier":
-        return kind
-    dtype, op = checks.DTYPES[signature >> 55 & 7], OPS[signature >> 52 & 7]
-    root, numel = signature >> 40 & 0xFFF, signature & (1 << 40) - 1
-    return f"{kind} of {numel} {str(dtype).removeprefix('torch.')} with op {op.name} and root {root}"
+def _make_blocks(arena: Arena, offsets: tuple[int, ...], numel: int, dtype: torch.dtype) -> Blocks:
+    """Return this rank's chunk of the tensors at ``offsets`` in blocks, each with the other ranks' copies of it."""
+    n, me, size = arena.world_size, arena.rank, BLOCK_BYTES // dtype.itemsize
+    tensors = [heap.tensor(offset, numel, dtype) for heap, offset in zip(arena.heaps, offsets, strict=True)]
+    chunks = [torch.split(torch.tensor_split(tensor, n)[me], size) for tensor in tensors]
+    own = chunks.pop(me)
+    return [(block, [other[k] for other in chunks]) for k, block in enumerate(own)]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from backends.scheduled import ScheduledCommunicator
 from minidist.communicator import Work
-from minidist.errors import CommTimeoutError, MismatchError, PeerLostError
+from minidist.errors import CommError, CommTimeoutError, MismatchError, PeerLostError
 
 T = TypeVar("T")
 _this_thread = threading.local()  # its world and its rank, set by run_threads
@@ -111,21 +111,25 @@ class _Half(Work):
         exchange = self._comm.exchange
         with exchange.changed:
             while not self.done:
-                self._raise_if_hopeless(exchange)
+                if error := self._obstacle():
+                    raise error
                 exchange.changed.wait(max(self._deadline - time.monotonic(), 0))
         if self.error is not None:
             raise self.error
 
-    def _raise_if_hopeless(self, exchange: _Exchange) -> None:
+    def _obstacle(self) -> CommError | None:
+        """Return why it is hopeless to wait, if it is."""
+        exchange = self._comm.exchange
         if exchange.lost:
-            raise self._comm._lost()
+            return self._comm._lost()
         if self._peer in exchange.left:
-            raise PeerLostError(f"rank {self._peer} is gone: it left the group", (self._peer,))
+            return PeerLostError(f"rank {self._peer} is gone: it left the group", (self._peer,))
         if time.monotonic() >= self._deadline:
-            raise CommTimeoutError(f"no answer from rank {self._peer} within {self._timeout_s:.1f} s")
+            return CommTimeoutError(f"no answer from rank {self._peer} within {self._timeout_s:.1f} s")
+        return None
 
     def is_done(self) -> bool:
-        return self.done
+        return self.done or self._obstacle() is not None
 
     def exception(self) -> BaseException | None:
         return self.error

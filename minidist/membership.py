@@ -58,6 +58,7 @@ class Membership:
         """Leave at once and make the other ranks raise PeerLostError with ``reason``."""
         if not self._closed:
             self._closed = f"it was aborted: {reason}"
+            self._progress.stop()
             self._abort(reason)
 
     def __enter__(self) -> Self:
@@ -84,14 +85,17 @@ class Membership:
     @final
     def ensure_usable(self, operation: str) -> None:
         """Raise if no operation can be started any more."""
+        self._ensure_sound(operation)
+        if self._gone():
+            self._fail(operation, self._lost())
+
+    def _ensure_sound(self, operation: str) -> None:
         if self._closed:
             raise CommClosedError(f"{self.who(operation)}: the communicator cannot be used, {self._closed}")
         if self._failure is not None:
             failure = copy.copy(self._failure)
             failure.args = (f"{self.who(operation)}: unusable since {self._failure}",)
             raise failure
-        if self._gone():
-            self._fail(operation, self._lost())
 
     def _tag(self, tag: int) -> int:
         """Return the tag that keeps this communicator's messages apart from others on one transport."""
@@ -113,11 +117,15 @@ class Membership:
             return DONE
 
         def run() -> None:
+            self._ensure_sound(operation)  # one that ran before this one may have failed, and met nobody
             started = time.perf_counter()
             try:
                 job(*args, timeout_s)
             except Exception as error:
                 self._fail(operation, error)
+            except BaseException as error:  # this rank did a part of it, so it is out of step with the others
+                self._failure = CommError(f"{self.who(operation)}: interrupted by {type(error).__name__}")
+                raise
             finally:
                 self.traffic.seconds += time.perf_counter() - started
 
@@ -200,6 +208,7 @@ class _Message(Work):
     def __init__(self, comm: Membership, operation: str, work: Work, staged_tensor: Staged) -> None:
         self._comm, self._operation, self._work = comm, operation, work
         self._staged: Staged | None = staged_tensor
+        self._error: BaseException | None = None
 
     def wait(self) -> None:
         if self._staged is None:
@@ -208,7 +217,11 @@ class _Message(Work):
         try:
             self._work.wait()
         except Exception as error:
-            self._comm._fail(self._operation, error)
+            try:
+                self._comm._fail(self._operation, error)
+            except CommError as failure:
+                self._error = failure
+                raise
         finally:
             self._comm.traffic.add_blocked(time.perf_counter() - started)
         if self._operation == "irecv":
@@ -219,4 +232,4 @@ class _Message(Work):
         return self._staged is None or self._work.is_done()
 
     def exception(self) -> BaseException | None:
-        return self._work.exception()
+        return self._error or self._work.exception()

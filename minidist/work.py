@@ -132,6 +132,11 @@ class Progress:
             atexit.unregister(self.finish)
             self._thread = None
 
+    def stop(self) -> None:
+        """End the thread after what was submitted, without waiting for it."""
+        if self._thread is not None:
+            self._jobs.put(None)
+
     def _serve(self) -> None:
         while (item := self._jobs.get()) is not None:
             job, future = item

@@ -105,6 +105,38 @@ def check_timeout_of_recv_names_it(comm: Communicator, meet: Meet) -> None:
     _others_time_out(comm, meet, "irecv", lambda: comm.recv(torch.ones(10), 0, timeout_s=0.5))
 
 
+@needs(fresh=True, ranks=2)
+def check_what_was_queued_behind_a_timeout_does_not_run(comm: Communicator, meet: Meet) -> None:
+    """Out of step with the ranks that took no part in the first one, it would meet the wrong operation."""
+
+    def both() -> None:
+        first = comm.all_reduce(torch.ones(1000), async_op=True, timeout_s=0.5)
+        second = comm.barrier(async_op=True)
+        try:
+            first.wait()
+        finally:
+            with expected(CommTimeoutError, "barrier", "unusable since"):
+                second.wait()
+
+    _others_time_out(comm, meet, "all_reduce", both)
+
+
+@needs(fresh=True, ranks=2)
+def check_polling_ends_when_the_sender_has_failed(comm: Communicator, meet: Meet) -> None:
+    comm.barrier()
+    if comm.rank == 1:
+        comm.abort("ValueError: boom")
+        return
+    work = comm.irecv(torch.ones(10), 1)
+    until = time.monotonic() + LIMIT_S
+    while not work.is_done():
+        assert time.monotonic() < until, "is_done() does not say that wait() would raise"
+        time.sleep(0.01)
+    with expected(PeerLostError, "rank 1", "boom") as errors:
+        work.wait()
+    assert work.exception() is errors[0]
+
+
 def _others_time_out(comm: Communicator, meet: Meet, operation: str, run: Callable[[], object]) -> None:
     """Rank 0 stays away until everybody else has given up."""
     if comm.rank > 0:

@@ -186,6 +186,24 @@ def check_split_is_independent(comm: Communicator, meet: Callable[[], None]) -> 
     assert_same(theirs, tensor(0, 10, salt=1), "broadcast on the child")
 
 
+@needs(fresh=True, ranks=2)
+def check_a_large_message_moves_while_a_split_is_waited_for(comm: Communicator, meet: Callable[[], None]) -> None:
+    group = comm.split(0)
+    assert group is not None
+    sent = tensor(0, 300_000)
+    with group:
+        if comm.rank == 0:
+            work = comm.isend(sent, 1)
+            group.barrier(timeout_s=20)
+            work.wait()
+        else:
+            if comm.rank == 1:
+                target = torch.zeros_like(sent)
+                comm.recv(target, 0, timeout_s=20)
+                assert torch.equal(target, sent)
+            group.barrier(timeout_s=20)
+
+
 @needs(fresh=True)
 def check_split_nested_and_closed(comm: Communicator, meet: Callable[[], None]) -> None:
     child = comm.split(0)

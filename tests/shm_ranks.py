@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import backends.heap
 from backends.shm import ShmCommunicator
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import MismatchError, PeerLostError
@@ -122,8 +123,38 @@ def one_dies() -> None:
     os._exit(0)
 
 
+def send_and_close() -> None:
+    """Rank 0 sends more than fits into the slots, and leaves; rank 1 gets all of it."""
+    sent = torch.arange(500_000)
+    with ShmCommunicator(timeout_s=20) as comm:
+        if comm.rank == 0:
+            comm.isend(sent, 1)
+            return
+        target = torch.zeros_like(sent)
+        comm.recv(target, 0)
+    print("all of it came" if torch.equal(target, sent) else "something else came", flush=True)
+
+
+def one_cannot_start() -> None:
+    """Rank 1 has no memory; rank 0 is told at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.environ["RANK"] == "1":
+        backends.heap.available_bytes = lambda: 0
+    started = time.monotonic()
+    try:
+        ShmCommunicator(timeout_s=60)
+    except PeerLostError as error:
+        print(error if time.monotonic() - started < 10 else "it took too long", flush=True)
+        os._exit(0)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"disagree": disagree, "leave_nothing": leave_nothing, "die_together": die_together, "one_dies": one_dies}[
-        sys.argv[1]
-    ]()
+    {
+        "disagree": disagree,
+        "leave_nothing": leave_nothing,
+        "die_together": die_together,
+        "send_and_close": send_and_close,
+        "one_cannot_start": one_cannot_start,
+        "one_dies": one_dies,
+    }[sys.argv[1]]()

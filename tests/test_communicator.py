@@ -11,7 +11,7 @@ from backends.ring import RingCommunicator
 from backends.serial import SerialCommunicator
 from backends.thread import ThreadCommunicator, run_threads, spawn_threads
 from minidist.communicator import Communicator, ReduceOp
-from minidist.errors import BackendUnavailableError, CommTimeoutError, MismatchError, PeerLostError
+from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, MismatchError, PeerLostError
 
 ONES = torch.ones(4)
 
@@ -191,3 +191,15 @@ def test_a_split_serves_longer_than_a_channel_table() -> None:
             return comm.rank
 
     assert spawn_threads(job, 2) == [0, 1]
+
+
+def test_an_interrupted_operation_leaves_the_communicator_unusable() -> None:
+    class Interrupted(SerialCommunicator):
+        def _barrier(self, timeout_s: float) -> None:
+            raise KeyboardInterrupt
+
+    comm = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        comm.barrier()
+    with pytest.raises(CommError, match=r"unusable since .* barrier: interrupted by KeyboardInterrupt"):
+        comm.all_reduce(torch.ones(2))

@@ -6,16 +6,18 @@ import gc
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from backends.heap import ALIGNMENT, OwnHeap, attach, available_bytes
-from backends.mailbox import NUM_SLOTS, SLOT_BYTES, Mailbox, num_words
+from backends.mailbox import NUM_SLOTS, SLOT_BYTES, Letter, Mailbox, num_words
 from backends.shm import ShmCommunicator
 from minidist.errors import BackendUnavailableError, CommError, MismatchError
 from tests.harness import command, run_command
+from tests.shm_ranks import footprint
 
 
 def run_ranks(what: str, tmp_path: Path, world_size: int = 2, limit_s: float = 100) -> str:
@@ -159,7 +161,63 @@ def test_a_message_of_another_size_is_an_error_of_its_receive_alone() -> None:
     assert torch.equal(target, message(4, 1))
 
 
+class _Watched:
+    """Memory that looks, while it is copied, whether its letter says that it is done."""
+
+    def __init__(self) -> None:
+        self.letter: Letter | None = None
+        self.seen: list[bool] = []
+
+    def numel(self) -> int:
+        return 4
+
+    def __getitem__(self, piece: slice) -> _Watched:
+        return self
+
+    def copy_(self, source: torch.Tensor) -> None:
+        assert self.letter is not None
+        self.seen.append(self.letter.done)
+
+
+def test_a_message_is_not_done_before_its_bytes_are_there() -> None:
+    sender, receiver = two_mailboxes()
+    sender.send(message(4, 0), 1, tag=0)
+    memory = _Watched()
+    memory.letter = receiver.receive(memory, 0, tag=0)  # type: ignore[arg-type]
+    receiver.advance()
+    assert memory.letter.done
+    assert memory.seen == [False]
+
+
 # The communicator -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [ShmCommunicator.close, lambda comm: comm.abort("enough")], ids=["close", "abort"])
+def test_the_end_gives_back_files_and_mappings_at_once(end: Callable[[ShmCommunicator], None]) -> None:
+    ShmCommunicator().close()  # what a process opens once
+    gc.collect()
+    gc.disable()
+    try:
+        before = footprint()
+        for _ in range(5):
+            comm = ShmCommunicator()
+            comm.all_reduce(comm.empty(30_000).fill_(1))
+            end(comm)
+        del comm
+        assert footprint()[0] <= before[0]
+        assert end is not ShmCommunicator.close or footprint()[1] <= before[1]
+    finally:
+        gc.enable()
+
+
+def test_negative_sizes_are_refused() -> None:
+    with ShmCommunicator() as comm, pytest.raises(ValueError, match=r"empty: sizes must be at least 0, got \(2, -1\)"):
+        comm.empty((2, -1))
+
+
+def test_shared_blocks_are_for_shared_memory() -> None:
+    with ShmCommunicator() as comm, pytest.raises(ValueError, match="make it with empty"):
+        comm.shared_blocks(torch.ones(10))
 
 
 def test_several_hosts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +248,18 @@ def test_killed_ranks_leave_no_memory(tmp_path: Path) -> None:
     assert output.count("holds 64 MiB") == 2, output
     assert sorted(os.listdir("/dev/shm")) == files
     assert shared_bytes() < memory + 2**26, "the memory of the killed ranks is still there"
+
+
+def test_what_was_sent_before_close_arrives(tmp_path: Path) -> None:
+    assert "all of it came" in run_ranks("send_and_close", tmp_path)
+
+
+def test_a_rank_that_cannot_take_part_is_named(tmp_path: Path) -> None:
+    returncode, output = run_command(
+        command("torchrun", 2, "-m", "tests.shm_ranks", "one_cannot_start"), tmp_path / "output.txt", 100
+    )
+    assert returncode == 1, output
+    assert "rank 1 is gone: CommError: shm needs" in output, output
 
 
 def test_a_killed_rank_is_named_within_two_seconds(tmp_path: Path) -> None:
