@@ -229,7 +229,7 @@ class _Message(Work):
         self._staged = None
 
     def is_done(self) -> bool:
-        return self._staged is None or self._work.is_done()
+        return self._staged is None or self._work.is_done() or bool(self._comm._gone())
 
     def exception(self) -> BaseException | None:
         return self._error or self._work.exception()
