@@ -28,7 +28,8 @@ from minidist.errors import MismatchError
 
 INLINE_BYTES = 2**14
 """What is so small that copying it costs less than a second meeting."""
-STAGE_BYTES = 2**19
+STAGE_BYTES = 2**22
+"""Twice as much per rank: in smaller ones ranks spend more time on meetings, larger ones gained nothing."""
 BELL, COUNT, TICKET, SECRET = 0, LINE, 2 * LINE, 3 * LINE
 """Words of a rank: its bell, its counter, two tickets, and a number that shows whose heap it is."""
 NUM_WORDS = 4 * LINE

@@ -113,7 +113,8 @@ def bench(cfg: DictConfig) -> None:
         rows = [row for nbytes in sizes(cfg) for row in measure(cfg, comms, nbytes)]
         first = next(iter(comms.values()))
         if first.rank == 0:
-            title = f"{cfg.collective}, {first.world_size} ranks, {cfg.memory} memory"
+            memory = "in memory from empty()" if cfg.memory == "empty" else "in ordinary memory"
+            title = f"{cfg.collective} of {cfg.dtype} {memory}, {first.world_size} ranks"
             path = report(f"{title}, medians of {cfg.iterations} bursts", rows, FORMATS, "bench")
             draw_bandwidth(path.with_suffix(".png"), title, rows)
             print(f"written: {path}.csv, .json, .png", flush=True)

@@ -45,7 +45,7 @@ def draw_steps(path: Path, title: str, rows: Sequence[Row]) -> None:
         axes.bar(names, [max(e, 0.0) for e in exposed], bottom=alone, label="exposed communication")
         axes.set_title(f"{model}, {of_one[0]['parameters_M']:.1f} M parameters")
         axes.set_ylabel("step (ms)")
-        axes.tick_params(axis="x", rotation=30)
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)

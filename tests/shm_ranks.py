@@ -65,6 +65,9 @@ def leave_nothing() -> None:
         work(comm, 100)
         before = footprint()
         work(comm, 10_000)
+        for gigabyte in (comm.empty(2**28), torch.empty(2**28)):
+            comm.all_reduce(gigabyte.fill_(1))
+        del gigabyte
         for _ in range(100):
             comm.empty(2**24).fill_(1)
         for _ in range(100):
