@@ -16,7 +16,7 @@ Ranks that meet (backends/arena.py) compare what they mean to do, so that ranks 
 
 Cost of an all-reduce of M bytes on n ranks: 2 meetings in place, in which every rank reads and writes (n-1)/n M of
 the others' memory; about 2 + M / (n STAGE_BYTES / (n+1)) meetings, and twice the traffic, through the stage.
-The scheme is the one of Li, Hoefler and Snir, "NUMA-aware shared-memory collective communication for MPI" (2013).
+Compare Li, Hoefler and Snir, "NUMA-aware shared-memory collective communication for MPI" (2013).
 """
 
 from __future__ import annotations
