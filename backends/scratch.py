@@ -13,13 +13,18 @@ class Scratch:
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
+        self._taken: dict[str, Tensor] = {}  # what was taken last, as it is most often taken again
 
     def take(self, name: str, numel: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """Return ``numel`` elements; the next call with the same ``name`` returns the same memory."""
+        last = self._taken.get(name)
+        if last is not None and last.numel() == numel and last.dtype == dtype:
+            return last
         nbytes = numel * dtype.itemsize
         if name not in self._memory or self._memory[name].numel() < nbytes:
             self._memory[name] = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        return self._memory[name][:nbytes].view(dtype)
+        self._taken[name] = taken = self._memory[name][:nbytes].view(dtype)
+        return taken
 
     def copy_of(self, name: str, tensor: Tensor) -> Tensor:
         """Return a flat copy of ``tensor``."""
@@ -29,4 +34,5 @@ class Scratch:
         """Yield one piece of memory for each tensor in ``like``, which have one dtype and device."""
         if like:
             sizes = [tensor.numel() for tensor in like]
-            yield from torch.split(self.take(name, sum(sizes), like[0].dtype, like[0].device), sizes)
+            memory = self.take(name, sum(sizes), like[0].dtype, like[0].device)
+            yield from (memory,) if len(like) == 1 else memory.split_with_sizes(sizes)

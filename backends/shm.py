@@ -116,7 +116,7 @@ class ShmCommunicator(ProcessCommunicator):
         n, me = self.world_size, self.rank
         others = [rank for rank in range(n) if rank != me]
         stage = _Stage(self._shared, n + 1, flat.dtype)  # the last piece holds the result
-        pieces = [torch.split(chunk, stage.numel) if chunk.numel() else () for chunk in self._cut(flat)]
+        pieces = [stage.pieces_of(chunk) for chunk in self._cut(flat)]
 
         def stage_chunks(k: int) -> None:
             for rank in others:
@@ -242,8 +242,8 @@ class ShmCommunicator(ProcessCommunicator):
         op: ReduceOp,
     ) -> None:
         stage = _Stage(self._shared, num_pieces, like.dtype)
-        pieces = [] if source is None else [torch.split(p, stage.numel) for p in torch.split(source, like.numel())]
-        targets = [(torch.split(target, stage.numel), parts) for target, parts in reads]
+        pieces = [] if source is None else [stage.pieces_of(p) for p in torch.split(source, like.numel())]
+        targets = [(stage.pieces_of(target), parts) for target, parts in reads]
 
         def stage_pieces(k: int) -> None:
             for index, piece in enumerate(pieces):
@@ -335,6 +335,12 @@ class _Stage:
     def __init__(self, arena: Arena, num_pieces: int, dtype: torch.dtype) -> None:
         self._arena, self._dtype = arena, dtype
         self.numel = STAGE_BYTES // num_pieces // 64 * 64 // dtype.itemsize
+
+    def pieces_of(self, chunk: Tensor) -> Sequence[Tensor]:
+        """Cut a chunk into what is staged in one round each."""
+        if chunk.numel() <= self.numel:
+            return [chunk] if chunk.numel() else []
+        return torch.split(chunk, self.numel)
 
     def piece(self, rank: int, k: int, index: int, like: Tensor) -> Tensor:
         """Return a piece of ``rank``'s stage of round ``k``, as long as ``like``."""
