@@ -37,6 +37,10 @@ class BackendUnavailableError(CommError, ImportError):
     """A backend cannot run here: a package, a library, a device or a launcher is missing."""
 
 
+class ScheduleError(ValueError):
+    """A schedule does not do what its collective promises."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or does not fit what it is loaded into."""
 
