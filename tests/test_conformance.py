@@ -116,7 +116,7 @@ def worlds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Worlds([item.callspec.params["case"] for item in run], tmp_path_factory)
 
 
-@pytest.mark.timeout(1200)  # the first test of a world runs all of it; the harness has its own limits
+@pytest.mark.timeout(3600)  # the first test of a world runs all of it; the harness has its own limits
 def test_conformance(case: Case, worlds: Worlds) -> None:
     failure = worlds.outcome(case)
     if failure is not None:
