@@ -18,6 +18,8 @@ from hydra.core.hydra_config import HydraConfig
 from experiments.communicators import build, check_available
 from experiments.tables import Row, table, write_csv, write_json
 from minidist.communicator import Communicator
+from minidist.errors import ConfigError
+from minidist.launch import detect
 
 Action = Callable[[], None]
 
@@ -27,7 +29,14 @@ def communicators(names: Sequence[str]) -> Iterator[dict[str, Communicator]]:
     """Make the communicators that ``names`` (``gloo``, ``ring/mpi``) stand for; close them at the end.
 
     Each rank gets one thread for its arithmetic: what is compared is communication.
+
+    Raises:
+        ConfigError: there is one rank, or a name stands for nothing.
     """
+    if detect().launcher == "alone":
+        raise ConfigError(
+            "there is nothing to compare on one rank; start with torchrun --nproc-per-node=2, or mpirun -n 2"
+        )
     torch.set_num_threads(1)
     sections = {name: hydra.compose("config", overrides=_overrides(name)).comm for name in names}
     for section in sections.values():

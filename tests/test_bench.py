@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from backends.thread import ThreadCommunicator, run_threads
 from experiments.bench import check, sizes
 from experiments.collectives import BUSBW, Collective
+from experiments.compare import communicators
 from experiments.pictures import draw_bandwidth, draw_steps
 from experiments.tables import table, write_csv, write_json
 from minidist.communicator import Communicator, ReduceOp
@@ -115,6 +116,15 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     draw_steps(tmp_path / "b.png", "title", steps)
     for name in ("a.png", "b.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with (
+        pytest.raises(ConfigError, match=r"nothing to compare on one rank; start with torchrun"),
+        communicators(["gloo"]),
+    ):
+        pass
 
 
 @pytest.mark.timeout(300)
