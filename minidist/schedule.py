@@ -7,7 +7,7 @@ A schedule is a generator, written once per collective::
             yield Send(next_rank, chunk=...), Recv(prev_rank, chunk=...)
 
 It says who sends which chunk to whom, and nothing about tensors, networks or threads. The same
-generator is executed on tensors (backends/scheduled.py) and counted in the tests.
+generator is executed on tensors (backends/scheduled.py), proved (minidist/prove.py) and counted in the tests.
 
 Nomenclature: a *step* is the set of transfers that a rank posts together, so no order of sends and
 receives inside a step can deadlock; a *chunk* is one of the parts into which the collective cuts its
