@@ -90,7 +90,8 @@ class _Receive(Work):
         self._is_taken = True
 
     def is_done(self) -> bool:
-        return self._is_taken or self._comm.store.check([self._key])
+        store = self._comm.store  # a rank that is gone ends the wait too
+        return self._is_taken or store.check([self._key]) or store.check(["gone-1"])
 
     def exception(self) -> BaseException | None:
         return None

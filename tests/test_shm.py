@@ -240,13 +240,14 @@ def test_use_leaves_memory_as_it_was(tmp_path: Path) -> None:
 
 
 def test_killed_ranks_leave_no_memory(tmp_path: Path) -> None:
-    files, memory = sorted(os.listdir("/dev/shm")), shared_bytes()
+    files, memory = set(os.listdir("/dev/shm")), shared_bytes()
     returncode, output = run_command(
         command("torchrun", 2, "-m", "tests.shm_ranks", "die_together"), tmp_path / "output.txt", 100
     )
     assert returncode == 1, output
     assert output.count("holds 64 MiB") == 2, output
-    assert sorted(os.listdir("/dev/shm")) == files
+    new = {name for name in os.listdir("/dev/shm") if not name.startswith("mpich")} - files  # MPI may run beside it
+    assert not new
     assert shared_bytes() < memory + 2**26, "the memory of the killed ranks is still there"
 
 
