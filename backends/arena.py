@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -22,8 +21,7 @@ from backends import cores, mailbox
 from backends.doorbell import Doorbell
 from backends.heap import Heap, OwnHeap, attach, unreachable
 from backends.mailbox import LINE, Mailbox
-from backends.signature import difference
-from minidist import launch
+from backends.signature import MEETING, difference
 from minidist.errors import MismatchError
 
 INLINE_BYTES = 2**14
@@ -80,7 +78,7 @@ class Arena:
             self._bell.ring,
         )
         self.view = functools.lru_cache(4096)(functools.partial(_view, self.heaps))
-        self.meet(0, NOWHERE, deadline)  # a rank that closed at once would take the address of its heap along
+        self.meet(MEETING, NOWHERE, deadline)  # a rank that closed at once would take the address of its heap along
 
     def _map_heaps(self, store: dist.Store, control: int, deadline: float) -> list[Heap]:
         self.heap.words(control, NUM_WORDS)[SECRET] = secret = secrets.randbits(62)
@@ -97,9 +95,7 @@ class Arena:
                 raise unreachable("it belongs to somebody else")
             heaps.append(heap)
             places.append(place)
-        # A group of some ranks must not count cores that the other ranks of the job use too.
-        of_job = (os.cpu_count() or 1) // launch.detect().local_world_size
-        self.cores_per_rank = min(cores.per_rank(places, self.rank), of_job)
+        self.cores_per_rank = cores.per_rank(places, self.rank)
         return heaps
 
     @property

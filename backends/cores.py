@@ -6,6 +6,10 @@ import os
 import socket
 from collections.abc import Sequence
 
+from minidist import launch
+
+SPIN_S = 2e-3
+"""How long a rank with a core to itself looks before it sleeps: a process that sleeps wakes late."""
 Cores = tuple[str, list[int]]
 """A host, and the cores of it that a process may use."""
 
@@ -16,7 +20,11 @@ def here() -> Cores:
 
 
 def per_rank(cores: Sequence[Cores], rank: int) -> int:
-    """Return how many cores there are for each rank on the host of ``rank``; 0 if fewer than ranks."""
+    """Return how many cores there are for each rank on the host of ``rank``, which is this one; 0 if fewer than ranks.
+
+    A group of some ranks does not count cores that the other ranks of the job use too.
+    """
     host = cores[rank][0]
     of_host = [mine for where, mine in cores if where == host]
-    return len(set().union(*of_host)) // len(of_host)
+    of_job = (os.cpu_count() or 1) // launch.detect().local_world_size
+    return min(len(set().union(*of_host)) // len(of_host), of_job)

@@ -15,14 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from backends import cores
 from minidist.errors import BackendUnavailableError
 
 SYS_FUTEX, FUTEX_WAIT, FUTEX_WAKE = 202, 0, 1  # Linux on x86-64
 EVERYBODY = 2**31 - 1
 NAP_S = 0.02
 """The longest sleep; also what a ring costs that the memory system delivers too late to be seen."""
-SPIN_S = 2e-3
-"""How long to spin where every rank has a core: longer than a small collective takes."""
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 
 
@@ -56,7 +55,7 @@ class Doorbell:
         self._own, self._address = bells[rank], addresses[rank]
         self._bells, self._addresses = bells, addresses
         self._others = [peer for peer in range(len(bells)) if peer != rank]
-        self._spin_s = SPIN_S if spin else 0.0
+        self._spin_s = cores.SPIN_S if spin else 0.0
         # No two rings write the same value, so that every ring changes the bell, whoever else rings.
         self._values = itertools.count(rank, len(bells))
         self._num_sleepers, self._lock = 0, threading.Lock()

@@ -31,10 +31,8 @@ from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, PeerLostError
 
 MAX_COUNT = 2**31 - 1
-SPIN_S = 2e-3
-"""How long to test without a pause where every rank has a core; a process that sleeps wakes late."""
 BACKGROUND_SPIN_S = 1e-4
-"""The same where an operation runs beside other work of its rank."""
+"""How long to test without a pause where an operation runs beside other work of its rank."""
 PAUSE_S = 1e-5
 GRACE_S = 0.5
 """How long an operation may go on after a rank has left: it may have got all that it needs."""
@@ -108,7 +106,7 @@ class MpiCommunicator(ScheduledCommunicator):
         self._comm = MPI.COMM_WORLD.Dup() if mpi_comm is None else mpi_comm
         _check_world(MPI.COMM_WORLD.size)
         super().__init__(self._comm.rank, self._comm.size, timeout_s, segment_bytes)
-        self._spin_s = SPIN_S if cores.per_rank(self._comm.allgather(cores.here()), self.rank) else 0.0
+        self._spin_s = cores.SPIN_S if cores.per_rank(self._comm.allgather(cores.here()), self.rank) else 0.0
         self._notices = notices()
         self._key = self._comm.bcast(secrets.token_hex(8))
         world_group = MPI.COMM_WORLD.Get_group()

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from backends.shm import ShmCommunicator, add_and_write
 from experiments.collectives import BUSBW, Collective
 from experiments.compare import Action, communicators, interleaved, median, percentile_95, report
-from experiments.pictures import draw_bandwidth
+from experiments.pictures import LIMIT, draw_bandwidth
 from experiments.run import main
 from experiments.tables import Row
 from minidist.communicator import Communicator, ReduceOp
@@ -36,7 +36,6 @@ FORMATS = {
     "ratio": ".2f",
     "wrong": "d",
 }
-LIMIT = "limit"
 MAX_BURST_BYTES = 2**28
 """Large sizes get shorter bursts."""
 

@@ -99,14 +99,13 @@ class _Values:
 
     def _end(self, rank: int, chunk: int) -> Value | None:
         """Return what a chunk has to hold at the end; None where it does not matter."""
-        everyone = Counter({(other, chunk): 1 for other in range(self._n)})
         match self._collective:
             case "all_reduce":
-                return everyone
+                return self._everyone(chunk)
             case "reduce":
-                return everyone if rank == self._root else None
+                return self._everyone(chunk) if rank == self._root else None
             case "reduce_scatter":
-                return everyone if rank == chunk else None
+                return self._everyone(chunk) if rank == chunk else None
             case "broadcast":
                 return Counter({(self._root, chunk): 1})
             case "all_gather":
@@ -116,6 +115,9 @@ class _Values:
             case "scatter":
                 return Counter({(self._root, chunk): 1}) if rank == chunk else None
         return Counter({(chunk - self._n, rank): 1}) if chunk >= self._n else None
+
+    def _everyone(self, chunk: int) -> Value:
+        return Counter({(rank, chunk): 1 for rank in range(self._n)})
 
     def send(self, rank: _Rank, transfer: Send) -> Value:
         """Return what is sent; the chunk may change as soon as the step is over."""

@@ -127,7 +127,7 @@ class Progress:
     def finish(self, timeout_s: float | None = None) -> None:
         """Let the jobs finish, well or not, and end the thread; wait for that no longer than ``timeout_s``."""
         if self._thread is not None:
-            self._jobs.put(None)
+            self.stop()
             self._thread.join(timeout_s)
             atexit.unregister(self.finish)
             self._thread = None
