@@ -20,10 +20,8 @@ Reduce-scatter on 3 ranks, chunks a b c (a01 is the sum of rank 0's and rank 1's
 
 from collections.abc import Iterator
 
-from torch import Tensor
-
-from backends.composition import Composition
-from minidist.communicator import ReduceOp
+from backends.algorithm import AlgorithmCommunicator
+from minidist.communicator import Communicator
 from minidist.schedule import Recv, Reduce, Send, Step
 
 
@@ -50,15 +48,9 @@ def ring_all_reduce(rank: int, world_size: int) -> Iterator[Step]:
     yield from ring_all_gather(rank, world_size)
 
 
-class RingCommunicator(Composition):
-    """All-reduce, reduce-scatter and all-gather as rings over any transport."""
+class RingCommunicator(AlgorithmCommunicator):
+    """All-reduce, reduce-scatter and all-gather as rings over any transport; see `AlgorithmCommunicator`."""
 
-    def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:
-        self._execute(ring_all_reduce(self.rank, self.world_size), self._cut(tensor), op, timeout_s)
-
-    def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
-        steps = ring_reduce_scatter(self.rank, self.world_size)
-        self._run_reduce_scatter(steps, output, input, op, timeout_s)
-
-    def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        self._run_all_gather(ring_all_gather(self.rank, self.world_size), output, input, timeout_s)
+    def __init__(self, transport: Communicator, timeout_s: float | None = None, segment_bytes: int = 2**22) -> None:
+        rings = {"all_reduce": ring_all_reduce, "reduce_scatter": ring_reduce_scatter, "all_gather": ring_all_gather}
+        super().__init__(transport, rings, timeout_s, segment_bytes)

@@ -2,34 +2,34 @@
 
 `ScheduledCommunicator` is the base of every backend: with `_isend` and `_irecv` alone all collectives
 work. The executor takes a schedule step by step. It posts the receives and the sends of a step
-together, each chunk cut into *segments*, and combines a segment that has arrived while the next ones
+together, each message cut into *segments*, and combines a segment that has arrived while the next ones
 are still on their way::
 
     step      | irecv s0 s1 s2 | isend s0 s1 s2 | wait s0, add s0 | wait s1, add s1 | ...
 
-Received segments wait in scratch memory that is kept between calls, because fresh pages cost more than
-the copy into them. Where it is safe, the receives of the next step are posted before this one has ended.
-Chunks without elements (fewer elements than ranks) are skipped on both sides.
+Chunks that lie side by side are one piece of memory; others that travel together are packed where they are small, and
+go one by one where they are not. What is not received in place waits in scratch memory that is kept between calls,
+because fresh pages cost more than the copy into them. Where it is safe, the receives of the next step are posted before
+this one has ended. Chunks without elements (fewer elements than chunks) are skipped on both sides.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from backends import schedules
-from backends.reductions import COMBINE
+from backends.messages import Arrival, messages, take
+from backends.schedules import DEFAULTS
 from backends.scratch import Scratch
 from minidist import checks
 from minidist.communicator import Communicator, ReduceOp, Work
-from minidist.schedule import Recv, Reduce, Send, Step
+from minidist.schedule import Recv, Reduce, Schedule, Send, Step, Transfer, chunks_of, indices
 
 TAG = 2**15 - 1
 """The tag of all messages of schedules; users' tags are below it."""
-Received = tuple[Work, Tensor, Tensor]
 
 
 class ScheduledCommunicator(Communicator):
@@ -38,7 +38,12 @@ class ScheduledCommunicator(Communicator):
     Args:
         rank, world_size, timeout_s: see `Communicator`.
         segment_bytes: the largest message; what is larger travels in segments. The same on all ranks.
+
+    Attributes:
+        schedules: which schedule a collective runs.
     """
+
+    schedules: Mapping[str, Schedule] = DEFAULTS
 
     def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0, segment_bytes: int = 2**22) -> None:
         super().__init__(rank, world_size, timeout_s)
@@ -46,130 +51,123 @@ class ScheduledCommunicator(Communicator):
         self._scratch, self._turn = Scratch(), 0
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:
-        steps = schedules.direct_all_reduce(self.rank, self.world_size)
-        self._execute(steps, self._cut(tensor), op, timeout_s)
+        self._execute("all_reduce", self._cut("all_reduce", tensor), op, timeout_s)
 
     def _reduce(self, tensor: Tensor, dst: int, op: ReduceOp, timeout_s: float) -> None:
-        steps = schedules.binomial_reduce(self.rank, self.world_size, dst)
-        self._execute(steps, [tensor.view(-1)], op, timeout_s)
+        self._execute("reduce", self._cut("reduce", tensor), op, timeout_s, dst)
 
     def _broadcast(self, tensor: Tensor, src: int, timeout_s: float) -> None:
-        steps = schedules.binomial_broadcast(self.rank, self.world_size, src)
-        self._execute(steps, [tensor.view(-1)], ReduceOp.SUM, timeout_s)
+        self._execute("broadcast", self._cut("broadcast", tensor), ReduceOp.SUM, timeout_s, src)
 
     def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        self._run_all_gather(schedules.direct_all_gather(self.rank, self.world_size), output, input, timeout_s)
+        blocks = self._blocks_of(output)
+        if blocks[self.rank].data_ptr() != input.data_ptr():
+            blocks[self.rank].copy_(input.view(-1))
+        self._execute("all_gather", blocks, ReduceOp.SUM, timeout_s)
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
-        steps = schedules.direct_reduce_scatter(self.rank, self.world_size)
-        self._run_reduce_scatter(steps, output, input, op, timeout_s)
+        blocks = self._blocks_of(self._scratch.copy_of("input", input))
+        self._execute("reduce_scatter", blocks, op, timeout_s)
+        output.view(-1).copy_(blocks[self.rank])
 
     def _gather(self, output: Tensor | None, input: Tensor, dst: int, timeout_s: float) -> None:
-        chunks = self._root_chunks(output, input)
+        blocks = self._root_blocks(output, input)
         if output is not None:
-            chunks[self.rank].copy_(input.view(-1))
-        steps = schedules.direct_gather(self.rank, self.world_size, dst)
-        self._execute(steps, chunks, ReduceOp.SUM, timeout_s)
+            blocks[self.rank].copy_(input.view(-1))
+        self._execute("gather", blocks, ReduceOp.SUM, timeout_s, dst)
 
     def _scatter(self, output: Tensor, input: Tensor | None, src: int, timeout_s: float) -> None:
-        chunks = self._root_chunks(input, output)
-        steps = schedules.direct_scatter(self.rank, self.world_size, src)
-        self._execute(steps, chunks, ReduceOp.SUM, timeout_s)
+        blocks = self._root_blocks(input, output)
+        self._execute("scatter", blocks, ReduceOp.SUM, timeout_s, src)
         if input is not None:
-            output.view(-1).copy_(chunks[self.rank])
+            output.view(-1).copy_(blocks[self.rank])
 
     def _all_to_all(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        sent, received = self._cut(input), self._cut(output)
+        sent, received = self._blocks_of(input), self._blocks_of(output)
         received[self.rank].copy_(sent[self.rank])
-        steps = schedules.direct_all_to_all(self.rank, self.world_size)
-        self._execute(steps, [*sent, *received], ReduceOp.SUM, timeout_s)
+        num_extra = chunks_of(self.schedules["all_to_all"], "all_to_all", self.world_size) - 2 * self.world_size
+        extra = self._scratch.pieces("extra", [sent[0].numel()] * num_extra, input)
+        self._execute("all_to_all", [*sent, *received, *extra], ReduceOp.SUM, timeout_s)
 
     def _barrier(self, timeout_s: float) -> None:
-        steps = schedules.dissemination_barrier(self.rank, self.world_size)
         tokens = self._scratch.take("barrier", 2, torch.uint8, self.device_type)
-        self._execute(steps, [tokens[:1], tokens[1:]], ReduceOp.SUM, timeout_s)
+        self._execute("barrier", [tokens[:1], tokens[1:]], ReduceOp.SUM, timeout_s)
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:
         from backends.group import group_of  # a group is itself a ScheduledCommunicator
 
         return group_of(self, groups)
 
+    def _cut(self, collective: str, tensor: Tensor) -> Sequence[Tensor]:
+        """Cut into chunks, the first ones larger by one element where it does not divide."""
+        count = chunks_of(self.schedules[collective], collective, self.world_size)
+        return torch.tensor_split(tensor.view(-1), count) if count > 1 else (tensor.view(-1),)
+
+    def _blocks_of(self, tensor: Tensor) -> Sequence[Tensor]:
+        return torch.tensor_split(tensor.view(-1), self.world_size)
+
+    def _root_blocks(self, many: Tensor | None, one: Tensor) -> Sequence[Tensor]:
+        return [one.view(-1)] * self.world_size if many is None else self._blocks_of(many)
+
     # The executor -----------------------------------------------------------------------------
 
-    def _run_all_gather(self, steps: Iterator[Step], output: Tensor, input: Tensor, timeout_s: float) -> None:
-        chunks = self._cut(output)
-        if chunks[self.rank].data_ptr() != input.data_ptr():
-            chunks[self.rank].copy_(input.view(-1))
-        self._execute(steps, chunks, ReduceOp.SUM, timeout_s)
+    def _steps(self, collective: str, *root: int) -> Iterator[Step]:
+        return self.schedules[collective](self.rank, self.world_size, *root)
 
-    def _run_reduce_scatter(
-        self, steps: Iterator[Step], output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float
-    ) -> None:
-        chunks = self._cut(self._scratch.copy_of("input", input))
-        self._execute(steps, chunks, op, timeout_s)
-        output.view(-1).copy_(chunks[self.rank])
-
-    def _execute(self, steps: Iterator[Step], chunks: Sequence[Tensor], op: ReduceOp, timeout_s: float) -> None:
-        """Run this rank's ``steps`` on the memory in ``chunks``; each chunk is 1-d and contiguous."""
-        deadline = time.monotonic() + timeout_s
+    def _execute(self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, timeout_s: float, *root: int) -> None:
+        """Run this rank's steps on the memory in ``chunks``; each chunk is 1-d and contiguous."""
+        steps, deadline = self._steps(collective, *root), time.monotonic() + timeout_s
         step, early = next(steps, None), None
         while step is not None:
             remaining = max(deadline - time.monotonic(), 1e-3)
-            received = self._post_receives(step, chunks, remaining) if early is None else early
+            arrivals = self._post_receives(step, chunks, remaining) if early is None else early
             sent = self._post_sends(step, chunks, remaining)
             following, early = next(steps, None), None
-            if following is not None and _can_be_early(following, step, len(sent)):
+            is_early = following is not None and _can_be_early(following, step, len(sent))
+            if is_early or _touched(step, Send) & _touched(step, Reduce):
                 for work in sent:
                     work.wait()
+            if following is not None and is_early:
                 early = self._post_receives(following, chunks, remaining)
-            for work, piece, segment in received:
-                work.wait()
-                if piece.data_ptr() != segment.data_ptr():
-                    COMBINE[op](segment, piece, out=segment)
+            take(arrivals, self.rank, op)
             for work in sent:
                 work.wait()
             step = following
 
-    def _post_receives(self, step: Step, chunks: Sequence[Tensor], timeout_s: float) -> list[Received]:
-        """Return what to wait for, the memory that it comes into, and the segment that it belongs into."""
-        received: list[Received] = []
-        arrivals = [transfer for transfer in step if not isinstance(transfer, Send)]
-        reduced = [chunks[arrival.chunk] for arrival in arrivals if isinstance(arrival, Reduce)]
+    def _post_receives(self, step: Step, chunks: Sequence[Tensor], timeout_s: float) -> list[Arrival]:
+        coming = [
+            (m, runs) for m in step if not isinstance(m, Send) for runs in messages(chunks, m, self.segment_bytes)
+        ]
+        staged = [sum(run.numel() for run in runs) for m, runs in coming if isinstance(m, Reduce) or len(runs) > 1]
         self._turn = 1 - self._turn  # what arrives early must not overwrite what is being reduced
-        scratch = self._scratch.pieces(f"reduce{self._turn}", reduced)
-        for arrival in arrivals:
-            chunk = chunks[arrival.chunk]
-            target = chunk if isinstance(arrival, Recv) else next(scratch)
-            for piece, segment in zip(self._segments(target), self._segments(chunk), strict=True):
-                received.append((self._irecv(piece, arrival.peer, self._tag(TAG), timeout_s), piece, segment))
-        return received
+        scratch = self._scratch.pieces(f"arriving{self._turn}", staged, chunks[0])
+        arrivals = []
+        for move, runs in coming:
+            in_place = isinstance(move, Recv) and len(runs) == 1
+            message = runs[0] if in_place else next(scratch)
+            work = self._irecv(message, move.peer, self._tag(TAG), timeout_s)
+            arrivals.append(Arrival(work, move, message, () if in_place else runs))
+        return arrivals
 
     def _post_sends(self, step: Step, chunks: Sequence[Tensor], timeout_s: float) -> list[Work]:
-        sends = [transfer for transfer in step if isinstance(transfer, Send)]
-        segments = [(segment, send.peer) for send in sends for segment in self._segments(chunks[send.chunk])]
-        for segment, _ in segments:
-            self.traffic.count(segment.nbytes)
-        return [self._isend(segment, peer, self._tag(TAG), timeout_s) for segment, peer in segments]
+        sends = [
+            (m.peer, runs) for m in step if isinstance(m, Send) for runs in messages(chunks, m, self.segment_bytes)
+        ]
+        packed = [(peer, runs[0] if len(runs) == 1 else torch.cat(runs)) for peer, runs in sends]
+        for _, message in packed:
+            self.traffic.count(message.nbytes)
+        return [self._isend(message, peer, self._tag(TAG), timeout_s) for peer, message in packed]
 
-    def _segments(self, chunk: Tensor) -> Sequence[Tensor]:
-        if chunk.nbytes <= self.segment_bytes:
-            return [chunk] if chunk.numel() else []
-        return torch.split(chunk, self.segment_bytes // chunk.element_size())
 
-    def _cut(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Cut into world_size chunks, the first ones larger by one element where it does not divide."""
-        return torch.tensor_split(tensor.view(-1), self.world_size)
-
-    def _root_chunks(self, many: Tensor | None, one: Tensor) -> Sequence[Tensor]:
-        return [one.view(-1)] * self.world_size if many is None else self._cut(many)
+def _touched(step: Step, *kinds: type[Transfer]) -> set[int]:
+    return {index for move in step if isinstance(move, kinds) for index in indices(move.chunk)}
 
 
 def _can_be_early(following: Step, step: Step, num_sent: int) -> bool:
     """Whether the receives of ``following`` can be posted before ``step`` has ended, but for its sends.
 
-    A peer's send then finds its receive waiting, which saves a message over most transports. Not where a chunk
+    A peer's send then finds its receive waiting, which saves a message over most transports. Not where a message
     travels in segments: to wait for the sends first would leave no transfer to hide the reduction behind.
     """
-    arriving = {transfer.chunk for transfer in step if not isinstance(transfer, Send)}
-    overwritten = {transfer.chunk for transfer in following if isinstance(transfer, Recv)}
-    return num_sent <= sum(isinstance(transfer, Send) for transfer in step) and not arriving & overwritten
+    is_whole = num_sent <= sum(isinstance(move, Send) for move in step)
+    return is_whole and not _touched(step, Recv, Reduce) & _touched(following, Recv)

@@ -30,9 +30,8 @@ class Scratch:
         """Return a flat copy of ``tensor``."""
         return self.take(name, tensor.numel(), tensor.dtype, tensor.device).copy_(tensor.view(-1))
 
-    def pieces(self, name: str, like: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield one piece of memory for each tensor in ``like``, which have one dtype and device."""
-        if like:
-            sizes = [tensor.numel() for tensor in like]
-            memory = self.take(name, sum(sizes), like[0].dtype, like[0].device)
-            yield from (memory,) if len(like) == 1 else memory.split_with_sizes(sizes)
+    def pieces(self, name: str, numels: Sequence[int], like: Tensor) -> Iterator[Tensor]:
+        """Yield pieces of memory of so many elements each, of the dtype and device of ``like``."""
+        if numels:
+            memory = self.take(name, sum(numels), like.dtype, like.device)
+            yield from (memory,) if len(numels) == 1 else memory.split_with_sizes(list(numels))

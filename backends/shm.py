@@ -116,7 +116,7 @@ class ShmCommunicator(ProcessCommunicator):
         n, me = self.world_size, self.rank
         others = [rank for rank in range(n) if rank != me]
         stage = _Stage(self._shared, n + 1, flat.dtype)  # the last piece holds the result
-        pieces = [stage.pieces_of(chunk) for chunk in self._cut(flat)]
+        pieces = [stage.pieces_of(chunk) for chunk in self._blocks_of(flat)]
 
         def stage_chunks(k: int) -> None:
             for rank in others:
@@ -149,7 +149,7 @@ class ShmCommunicator(ProcessCommunicator):
             self._exchange("broadcast", flat, None, [(flat, [(src, 0)])], timeout_s, root=src)
 
     def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        reads = [(chunk, [(rank, 0)]) for rank, chunk in enumerate(self._cut(output))]
+        reads = [(chunk, [(rank, 0)]) for rank, chunk in enumerate(self._blocks_of(output))]
         self._exchange("all_gather", input, input.view(-1), reads, timeout_s)
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
@@ -157,7 +157,7 @@ class ShmCommunicator(ProcessCommunicator):
         self._exchange("reduce_scatter", output, input.view(-1), reads, timeout_s, self.world_size, op)
 
     def _gather(self, output: Tensor | None, input: Tensor, dst: int, timeout_s: float) -> None:
-        chunks = [] if output is None else self._cut(output)
+        chunks = [] if output is None else self._blocks_of(output)
         reads = [(chunk, [(rank, 0)]) for rank, chunk in enumerate(chunks)]
         self._exchange("gather", input, input.view(-1), reads, timeout_s, root=dst)
 
@@ -167,7 +167,7 @@ class ShmCommunicator(ProcessCommunicator):
         self._exchange("scatter", output, source, reads, timeout_s, self.world_size, root=src)
 
     def _all_to_all(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        chunks = self._cut(output)
+        chunks = self._blocks_of(output)
         reads = [(chunk, [(rank, self.rank)]) for rank, chunk in enumerate(chunks)]
         self._exchange("all_to_all", chunks[0], input.view(-1), reads, timeout_s, self.world_size)
 

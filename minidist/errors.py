@@ -37,8 +37,8 @@ class BackendUnavailableError(CommError, ImportError):
     """A backend cannot run here: a package, a library, a device or a launcher is missing."""
 
 
-class ScheduleError(ValueError):
-    """A schedule does not do what its collective promises."""
+class ScheduleError(CommError, ValueError):
+    """A schedule does not do what its collective promises; nothing was sent."""
 
 
 class CheckpointError(RuntimeError):

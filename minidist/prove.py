@@ -6,25 +6,25 @@ contribution is in it once, whatever the numbers are::
 
     rank 0, chunk 1    {(0, 1)}  --Reduce from rank 3-->  {(0, 1), (3, 1)}  --...-->  {(0, 1), (1, 1), (2, 1), (3, 1)}
 
-The transfers of a step are posted together, and a rank goes on when all of them are finished. A transfer finishes when
-both ends are posted, which is the least that any transport guarantees: what is proved here needs no buffers. Messages
-between two ranks match in the order in which they were posted.
+Beside it stands the order in which the contributions were added, as sums of floating-point numbers depend on it:
+after an all-reduce it has to be the same on all ranks, so that they hold the same bits. How ranks get on, and what
+can keep them from it, is in `minidist.world`.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from minidist.errors import ScheduleError
-from minidist.schedule import Recv, RootedSchedule, Schedule, Send, Step, Transfer
+from minidist.schedule import Recv, Schedule, Send, Transfer, indices
+from minidist.world import Rank, World
 
-MAX_STEPS = 100_000
 MAX_WORLD_SIZE = 1024
-ROOTED = ("reduce", "broadcast", "gather", "scatter")
-COLLECTIVES = ("all_reduce", *ROOTED, "all_gather", "reduce_scatter", "all_to_all", "barrier")
-Value = Counter[tuple[int, int]]
+_BITS = 64
+"""Of a count: how often one rank contributes to a value."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,46 @@ class Counts:
     Attributes:
         steps: how many steps each rank takes.
         messages: how many messages each rank sends.
+        chunks: how many chunks each rank sends.
+        num_chunks: into how many the collective cuts its memory.
     """
 
     steps: tuple[int, ...]
     messages: tuple[int, ...]
+    chunks: tuple[int, ...]
+    num_chunks: int
 
 
-def prove(schedule: Schedule | RootedSchedule, collective: str, world_size: int, root: int = 0) -> Counts:
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What a chunk holds.
+
+    Attributes:
+        counts: by the chunk that it comes from, how often each rank contributes: 64 bits per rank.
+        order: stands for the order in which it was added up.
+    """
+
+    counts: Mapping[int, int]
+    order: int
+
+    def contributions(self) -> dict[tuple[int, int], int]:
+        """Return how often each (rank, chunk) is in it."""
+        found = {}
+        for chunk, counts in self.counts.items():
+            for rank in range((counts.bit_length() + _BITS - 1) // _BITS):
+                if count := counts >> (_BITS * rank) & (2**_BITS - 1):
+                    found[rank, chunk] = count
+        return found
+
+
+Held = Mapping[tuple[int, int], Value]
+"""What each (rank, chunk) holds."""
+Observer = Callable[[Rank, Held], None]
+
+
+def prove(
+    schedule: Schedule, collective: str, world_size: int, root: int = 0, observe: Observer = lambda rank, held: None
+) -> Counts:
     """Accept a schedule that does what ``collective`` promises on ``world_size`` ranks, and count what it does.
 
     Args:
@@ -48,251 +81,184 @@ def prove(schedule: Schedule | RootedSchedule, collective: str, world_size: int,
         collective: one of COLLECTIVES.
         world_size: 1 to MAX_WORLD_SIZE.
         root: of a rooted collective.
+        observe: called with a rank that has ended a step, and with what all chunks hold.
 
     Raises:
         ScheduleError: it is wrong; one sentence says what, on which rank and in which step.
         ValueError: there is no such collective, or the world size or the root is out of range.
     """
-    if collective not in COLLECTIVES:
-        raise ValueError(f"collective must be one of {', '.join(COLLECTIVES)}, got {collective!r}")
-    if not 1 <= world_size <= MAX_WORLD_SIZE:
-        raise ValueError(f"world_size must be 1 to {MAX_WORLD_SIZE} to be proved, got {world_size}")
-    if not 0 <= root < world_size:
-        raise ValueError(f"root must be a rank from 0 to {world_size - 1}, got {root}")
-    arguments = (world_size, root) if collective in ROOTED else (world_size,)
-    ranks = [_Rank(rank, schedule(rank, *arguments)) for rank in range(world_size)]
-    meaning = _Barrier(world_size) if collective == "barrier" else _Values(collective, world_size, root)
-    _World(ranks, meaning).run()
-    meaning.check()
-    return Counts(tuple(rank.step + 1 for rank in ranks), tuple(rank.num_sent for rank in ranks))
+    proof = (_Barrier if collective == "barrier" else _Values)(schedule, collective, world_size, root, observe)
+    proof.run()
+    proof.check()
+    steps = tuple(rank.step + 1 for rank in proof.ranks)
+    return Counts(steps, tuple(rank.num_sent for rank in proof.ranks), tuple(proof.chunks_sent), proof.num_chunks)
 
 
-# What the chunks hold -----------------------------------------------------------------------------
+class _Proof(World):
+    """What the two kinds of proof share."""
+
+    def __init__(self, schedule: Schedule, collective: str, world_size: int, root: int, observe: Observer) -> None:
+        super().__init__(schedule, collective, world_size, root, MAX_WORLD_SIZE)
+        self.chunks_sent = [0] * world_size
+        self.observe = observe
+
+    def posted(self, rank: Rank, send: Send) -> Any:
+        self.chunks_sent[rank.rank] += len(indices(send.chunk))
+        return self.sent(rank, send)
+
+    @abstractmethod
+    def sent(self, rank: Rank, send: Send) -> Any:
+        """Return what is sent."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Compare what every rank ends with with what it should."""
 
 
-class _Values:
+class _Values(_Proof):
     """The chunks of all ranks as multisets of contributions."""
 
-    def __init__(self, collective: str, world_size: int, root: int) -> None:
-        self._collective, self._n, self._root = collective, world_size, root
-        self.num_chunks = {"reduce": 1, "broadcast": 1, "all_to_all": 2 * world_size}.get(collective, world_size)
-        self.equal = collective != "all_reduce"  # the chunks of an all-reduce may differ by one element
+    def __init__(self, schedule: Schedule, collective: str, world_size: int, root: int, observe: Observer) -> None:
+        super().__init__(schedule, collective, world_size, root, observe)
+        self._orders: dict[tuple[int, int], int] = {}
         self._held: dict[tuple[int, int], Value] = {}
         for rank in range(world_size):
             for chunk in range(self.num_chunks):
-                if (value := self._start(rank, chunk)) is not None:
-                    self._held[rank, chunk] = value
+                if (origin := self._starts_with(rank, chunk)) is not None:
+                    order = self._in_order(-1 - rank, -1 - origin)
+                    self._held[rank, chunk] = Value({origin: 1 << (_BITS * rank)}, order)
+        self._arrived: dict[int, list[tuple[Transfer, list[Value]]]] = {rank: [] for rank in range(world_size)}
         self._sent: set[tuple[int, int]] = set()
         self._lost: dict[tuple[int, int], str] = {}
 
-    def _start(self, rank: int, chunk: int) -> Value | None:
-        """Return what a chunk holds at the start, if anything."""
-        own = Counter({(rank, chunk): 1})
-        match self._collective:
+    def _starts_with(self, rank: int, chunk: int) -> int | None:
+        """Return whose chunk it is that lies there at the start, if any."""
+        match self.collective:
             case "broadcast" | "scatter":
-                return own if rank == self._root else None
+                return chunk if rank == self.root else None
             case "all_gather" | "gather":
-                return own if rank == chunk else None
-            case "all_to_all" if chunk >= self._n:  # its own part of the output is there
-                return Counter({(rank, rank): 1}) if chunk == self._n + rank else None
-        return own
+                return chunk if rank == chunk else None
+            case "all_to_all" if chunk >= self.world_size:  # its own part of the output is there
+                return rank if chunk == self.world_size + rank else None
+        return chunk
 
-    def _end(self, rank: int, chunk: int) -> Value | None:
-        """Return what a chunk has to hold at the end; None where it does not matter."""
-        match self._collective:
+    def _ends_with(self, rank: int, chunk: int) -> tuple[int, int] | None:
+        """Return what has to be there at the end: (rank, chunk), with rank -1 for all ranks; None for anything."""
+        n, root = self.world_size, self.root
+        match self.collective:
             case "all_reduce":
-                return self._everyone(chunk)
+                return -1, chunk
             case "reduce":
-                return self._everyone(chunk) if rank == self._root else None
+                return (-1, chunk) if rank == root else None
             case "reduce_scatter":
-                return self._everyone(chunk) if rank == chunk else None
+                return (-1, chunk) if rank == chunk else None
             case "broadcast":
-                return Counter({(self._root, chunk): 1})
+                return root, chunk
             case "all_gather":
-                return Counter({(chunk, chunk): 1})
+                return chunk, chunk
             case "gather":
-                return Counter({(chunk, chunk): 1}) if rank == self._root else None
+                return (chunk, chunk) if rank == root else None
             case "scatter":
-                return Counter({(self._root, chunk): 1}) if rank == chunk else None
-        return Counter({(chunk - self._n, rank): 1}) if chunk >= self._n else None
+                return (root, chunk) if rank == chunk else None
+        return (chunk - n, rank) if n <= chunk < 2 * n else None
 
-    def _everyone(self, chunk: int) -> Value:
-        return Counter({(rank, chunk): 1 for rank in range(self._n)})
+    def _in_order(self, first: int, second: int) -> int:
+        """Return what stands for the sum of two values, the same one for the same two."""
+        return self._orders.setdefault((first, second), len(self._orders))
 
-    def send(self, rank: _Rank, transfer: Send) -> Value:
-        """Return what is sent; the chunk may change as soon as the step is over."""
-        if (rank.rank, transfer.chunk) not in self._held:
-            raise ScheduleError(f"{rank.where}: it sends chunk {transfer.chunk}, in which there is nothing yet")
-        self._sent.add((rank.rank, transfer.chunk))
-        return self._held[rank.rank, transfer.chunk]
+    def sent(self, rank: Rank, send: Send) -> list[Value]:
+        values = []
+        for chunk in indices(send.chunk):
+            if (rank.rank, chunk) not in self._held:
+                raise ScheduleError(f"{rank.where}: it sends chunk {chunk}, in which there is nothing yet")
+            self._sent.add((rank.rank, chunk))
+            values.append(self._held[rank.rank, chunk])
+        return values
 
-    def receive(self, rank: _Rank, transfer: Transfer, value: Value) -> None:
-        """Overwrite a chunk, or add to it."""
-        place = rank.rank, transfer.chunk
-        if isinstance(transfer, Recv):
-            if place in self._held and place not in self._sent:
-                self._lost.setdefault(place, f"{rank.where} overwrote it before it was sent")
-            self._held[place] = value
-        elif place in self._held:
-            self._held[place] = self._held[place] + value
-        else:
-            raise ScheduleError(f"{rank.where}: it reduces into chunk {transfer.chunk}, in which there is nothing yet")
+    def met(self, sender: Rank, send: Send, message: Any, receiver: Rank, receive: Transfer, time: float) -> None:
+        self._arrived[receiver.rank].append((receive, message))
+
+    def step_ended(self, rank: Rank) -> None:
+        """Overwrite chunks, or add to them in the order of the ranks."""
+        sums: dict[int, Value] = {}
+        for transfer, values in sorted(self._arrived[rank.rank], key=lambda arrived: arrived[0].peer):
+            for chunk, value in zip(indices(transfer.chunk), values, strict=True):
+                place = rank.rank, chunk
+                if isinstance(transfer, Recv):
+                    self._overwrite(rank, place, value)
+                elif place not in self._held:
+                    raise ScheduleError(f"{rank.where}: it reduces into chunk {chunk}, in which there is nothing yet")
+                elif transfer.peer < rank.rank:
+                    sums[chunk] = self._sum(sums[chunk], value) if chunk in sums else value
+                else:
+                    if chunk in sums:
+                        self._held[place] = self._sum(sums.pop(chunk), self._held[place])
+                    self._held[place] = self._sum(self._held[place], value)
+        for chunk, value in sums.items():
+            self._held[rank.rank, chunk] = self._sum(value, self._held[rank.rank, chunk])
+        self._arrived[rank.rank] = []
+        if rank.step >= 0:
+            self.observe(rank, self._held)
+
+    def _sum(self, first: Value, second: Value) -> Value:
+        counts = dict(first.counts)
+        for chunk, count in second.counts.items():
+            counts[chunk] = counts.get(chunk, 0) + count
+        return Value(counts, self._in_order(first.order, second.order))
+
+    def _overwrite(self, rank: Rank, place: tuple[int, int], value: Value) -> None:
+        if place in self._held and place not in self._sent:
+            self._lost.setdefault(place, f"{rank.where} overwrote it before it was sent")
+        self._held[place] = value
 
     def check(self) -> None:
-        """Compare what the chunks hold with what they should."""
-        for rank in range(self._n):
+        everyone = sum(1 << (_BITS * rank) for rank in range(self.world_size))
+        for rank in range(self.world_size):
             for chunk in range(self.num_chunks):
-                wanted = self._end(rank, chunk)
-                if wanted is not None and self._held.get((rank, chunk)) != wanted:
-                    raise ScheduleError(f"rank {rank}, chunk {chunk}: {self._difference(rank, chunk, wanted)}")
+                if (wanted := self._ends_with(rank, chunk)) is not None:
+                    source, origin = wanted
+                    counts = {origin: everyone if source < 0 else 1 << (_BITS * source)}
+                    held = self._held.get((rank, chunk), Value({}, 0))
+                    if held.counts != counts:
+                        raise ScheduleError(f"rank {rank}, chunk {chunk}: {self._difference(held, Value(counts, 0))}")
+                    if self.collective == "all_reduce" and held.order != self._held[0, chunk].order:
+                        raise ScheduleError(
+                            f"rank {rank}, chunk {chunk}: it is added up in another order than on rank 0, so "
+                            "that their bits can differ"
+                        )
 
-    def _difference(self, rank: int, chunk: int, wanted: Value) -> str:
-        held = self._held.get((rank, chunk), Counter())
-        for (source, origin), count in sorted(held.items()):
-            if (source, origin) not in wanted:
+    def _difference(self, held: Value, wanted: Value) -> str:
+        there, should = held.contributions(), wanted.contributions()
+        for (source, origin), count in sorted(there.items()):
+            if (source, origin) not in should:
                 return f"it ends with chunk {origin} of rank {source}, which does not belong there"
             if count > 1:
                 return f"the contribution of rank {source} is in it {count} times"
-        source, origin = min(wanted - held)
+        source, origin = min(should.keys() - there.keys())
         reason = self._lost.get((source, origin))
         return f"the contribution of rank {source} is missing" + (f"; {reason}" if reason else "")
 
 
-class _Barrier:
+class _Barrier(_Proof):
     """Who has heard of whom."""
 
-    num_chunks, equal = 2, True
-
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, schedule: Schedule, collective: str, world_size: int, root: int, observe: Observer) -> None:
+        super().__init__(schedule, collective, world_size, root, observe)
         self._heard = [{rank} for rank in range(world_size)]
+        self._arrived: list[set[int]] = [set() for _ in range(world_size)]
 
-    def send(self, rank: _Rank, transfer: Send) -> Value:
-        return Counter(dict.fromkeys(((other, 0) for other in self._heard[rank.rank]), 1))
+    def sent(self, rank: Rank, send: Send) -> set[int]:
+        return set(self._heard[rank.rank])
 
-    def receive(self, rank: _Rank, transfer: Transfer, value: Value) -> None:
-        self._heard[rank.rank] |= {other for other, _ in value}
+    def met(self, sender: Rank, send: Send, message: Any, receiver: Rank, receive: Transfer, time: float) -> None:
+        self._arrived[receiver.rank] |= message
+
+    def step_ended(self, rank: Rank) -> None:
+        self._heard[rank.rank] |= self._arrived[rank.rank]
+        heard = {other: 1 << (_BITS * other) for other in self._heard[rank.rank]}
+        self.observe(rank, {(rank.rank, 1): Value({0: sum(heard.values())}, 0)})
 
     def check(self) -> None:
         for rank, heard in enumerate(self._heard):
-            if missing := set(range(len(self._heard))) - heard:
+            if missing := set(range(self.world_size)) - heard:
                 raise ScheduleError(f"rank {rank}: it leaves the barrier and rank {min(missing)} may not have come")
-
-
-# How the ranks get on -----------------------------------------------------------------------------
-
-
-@dataclass
-class _Rank:
-    """One rank in the middle of its schedule."""
-
-    rank: int
-    steps: Iterator[Step]
-    step: int = -1
-    num_sent: int = 0
-    finished: bool = False
-    open: list[Transfer] = field(default_factory=list)  # posted, and not finished
-    arrived: list[tuple[Transfer, Value]] = field(default_factory=list)
-
-    @property
-    def where(self) -> str:
-        return f"rank {self.rank}, step {self.step}"
-
-
-class _World:
-    """All ranks; a transfer finishes when its two ends are posted."""
-
-    def __init__(self, ranks: list[_Rank], meaning: _Values | _Barrier) -> None:
-        self._ranks, self._meaning = ranks, meaning
-        self._sends: dict[tuple[int, int], deque[tuple[Send, Value]]] = defaultdict(deque)
-        self._receives: dict[tuple[int, int], deque[Transfer]] = defaultdict(deque)
-
-    def run(self) -> None:
-        """Let every rank go as far as it can."""
-        ready = deque(self._ranks)
-        while ready:
-            rank = ready.popleft()
-            while not rank.open and not rank.finished:
-                self._finish_step(rank)
-                self._post(rank)
-                for transfer in tuple(rank.open):
-                    peer = self._ranks[transfer.peer]
-                    self._match(*((rank, peer) if isinstance(transfer, Send) else (peer, rank)))
-                    if not peer.open:
-                        ready.append(peer)
-        stuck = next((rank for rank in self._ranks if rank.open), None)
-        if stuck is not None:
-            raise ScheduleError(self._why_stuck(stuck))
-
-    def _post(self, rank: _Rank) -> None:
-        step = next(rank.steps, None)
-        if step is None:
-            rank.finished = True
-            return
-        rank.step += 1
-        self._check(rank, step)
-        for transfer in step:
-            rank.open.append(transfer)
-            if isinstance(transfer, Send):
-                rank.num_sent += 1
-                self._sends[rank.rank, transfer.peer].append((transfer, self._meaning.send(rank, transfer)))
-            else:
-                self._receives[transfer.peer, rank.rank].append(transfer)
-
-    def _check(self, rank: _Rank, step: Step) -> None:
-        if rank.step >= MAX_STEPS:
-            raise ScheduleError(f"rank {rank.rank}: it takes more than {MAX_STEPS} steps; does it end?")
-        written: dict[int, Transfer] = {}
-        for transfer in step:
-            what = f"{rank.where}: {_spell(transfer)}"
-            if not 0 <= transfer.peer < len(self._ranks) or transfer.peer == rank.rank:
-                raise ScheduleError(f"{what}, but the other ranks are those of 0 to {len(self._ranks) - 1}")
-            if not 0 <= transfer.chunk < self._meaning.num_chunks:
-                raise ScheduleError(f"{what}, but the chunks are 0 to {self._meaning.num_chunks - 1}")
-            if not isinstance(transfer, Send):
-                before = written.setdefault(transfer.chunk, transfer)
-                if before is not transfer and (isinstance(transfer, Recv) or isinstance(before, Recv)):
-                    raise ScheduleError(f"{what} and {_spell(before)} in one step, in an order that nobody knows")
-        for transfer in step:
-            if isinstance(transfer, Send) and transfer.chunk in written:
-                raise ScheduleError(f"{rank.where}: {_spell(transfer)} while {_spell(written[transfer.chunk])}")
-
-    def _match(self, sender: _Rank, receiver: _Rank) -> None:
-        sends, receives = self._sends[sender.rank, receiver.rank], self._receives[sender.rank, receiver.rank]
-        while sends and receives:
-            (send, value), receive = sends.popleft(), receives.popleft()
-            if send.chunk != receive.chunk and not self._meaning.equal:
-                raise ScheduleError(
-                    f"{sender.where}: {_spell(send)}, where rank {receiver.rank} in step {receiver.step} expects chunk "
-                    f"{receive.chunk}; their sizes can differ"
-                )
-            receiver.arrived.append((receive, value))
-            sender.open.remove(send)
-            receiver.open.remove(receive)
-
-    def _finish_step(self, rank: _Rank) -> None:
-        for transfer, value in rank.arrived:
-            self._meaning.receive(rank, transfer, value)
-        rank.arrived = []
-
-    def _why_stuck(self, first: _Rank) -> str:
-        """Follow who waits for whom, to a rank that has finished or back to one that was there before."""
-        path = [first]
-        while True:
-            transfer = path[-1].open[0]
-            peer = self._ranks[transfer.peer]
-            if peer.finished:
-                return (
-                    f"{path[-1].where}: {_spell(transfer)}, but rank {peer.rank} has finished and never does its part"
-                )
-            if peer in path:
-                cycle = path[path.index(peer) :]
-                waits = (f"rank {rank.rank} in step {rank.step} ({_spell(rank.open[0])})" for rank in cycle)
-                return f"deadlock: {' waits for '.join(waits)} waits for rank {peer.rank}"
-            path.append(peer)
-
-
-def _spell(transfer: Transfer) -> str:
-    if isinstance(transfer, Send):
-        return f"it sends chunk {transfer.chunk} to rank {transfer.peer}"
-    verb = "receives" if isinstance(transfer, Recv) else "reduces"
-    return f"it {verb} chunk {transfer.chunk} from rank {transfer.peer}"

@@ -6,54 +6,113 @@ A schedule is a generator, written once per collective::
         for step in range(world_size - 1):
             yield Send(next_rank, chunk=...), Recv(prev_rank, chunk=...)
 
-It says who sends which chunk to whom, and nothing about tensors, networks or threads. The same
-generator is executed on tensors (backends/scheduled.py), proved (minidist/prove.py) and counted in the tests.
+It says who sends which chunk to whom, and nothing about tensors, networks or threads. The same generator is executed on
+tensors (backends/scheduled.py), proved (minidist/prove.py), run on a virtual clock (minidist/simulate.py), drawn
+(experiments/draw.py) and counted in the tests.
 
-Nomenclature: a *step* is the set of transfers that a rank posts together, so no order of sends and
-receives inside a step can deadlock; a *chunk* is one of the parts into which the collective cuts its
-memory, by index. Which memory the chunks name is fixed per collective:
+Nomenclature: a *chunk* is one of the parts into which a collective cuts its memory, by index. A *step* is the set of
+transfers that a rank posts together, so no order of sends and receives inside of a step can deadlock:
+
+- what a step sends is what was there before it, so a chunk can be sent and reduced in one step;
+- the reductions of one step into one chunk are taken in the order of their ranks, the own value at its own place, so
+  ranks that combine the same values get the same bits;
+- a transfer names one chunk or several (``range(2, 6)``, ``[0, 3]``), which travel as one message.
+
+Which memory the chunks name is fixed per collective; n is the world size:
 
 | collective | chunks |
 |---|---|
-| all_reduce, reduce, broadcast | ``num_chunks`` equal parts of the tensor |
+| all_reduce, reduce, broadcast | equal parts of the tensor: n for all_reduce and one for the others, or
+``@num_chunks`` |
 | all_gather | 0 .. n-1: the n blocks of the output; chunk ``rank`` holds the input at the start |
 | reduce_scatter | 0 .. n-1: the n blocks of a copy of the input; chunk ``rank`` is the result |
 | gather, scatter | 0 .. n-1: the n blocks at the root; elsewhere only chunk ``rank`` exists |
-| all_to_all | 0 .. n-1: the n blocks of the input; n .. 2n-1: the n blocks of the output |
+| all_to_all | 0 .. n-1: the n blocks of the input; n .. 2n-1: those of the output, its own filled; then scratch |
 | barrier | 0: a byte to send, 1: a byte to receive; they carry nothing |
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+ROOTED = ("reduce", "broadcast", "gather", "scatter")
+COLLECTIVES = ("all_reduce", *ROOTED, "all_gather", "reduce_scatter", "all_to_all", "barrier")
+CUT = ("all_reduce", "reduce", "broadcast")
+"""The collectives whose tensor is cut into as many chunks as their schedule likes."""
+Chunks = int | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a chunk to rank ``peer``; it must not change in this step."""
+    """Send one chunk, or several as one message, to rank ``peer``."""
 
     peer: int
-    chunk: int
+    chunk: Chunks
 
 
 @dataclass(frozen=True, slots=True)
 class Recv:
-    """Receive a chunk from rank ``peer`` and overwrite it."""
+    """Receive chunks from rank ``peer`` and overwrite those that are there; none of them is sent in this step."""
 
     peer: int
-    chunk: int
+    chunk: Chunks
 
 
 @dataclass(frozen=True, slots=True)
 class Reduce:
-    """Receive a chunk from rank ``peer`` and combine it with the one that is there."""
+    """Receive chunks from rank ``peer`` and combine them with those that are there."""
 
     peer: int
-    chunk: int
+    chunk: Chunks
 
 
 Transfer = Send | Recv | Reduce
 Step = tuple[Transfer, ...]
-Schedule = Callable[[int, int], Iterator[Step]]
-"""``schedule(rank, world_size)`` yields the steps of that rank."""
-RootedSchedule = Callable[[int, int, int], Iterator[Step]]
-"""``schedule(rank, world_size, root)``, for broadcast, reduce, gather and scatter."""
+Schedule = Callable[..., Iterator[Step]]
+"""``schedule(rank, world_size)`` yields the steps of that rank; for a collective of ROOTED, ``(rank, world_size,
+root)``."""
+
+
+class _Chunked:
+    """A schedule with a number of chunks of its own."""
+
+    def __init__(self, steps: Schedule, num_chunks: Callable[[int], int]) -> None:
+        self.steps, self.num_chunks = steps, num_chunks
+        functools.update_wrapper(self, steps)  # its name and its docstring
+
+    def __call__(self, *args: int) -> Iterator[Step]:
+        return self.steps(*args)
+
+
+def num_chunks(count: int | Callable[[int], int]) -> Callable[[Schedule], Schedule]:
+    """Say into how many chunks a schedule cuts the tensor: a number, or a function of the world size.
+
+    For all_to_all it is the number of all chunks; those from 2n on are scratch, each as large as a block.
+    """
+    return lambda steps: _Chunked(steps, count if callable(count) else lambda world_size: count)
+
+
+def chunks_of(schedule: Schedule, collective: str, world_size: int) -> int:
+    """Return how many chunks there are when ``schedule`` runs ``collective`` on ``world_size`` ranks."""
+    if isinstance(schedule, _Chunked):
+        return schedule.num_chunks(world_size)
+    return {"reduce": 1, "broadcast": 1, "all_to_all": 2 * world_size, "barrier": 2}.get(collective, world_size)
+
+
+def indices(chunk: Chunks) -> Sequence[int]:
+    """Return the chunks that a transfer names, always as a sequence."""
+    return chunk if isinstance(chunk, range | list | tuple) else (chunk,)
+
+
+def among(steps: Iterator[Step], ranks: Sequence[int], chunks: Sequence[Chunks]) -> Iterator[Step]:
+    """Run a schedule on other ranks and chunks: its rank r becomes ``ranks[r]``, its chunk c ``chunks[c]``."""
+    for step in steps:
+        yield tuple(replace(move, peer=ranks[move.peer], chunk=_renamed(move.chunk, chunks)) for move in step)
+
+
+def _renamed(chunk: Chunks, chunks: Sequence[Chunks]) -> Chunks:
+    if isinstance(chunk, int):
+        return chunks[chunk]
+    return [index for one in chunk for index in indices(chunks[one])]

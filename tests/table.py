@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 
 from backends.ring import RingCommunicator
 from backends.thread import ThreadCommunicator
 from minidist.communicator import Communicator
-from tests import conformance, conformance_faults, conformance_order, conformance_training
+from tests import conformance, conformance_faults, conformance_order, conformance_training, zoo
 from tests.inputs import Needs
 
 MODULES: tuple[ModuleType, ...] = (conformance, conformance_order, conformance_training, conformance_faults)
@@ -33,12 +34,14 @@ class Row:
         make: dotted path of what makes it, called without arguments on every rank.
         launcher: torchrun, mpirun, thread, or none for one rank that nobody starts.
         lacks: a part of the names of checks that it cannot pass, with the reason.
+        focus: parts of the names of the checks that are not slow for it; all, if empty.
     """
 
     name: str
     make: str
     launcher: str
     lacks: Mapping[str, str] = field(default_factory=dict)
+    focus: Sequence[str] = ()
 
     def missing(self, check: str) -> str | None:
         """Return why the check is not for this communicator, or None."""
@@ -67,13 +70,21 @@ ROWS = (
     Row("ring-mpi", "tests.table.ring_over_mpi", "mpirun"),
     Row("shm", "backends.shm.ShmCommunicator", "torchrun"),
     Row("ring-shm", "tests.table.ring_over_shm", "torchrun"),
+    *(
+        Row(f"{name}-{transport}", f"{name}/{transport}", launcher, lacks, (*zoo.collectives(name), "random_program"))
+        for transport, launcher, lacks in (("thread", "thread", ONE_PROCESS), ("shm", "torchrun", {}))
+        for name in zoo.ALGORITHMS
+        if name != "ring"
+    ),
     Row("shm-mpirun", "backends.shm.ShmCommunicator", "mpirun"),
     Row("ring-shm-mpirun", "tests.table.ring_over_shm", "mpirun"),
 )
 
 
 def made_by(path: str) -> Callable[[], Communicator]:
-    """Return what a dotted path names."""
+    """Return what a dotted path names, or what makes the communicator of ``algorithm/transport``."""
+    if "/" in path:
+        return partial(zoo.make, path)
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
 

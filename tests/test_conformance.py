@@ -76,6 +76,9 @@ COMPOSED = ("ring-thread", "group-of-thread", "ring-gloo", "ring-mpi", "ring-shm
 
 def _is_slow(row: Row, world_size: int, check: str) -> bool:
     """By default: processes in twos and threes, and training on two ranks of what moves bytes itself."""
+    if row.focus:
+        in_focus = any(check.startswith(f"check_{part}") for part in row.focus)
+        return not in_focus or world_size != 3 or (row.launcher == "torchrun" and needs_of(check).own_world)
     if row.name in OTHER_LAUNCHER or (row.launcher in ("torchrun", "mpirun") and world_size not in (2, 3)):
         return True
     if needs_of(check).own_world:

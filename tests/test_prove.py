@@ -6,49 +6,56 @@ from collections.abc import Iterator
 
 import pytest
 
-from backends import schedules
 from backends.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
+from backends.schedules import double_tree
+from backends.schedules.binomial import binomial_broadcast
+from backends.schedules.swing import swing_all_reduce
 from minidist.errors import ScheduleError
-from minidist.prove import MAX_WORLD_SIZE, prove
-from minidist.schedule import Recv, Reduce, Schedule, Send, Step
+from minidist.prove import MAX_WORLD_SIZE, Counts, prove
+from minidist.schedule import CUT, ROOTED, Recv, Reduce, Schedule, Send, Step, num_chunks
+from tests.zoo import THEORY, Theory, two_level_theory
 
-RIGHT = {
-    "ring_all_reduce": (ring_all_reduce, "all_reduce"),
-    "ring_reduce_scatter": (ring_reduce_scatter, "reduce_scatter"),
-    "ring_all_gather": (ring_all_gather, "all_gather"),
-    "direct_all_reduce": (schedules.direct_all_reduce, "all_reduce"),
-    "direct_reduce_scatter": (schedules.direct_reduce_scatter, "reduce_scatter"),
-    "direct_all_gather": (schedules.direct_all_gather, "all_gather"),
-    "direct_all_to_all": (schedules.direct_all_to_all, "all_to_all"),
-    "dissemination_barrier": (schedules.dissemination_barrier, "barrier"),
-}
-ROOTED = {
-    "direct_gather": (schedules.direct_gather, "gather"),
-    "direct_scatter": (schedules.direct_scatter, "scatter"),
-    "binomial_broadcast": (schedules.binomial_broadcast, "broadcast"),
-    "binomial_reduce": (schedules.binomial_reduce, "reduce"),
-}
 SIZES = [*range(1, 34), pytest.param(64, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("world_size", SIZES)
-@pytest.mark.parametrize("name", RIGHT)
-def test_schedules_are_right(name: str, world_size: int) -> None:
-    prove(*RIGHT[name], world_size)
+@pytest.mark.parametrize("theory", THEORY, ids=lambda theory: theory.name)
+def test_schedules_are_right_and_cost_what_the_theory_says(theory: Theory, world_size: int) -> None:
+    roots = [0]
+    if theory.collective in ROOTED:
+        roots = range(world_size) if world_size < 10 else [0, world_size // 2, world_size - 1]
+    for root in roots:
+        check_costs(theory, world_size, prove(theory.schedule, theory.collective, world_size, root))
 
 
-@pytest.mark.parametrize("world_size", SIZES)
-@pytest.mark.parametrize("name", ROOTED)
-def test_rooted_schedules_are_right_from_every_root(name: str, world_size: int) -> None:
-    for root in range(world_size) if world_size < 10 else (0, world_size // 2, world_size - 1):
-        prove(*ROOTED[name], world_size, root)
+@pytest.mark.parametrize(("num_hosts", "ranks_per_host"), [(1, 4), (4, 1), (2, 2), (2, 3), (3, 2), (4, 8), (5, 5)])
+def test_two_levels(num_hosts: int, ranks_per_host: int) -> None:
+    theory, world_size = two_level_theory(ranks_per_host), num_hosts * ranks_per_host
+    check_costs(theory, world_size, prove(theory.schedule, "all_reduce", world_size))
 
 
-def test_counts_are_those_of_theory() -> None:
-    for n in (1, 2, 3, 5, 8):
-        assert prove(ring_all_reduce, "all_reduce", n).steps == (2 * (n - 1),) * n
-        assert prove(ring_all_reduce, "all_reduce", n).messages == (2 * (n - 1),) * n
-    assert prove(schedules.binomial_broadcast, "broadcast", 8, 3).messages == (0, 0, 0, 3, 2, 1, 1, 0)
+def check_costs(theory: Theory, world_size: int, counts: Counts) -> None:
+    parts = 1 if theory.collective == "barrier" else counts.num_chunks if theory.collective in CUT else world_size
+    assert max(counts.steps) == theory.steps(world_size)
+    assert sum(counts.messages) == theory.messages(world_size)
+    assert sum(counts.chunks) / parts == pytest.approx(theory.volume(world_size))
+
+
+def test_counts_are_by_rank() -> None:
+    assert prove(binomial_broadcast, "broadcast", 8, 3).messages == (0, 0, 0, 3, 2, 1, 1, 0)
+    assert prove(ring_all_reduce, "all_reduce", 5).steps == (8,) * 5
+
+
+def test_partners_of_swing_are_those_of_the_paper() -> None:
+    """8 ranks: distances 1, -1, 3."""
+    partners = [[step[0].peer for step in swing_all_reduce(rank, 8)][:3] for rank in (0, 1)]
+    assert partners == [[1, 7, 3], [0, 2, 6]]
+
+
+@pytest.mark.parametrize("n", range(1, 34))
+def test_no_rank_is_an_inner_node_of_both_trees(n: int) -> None:
+    inner = [{edge.parent for edge in double_tree._both_trees(n) if edge.tree == tree} for tree in (0, 1)]
+    assert not inner[0] & inner[1]
 
 
 # Wrong ones, on 4 ranks ---------------------------------------------------------------------------
@@ -176,6 +183,56 @@ def barrier_of_neighbours(rank: int, n: int) -> Iterator[Step]:
     yield Send(next_rank, 0), Recv(prev_rank, 1)
 
 
+def ring_of_partial_sums(rank: int, n: int) -> Iterator[Step]:
+    """A ring that sends on what has been added up, which holds what was there before."""
+    prev_rank, next_rank = neighbours(rank, n)
+    for _ in range(n - 1):
+        yield Send(next_rank, range(n)), Reduce(prev_rank, range(n))
+
+
+@num_chunks(1)
+def one_at_a_time_on_rank_0(rank: int, n: int) -> Iterator[Step]:
+    peers = [peer for peer in range(n) if peer != rank]
+    sends, reductions = tuple(Send(peer, 0) for peer in peers), tuple(Reduce(peer, 0) for peer in peers)
+    if rank == 0:
+        yield *sends, reductions[-1]
+        yield reductions[:-1]
+    else:
+        yield sends + reductions
+
+
+def one_chunk_twice(rank: int, n: int) -> Iterator[Step]:
+    yield (Send((rank + 1) % n, [1, 1]),)
+
+
+def chunks_that_overlap(rank: int, n: int) -> Iterator[Step]:
+    if rank == 0:
+        yield Reduce(1, range(2)), Reduce(2, range(1, 3))
+
+
+def more_chunks_than_expected(rank: int, n: int) -> Iterator[Step]:
+    prev_rank, next_rank = neighbours(rank, n)
+    yield Send(next_rank, range(2)), Reduce(prev_rank, 0)
+
+
+def not_a_step(rank: int, n: int) -> Iterator[Step]:
+    yield Send((rank + 1) % n, rank)  # type: ignore[misc]
+
+
+def half_a_chunk(rank: int, n: int) -> Iterator[Step]:
+    yield (Send((rank + 1) % n, rank / 2),)  # type: ignore[arg-type]
+
+
+@num_chunks(3)
+def too_few_chunks(rank: int, n: int) -> Iterator[Step]:
+    yield from ring_all_gather(rank, n)
+
+
+@num_chunks(0)
+def no_chunks(rank: int, n: int) -> Iterator[Step]:
+    yield from ring_all_reduce(rank, n)
+
+
 WRONG: list[tuple[Schedule, str, str]] = [
     (
         off_by_one_chunk,
@@ -243,7 +300,7 @@ WRONG: list[tuple[Schedule, str, str]] = [
         "that nobody knows",
     ),
     (sends_what_it_has_not, "all_gather", "rank 0, step 0: it sends chunk 1, in which there is nothing yet"),
-    (reduces_into_nothing, "all_gather", "rank 3, step 0: it reduces into chunk 2, in which there is nothing yet"),
+    (reduces_into_nothing, "all_gather", "rank 1, step 0: it reduces into chunk 0, in which there is nothing yet"),
     (
         rank_out_of_range,
         "all_reduce",
@@ -265,6 +322,29 @@ WRONG: list[tuple[Schedule, str, str]] = [
     (ring_reduce_scatter, "all_reduce", "rank 0, chunk 1: the contribution of rank 1 is missing"),
     (ring_all_reduce, "all_gather", "rank 0, step 0: it sends chunk 3, in which there is nothing yet"),
     (barrier_of_neighbours, "barrier", "rank 0: it leaves the barrier and rank 1 may not have come"),
+    (ring_of_partial_sums, "all_reduce", "rank 0, chunk 0: the contribution of rank 2 is in it 3 times"),
+    (
+        one_at_a_time_on_rank_0,
+        "all_reduce",
+        "rank 1, chunk 0: it is added up in another order than on rank 0, so that their bits can differ",
+    ),
+    (one_chunk_twice, "all_reduce", "rank 0, step 0: it sends chunks 1, 1 to rank 1, one of them twice"),
+    (
+        chunks_that_overlap,
+        "all_reduce",
+        "rank 0, step 0: it reduces chunks 1 to 2 from rank 2 and it reduces chunks 0 to 1 from rank 1 in one step; "
+        "what is reduced together has to be the same chunks",
+    ),
+    (
+        more_chunks_than_expected,
+        "all_reduce",
+        "rank 0, step 0: it sends chunks 0 to 1 to rank 1, where rank 1 in step 0 expects chunk 0; "
+        "their sizes can differ",
+    ),
+    (not_a_step, "all_reduce", "rank 0, step 0: a step is a tuple of Send, Recv and Reduce, got Send(peer=1, chunk=0)"),
+    (half_a_chunk, "all_reduce", "rank 0, step 0: it sends chunk 0.0 to rank 1, but the chunks are 0 to 3"),
+    (too_few_chunks, "all_gather", "all_gather on 4 ranks has 4 chunks, got num_chunks(3)"),
+    (no_chunks, "all_reduce", "all_reduce on 4 ranks has at least 1 chunks, got num_chunks(0)"),
 ]
 
 
@@ -280,7 +360,7 @@ def test_mistakes_are_found_and_said(schedule: Schedule, collective: str, senten
 @pytest.mark.parametrize(
     ("collective", "world_size", "root", "message"),
     [
-        ("all_reduce", 0, 0, f"world_size must be 1 to {MAX_WORLD_SIZE} to be proved, got 0"),
+        ("all_reduce", 0, 0, f"world_size must be 1 to {MAX_WORLD_SIZE}, got 0"),
         ("all_reduce", 1_000_000, 0, "got 1000000"),
         ("all_recuce", 2, 0, "collective must be one of all_reduce, .*, got 'all_recuce'"),
         ("broadcast", 2, 2, "root must be a rank from 0 to 1, got 2"),

@@ -1,4 +1,4 @@
-"""Every schedule on 1 to 9 ranks: it is proved, what it costs is that of theory, and real runs cost the same."""
+"""Schedules on threads: what crosses the transport, how messages are cut, what is refused before it is sent."""
 
 from __future__ import annotations
 
@@ -8,101 +8,18 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from backends import ring, schedules
+from backends.algorithm import AlgorithmCommunicator
 from backends.ring import RingCommunicator
 from backends.scheduled import ScheduledCommunicator
+from backends.schedules.binomial import binomial_broadcast
+from backends.serial import SerialCommunicator
 from backends.thread import ThreadCommunicator, run_threads, spawn_threads
+from backends.two_level import TwoLevelCommunicator
 from minidist.communicator import Communicator, ReduceOp
-from minidist.prove import prove
-from minidist.schedule import Step
+from minidist.errors import ScheduleError
+from minidist.schedule import Recv, Step
 from minidist.work import Work
-
-WORLD_SIZES = range(1, 10)
-
-
-@pytest.mark.parametrize("n", WORLD_SIZES)
-@pytest.mark.parametrize(
-    ("schedule", "num_steps"),
-    [(schedules.direct_all_reduce, lambda n: 2), (ring.ring_all_reduce, lambda n: 2 * (n - 1))],
-)
-def test_all_reduce(schedule: Callable[..., Iterator[Step]], num_steps: Callable[[int], int], n: int) -> None:
-    counts = prove(schedule, "all_reduce", n)
-    assert counts.messages == (2 * (n - 1),) * n  # of 1/n of the bytes each: 2 (n-1)/n in all
-    assert counts.steps == (num_steps(n),) * n
-
-
-@pytest.mark.parametrize("n", WORLD_SIZES)
-@pytest.mark.parametrize(
-    ("schedule", "num_steps"),
-    [(schedules.direct_reduce_scatter, lambda n: 1), (ring.ring_reduce_scatter, lambda n: n - 1)],
-)
-def test_reduce_scatter(schedule: Callable[..., Iterator[Step]], num_steps: Callable[[int], int], n: int) -> None:
-    counts = prove(schedule, "reduce_scatter", n)
-    assert counts.messages == (n - 1,) * n
-    assert counts.steps == (num_steps(n),) * n
-
-
-@pytest.mark.parametrize("n", WORLD_SIZES)
-@pytest.mark.parametrize(
-    ("schedule", "num_steps"),
-    [(schedules.direct_all_gather, lambda n: 1), (ring.ring_all_gather, lambda n: n - 1)],
-)
-def test_all_gather(schedule: Callable[..., Iterator[Step]], num_steps: Callable[[int], int], n: int) -> None:
-    counts = prove(schedule, "all_gather", n)
-    assert counts.messages == (n - 1,) * n
-    assert counts.steps == (num_steps(n),) * n
-
-
-@pytest.mark.parametrize("n", WORLD_SIZES)
-def test_ring_talks_only_to_neighbours(n: int) -> None:
-    for rank in range(n):
-        for step in ring.ring_all_reduce(rank, n):
-            send, arrival = step
-            assert (send.peer, arrival.peer) == ((rank + 1) % n, (rank - 1) % n)
-
-
-@pytest.mark.parametrize("n", WORLD_SIZES)
-def test_broadcast_and_reduce_are_binomial_trees(n: int) -> None:
-    depth = math.ceil(math.log2(n))
-    for root in range(n):
-        counts = prove(schedules.binomial_broadcast, "broadcast", n, root)
-        assert sum(counts.messages) == n - 1
-        assert max(counts.messages) == counts.messages[root] == depth
-        assert max(counts.steps) == depth
-        counts = prove(schedules.binomial_reduce, "reduce", n, root)
-        assert counts.messages == tuple(int(rank != root) for rank in range(n))
-        assert max(counts.steps) == depth
-
-
-@pytest.mark.parametrize("n", WORLD_SIZES)
-def test_gather_and_scatter_go_straight_to_and_from_the_root(n: int) -> None:
-    for root in range(n):
-        counts = prove(schedules.direct_gather, "gather", n, root)
-        assert counts.messages == tuple(int(rank != root) for rank in range(n))
-        counts = prove(schedules.direct_scatter, "scatter", n, root)
-        assert counts.messages == tuple((n - 1) * (rank == root) for rank in range(n))
-
-
-@pytest.mark.parametrize("n", WORLD_SIZES)
-def test_all_to_all_sends_every_block_once(n: int) -> None:
-    assert prove(schedules.direct_all_to_all, "all_to_all", n).messages == (n - 1,) * n
-
-
-@pytest.mark.parametrize("n", WORLD_SIZES)
-def test_barrier_hears_of_every_rank(n: int) -> None:
-    """A token carries all that its sender has heard of; in the schedule itself it carries nothing."""
-    heard = [{rank} for rank in range(n)]
-    steps = [list(schedules.dissemination_barrier(rank, n)) for rank in range(n)]
-    for number in range(math.ceil(math.log2(n))):
-        before = [set(known) for known in heard]
-        for rank in range(n):
-            send, arrival = steps[rank][number]
-            assert steps[arrival.peer][number][0].peer == rank
-            assert send.chunk != arrival.chunk
-            heard[rank] |= before[arrival.peer]
-    assert heard == [set(range(n))] * n
-    assert {len(own_steps) for own_steps in steps} == {math.ceil(math.log2(n))}
-
+from tests.zoo import THEORY, Theory, two_level_theory
 
 # Real runs ------------------------------------------------------------------------------------
 
@@ -132,8 +49,43 @@ def _record(
     return spawn_threads(rank_job, n)
 
 
+NUMEL = 16 * 3 * 5 * 7 * 9  # of the larger tensor: a multiple of every number of chunks
+
+
+def run(theory: Theory, comm: Communicator) -> None:
+    """Run the collective once, on a tensor of NUMEL elements, or of so many in all blocks together."""
+    n, whole, block = comm.world_size, torch.ones(NUMEL), torch.ones(NUMEL // comm.world_size)
+    at_root = whole if comm.rank == 0 else None
+    calls: dict[str, Callable[[], object]] = {
+        "all_reduce": lambda: comm.all_reduce(whole),
+        "reduce": lambda: comm.reduce(whole, 0),
+        "broadcast": lambda: comm.broadcast(whole, 0),
+        "all_gather": lambda: comm.all_gather(whole[: n * block.numel()], block),
+        "reduce_scatter": lambda: comm.reduce_scatter(block, whole[: n * block.numel()]),
+        "gather": lambda: comm.gather(at_root, block, 0),
+        "scatter": lambda: comm.scatter(block, at_root, 0),
+        "all_to_all": lambda: comm.all_to_all(torch.empty(NUMEL), whole),
+        "barrier": comm.barrier,
+    }
+    calls[theory.collective]()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("theory", [*THEORY, two_level_theory(1)], ids=lambda theory: theory.name)
+def test_what_crosses_the_transport_is_what_the_theory_says(theory: Theory, n: int) -> None:
+    results = _record(
+        lambda transport: AlgorithmCommunicator(transport, {theory.collective: theory.schedule}),
+        n,
+        lambda comm: run(theory, comm),
+    )
+    unit = 1 if theory.collective == "barrier" else NUMEL * 4
+    assert sum(len(sent) for sent, _, _ in results) == sum(m for _, m, _ in results) == theory.messages(n)
+    volume = sum(size for sent, _, _ in results for _, size in sent)
+    assert volume == sum(counted for _, _, counted in results) == round(theory.volume(n) * unit)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_ring_sends_what_the_theory_says(n: int) -> None:
+def test_ring_talks_to_its_next_neighbour_in_segments(n: int) -> None:
     nbytes = 12 * 1024 * 4
     results = _record(
         lambda transport: RingCommunicator(transport, segment_bytes=2048),
@@ -146,32 +98,54 @@ def test_ring_sends_what_the_theory_says(n: int) -> None:
         assert len(sent) == messages == 2 * (n - 1) * math.ceil(nbytes / n / 2048)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
-@pytest.mark.parametrize(
-    ("job", "messages", "nbytes"),
-    [
-        (lambda c: c.all_reduce(torch.ones(1200)), lambda n: 2 * (n - 1), lambda n: 2 * (n - 1) * 4800 // n),
-        (
-            lambda c: c.all_gather(torch.ones(c.world_size, 300), torch.ones(300)),
-            lambda n: n - 1,
-            lambda n: (n - 1) * 1200,
-        ),
-        (
-            lambda c: c.reduce_scatter(torch.ones(300), torch.ones(c.world_size, 300)),
-            lambda n: n - 1,
-            lambda n: (n - 1) * 1200,
-        ),
-        (lambda c: c.all_to_all(torch.ones(1200), torch.ones(1200)), lambda n: n - 1, lambda n: (n - 1) * 4800 // n),
-        (lambda c: c.barrier(), lambda n: math.ceil(math.log2(n)), lambda n: math.ceil(math.log2(n))),
-    ],
-    ids=["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "barrier"],
-)
-def test_default_schedules_send_what_their_table_says(
-    job: Callable[[Communicator], object], messages: Callable[[int], int], nbytes: Callable[[int], int], n: int
-) -> None:
-    for sent, counted_messages, counted_bytes in _record(lambda transport: transport, n, job):
-        assert len(sent) == counted_messages == messages(n)
-        assert sum(size for _, size in sent) == counted_bytes == nbytes(n)
+@pytest.mark.parametrize("segment_bytes", [16, 100, 4096])
+@pytest.mark.parametrize("theory", THEORY, ids=lambda theory: theory.name)
+def test_messages_are_cut_alike_on_both_ends(theory: Theory, segment_bytes: int) -> None:
+    """Chunks that are packed, and chunks that are cut: a message that is not expected so would be an error."""
+
+    def job() -> None:
+        schedules = {theory.collective: theory.schedule}
+        with AlgorithmCommunicator(ThreadCommunicator(timeout_s=30), schedules, segment_bytes=segment_bytes) as comm:
+            for numel in (6, 7, 600):
+                check_against_transport(theory.collective, comm, numel)
+
+    spawn_threads(job, 6)
+
+
+def check_against_transport(collective: str, comm: AlgorithmCommunicator, numel: int) -> None:
+    """Compare a collective with that of the transport, on tensors whose values tell where they come from."""
+    n = comm.world_size
+    data = torch.arange(numel * n, dtype=torch.float64) + 1000 * comm.rank
+    outputs = []
+    for who in (comm, comm.transport):
+        call = getattr(who, collective)
+        match collective:
+            case "all_reduce":
+                output = data.clone()
+                call(output)
+            case "reduce" | "broadcast":
+                output = data.clone()
+                call(output, 1)
+            case "gather":
+                output = torch.zeros(n * n * numel, dtype=data.dtype)
+                call(output if comm.rank == 1 else None, data, 1)
+            case "scatter":
+                output = torch.zeros(numel, dtype=data.dtype)
+                call(output, data if comm.rank == 1 else None, 1)
+            case "all_gather":
+                output = torch.zeros(n * n * numel, dtype=data.dtype)
+                call(output, data)
+            case "reduce_scatter":
+                output = torch.zeros(numel, dtype=data.dtype)
+                call(output, data)
+            case "all_to_all":
+                output = torch.zeros_like(data)
+                call(output, data)
+            case "barrier":
+                output = data
+                call()
+        outputs.append(output)
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("segment_bytes", [16, 17, 40, 4096, 2**20])
@@ -194,3 +168,73 @@ def test_scratch_memory_is_kept_between_calls() -> None:
         return bool(first) and first == {name: memory.data_ptr() for name, memory in comm._scratch._memory.items()}
 
     assert run_threads(job, 2) == [True, True]
+
+
+def nobody_sends(rank: int, world_size: int) -> Iterator[Step]:
+    if world_size == 3:
+        yield (Recv((rank + 1) % 3, 0),)
+
+
+def test_a_wrong_schedule_never_touches_a_tensor() -> None:
+    def job() -> tuple[str, bool]:
+        with AlgorithmCommunicator(ThreadCommunicator(), {"all_reduce": nobody_sends}) as comm:
+            data = torch.ones(5)
+            with pytest.raises(ScheduleError) as caught:
+                comm.all_reduce(data)
+            return str(caught.value), torch.equal(data, torch.ones(5))
+
+    for rank, (sentence, untouched) in enumerate(spawn_threads(job, 3)):
+        assert untouched
+        assert sentence.startswith(
+            f"[rank {rank}/3] all_reduce: the schedule is wrong on 3 ranks; deadlock: rank 0 in step 0 (it receives"
+        )
+
+
+def test_schedules_are_proved_once_for_each_root() -> None:
+    calls: list[int] = []
+
+    def counted(rank: int, world_size: int, root: int) -> Iterator[Step]:
+        calls.append(root)
+        return binomial_broadcast(rank, world_size, root)
+
+    def job() -> None:
+        with AlgorithmCommunicator(ThreadCommunicator(), {"broadcast": counted}) as comm:
+            for root in (0, 1, 0, 1, 1):
+                comm.broadcast(torch.ones(1), root)
+
+    spawn_threads(job, 2)
+    assert calls.count(0) == 2 * 2 + 2 * 2  # on each of the two ranks: two in its proof, two to run
+    assert calls.count(1) == 2 * 2 + 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("schedules", "message"),
+    [
+        (
+            {"all_recuce": "backends.ring.ring_all_reduce"},
+            "all_recuce is not a collective; there are schedules",
+        ),
+        ({"all_reduce": "backends.ring.rong"}, "the schedule backends.ring.rong of all_reduce cannot be imported"),
+        ({"all_reduce": "backends.ring"}, "backends.ring is not a schedule but <module"),
+    ],
+)
+def test_what_is_no_schedule_is_refused(schedules: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AlgorithmCommunicator(SerialCommunicator(), schedules)
+
+
+def test_what_has_no_schedule_is_left_to_the_transport() -> None:
+    def job() -> list[tuple[int, int]]:
+        transport = RecordingCommunicator()
+        with AlgorithmCommunicator(transport, {"all_reduce": None, "barrier": None}) as comm:
+            transport.sent.clear()
+            comm.all_reduce(torch.ones(1200))
+            return transport.sent
+
+    assert spawn_threads(job, 3)[0] == [(1, 1600), (2, 1600), (1, 1600), (2, 1600)]
+
+
+@pytest.mark.parametrize("ranks_per_host", [0, 2, 4])
+def test_two_levels_need_hosts_of_one_size(ranks_per_host: int) -> None:
+    with pytest.raises(ValueError, match=f"ranks_per_host must divide the 3 ranks, got {ranks_per_host}"):
+        run_threads(lambda comm: TwoLevelCommunicator(comm, ranks_per_host), 3)

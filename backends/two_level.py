@@ -1,0 +1,70 @@
+"""Two levels of rings: inside of each host, and between the hosts.
+
+Source: Jia et al., "Highly scalable deep learning training system with mixed-precision: training ImageNet in four
+minutes" (2018), and the hierarchical all-reduce of Horovod and NCCL.
+
+Nomenclature: h hosts with k ranks each, n = h k; ranks are numbered host by host. The tensor is cut into k shards of
+h chunks. Inside of a host a ring reduce-scatter leaves rank k' of it with shard k'; the ranks k' of all hosts
+all-reduce it by a ring; a ring all-gather inside of the host spreads the result.
+
+Cost for M bytes: 2 (k-1) steps inside of hosts and 2 (h-1) between them, where a ring over all ranks takes 2 (n-1);
+each rank sends 2 (k-1)/k M bytes inside and 2 (h-1)/n M outside, together the least possible.
+
+On 2 hosts with 2 ranks, chunks a b c d::
+
+    host 0              host 1
+    rank 0    rank 1    rank 2    rank 3
+    a b c d   a b c d   a b c d   a b c d
+    a b           c d   a b           c d       reduce-scatter inside: shards a b and c d
+    A B           C D   A B           C D       all-reduce between ranks 0 and 2, 1 and 3
+    A B C D   A B C D   A B C D   A B C D       all-gather inside
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+from backends.algorithm import AlgorithmCommunicator
+from backends.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
+from minidist.communicator import Communicator
+from minidist.launch import detect
+from minidist.schedule import Step, among
+
+
+def two_level_all_reduce(rank: int, world_size: int, ranks_per_host: int) -> Iterator[Step]:
+    """Reduce-scatter inside of the host, all-reduce between hosts, all-gather inside."""
+    num_hosts = world_size // ranks_per_host
+    host, local = divmod(rank, ranks_per_host)
+    inside = range(host * ranks_per_host, (host + 1) * ranks_per_host)
+    across = range(local, world_size, ranks_per_host)
+    shards = [range(shard * num_hosts, (shard + 1) * num_hosts) for shard in range(ranks_per_host)]
+    yield from among(ring_reduce_scatter(local, ranks_per_host), inside, shards)
+    yield from among(ring_all_reduce(host, num_hosts), across, shards[local])
+    yield from among(ring_all_gather(local, ranks_per_host), inside, shards)
+
+
+class TwoLevelCommunicator(AlgorithmCommunicator):
+    """All-reduce on two levels; see `AlgorithmCommunicator`.
+
+    Args:
+        transport, timeout_s, segment_bytes: see there.
+        ranks_per_host: None for what the launcher says. Ranks are numbered host by host, as launchers do.
+
+    Raises:
+        ValueError: the ranks cannot be divided into hosts of that size.
+    """
+
+    def __init__(
+        self,
+        transport: Communicator,
+        ranks_per_host: int | None = None,
+        timeout_s: float | None = None,
+        segment_bytes: int = 2**22,
+    ) -> None:
+        size = detect().local_world_size if ranks_per_host is None else ranks_per_host
+        if size < 1 or transport.world_size % size:
+            raise ValueError(
+                f"ranks_per_host must divide the {transport.world_size} ranks, got {size}; "
+                "set comm.ranks_per_host, or choose comm=ring"
+            )
+        all_reduce = partial(two_level_all_reduce, ranks_per_host=size)
+        super().__init__(transport, {"all_reduce": all_reduce}, timeout_s, segment_bytes)
