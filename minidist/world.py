@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,37 +144,40 @@ class World(ABC):
             raise ScheduleError(f"rank {rank.rank}: it takes more than {MAX_STEPS} steps; does it end?")
         if not isinstance(step, tuple) or not all(isinstance(move, Transfer) for move in step):
             raise ScheduleError(f"{rank.where}: a step is a tuple of Send, Recv and Reduce, got {step!r}")
-        written: dict[int, Transfer] = {}
         for transfer in step:
             self._check_transfer(rank, transfer)
-            if not isinstance(transfer, Send):
-                self._check_written(rank, transfer, written)
-        for transfer in step:
-            if isinstance(transfer, Send):
-                for chunk in indices(transfer.chunk):
-                    if isinstance(written.get(chunk), Recv):
-                        raise ScheduleError(f"{rank.where}: {spell(transfer)} while {spell(written[chunk])}")
+        arrivals = [move for move in step if not isinstance(move, Send)]
+        if len(arrivals) > 1:
+            self._check_together(rank, arrivals)
+        for receive in arrivals:
+            if isinstance(receive, Recv):
+                for send in step:
+                    if isinstance(send, Send) and not set(indices(receive.chunk)).isdisjoint(indices(send.chunk)):
+                        raise ScheduleError(f"{rank.where}: {spell(send)} while {spell(receive)}")
 
     def _check_transfer(self, rank: Rank, transfer: Transfer) -> None:
-        what = f"{rank.where}: {spell(transfer)}"
         if not 0 <= transfer.peer < self.world_size or transfer.peer == rank.rank:
-            raise ScheduleError(f"{what}, but the other ranks are those of 0 to {self.world_size - 1}")
+            others = f"the other ranks are those of 0 to {self.world_size - 1}"
+            raise ScheduleError(f"{rank.where}: {spell(transfer)}, but {others}")
         chunks = indices(transfer.chunk)
         if any(not isinstance(chunk, int) or not 0 <= chunk < self.num_chunks for chunk in chunks):
-            raise ScheduleError(f"{what}, but the chunks are 0 to {self.num_chunks - 1}")
-        if len(set(chunks)) < len(chunks):
-            raise ScheduleError(f"{what}, one of them twice")
+            raise ScheduleError(f"{rank.where}: {spell(transfer)}, but the chunks are 0 to {self.num_chunks - 1}")
+        if len(chunks) > 1 and len(set(chunks)) < len(chunks):
+            raise ScheduleError(f"{rank.where}: {spell(transfer)}, one of them twice")
 
-    def _check_written(self, rank: Rank, transfer: Transfer, written: dict[int, Transfer]) -> None:
-        for chunk in indices(transfer.chunk):
-            before = written.setdefault(chunk, transfer)
-            what = f"{rank.where}: {spell(transfer)} and {spell(before)}"
-            if before is transfer:
-                continue
-            if isinstance(transfer, Recv) or isinstance(before, Recv):
-                raise ScheduleError(f"{what} in one step, in an order that nobody knows")
-            if tuple(indices(transfer.chunk)) != tuple(indices(before.chunk)):
-                raise ScheduleError(f"{what} in one step; what is reduced together has to be the same chunks")
+    def _check_together(self, rank: Rank, arrivals: Sequence[Transfer]) -> None:
+        """Refuse what one step brings into one chunk in an order that is not settled."""
+        written: dict[int, Transfer] = {}
+        for transfer in arrivals:
+            for chunk in indices(transfer.chunk):
+                before = written.setdefault(chunk, transfer)
+                if before is transfer:
+                    continue
+                both = f"{rank.where}: {spell(transfer)} and {spell(before)} in one step"
+                if isinstance(transfer, Recv) or isinstance(before, Recv):
+                    raise ScheduleError(f"{both}, in an order that nobody knows")
+                if tuple(indices(transfer.chunk)) != tuple(indices(before.chunk)):
+                    raise ScheduleError(f"{both}; what is reduced together has to be the same chunks")
 
     def _check_sizes(self, sender: Rank, send: Send, receiver: Rank, receive: Transfer) -> None:
         sent, received = indices(send.chunk), indices(receive.chunk)

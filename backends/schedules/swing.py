@@ -43,7 +43,7 @@ def _partner(rank: int, step: int, power: int) -> int:
     return (rank + distance if rank % 2 == 0 else rank - distance) % power
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2**16)
 def _reach(rank: int, step: int, power: int) -> tuple[int, ...]:
     """Return the ranks that ``rank`` can reach from this step on, which are the chunks that it keeps until then."""
     if 1 << step >= power:

@@ -1,0 +1,266 @@
+"""Models of networks: what a message from one rank to another takes, and which links it shares with others.
+
+A message of m bytes that begins at time t is served by all links of its *route*. A link is a queue: it serves
+messages in the order in which they begin, ``beta`` seconds per byte, and a message has left it at D = max(t, D
+before) + beta m. The message arrives ``alpha`` seconds after the slowest of its links has served it. On a link of its
+own that is alpha + beta m, the model of Hockney, "The communication challenge for MPP: Intel Paragon and Meiko CS-2"
+(1994); on a shared link messages slow each other down, as they do in switches that interleave them. A rank reduces at
+``gamma`` seconds per byte, one message after the other.
+
+Units: seconds, bytes. A rank number is taken as it comes; hosts and switches hold consecutive ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ranks = NDArray[np.int64]
+Seconds = NDArray[np.float64]
+
+
+class Link(NamedTuple):
+    """What serves one message at a time.
+
+    Attributes:
+        name: equal for the same link.
+        beta: seconds per byte.
+    """
+
+    name: Hashable
+    beta: float
+
+
+class Route(NamedTuple):
+    """How a message travels.
+
+    Attributes:
+        alpha: seconds that the first byte takes.
+        links: what it shares with others.
+    """
+
+    alpha: float
+    links: tuple[Link, ...]
+
+
+class Network(ABC):
+    """A model of what connects the ranks."""
+
+    @abstractmethod
+    def route(self, src: int, dst: int) -> Route:
+        """Return the way of a message between two different ranks."""
+
+    @abstractmethod
+    def gamma(self, rank: int) -> float:
+        """Return the seconds that ``rank`` takes to reduce a byte."""
+
+    def alone(self, src: Ranks, dst: Ranks) -> tuple[Seconds, Seconds] | None:
+        """Return alpha and beta of many messages at once, where each rank sends one and receives one.
+
+        None says that they can share links even so, and have to be looked at one by one.
+        """
+        return None
+
+    def gammas(self, world_size: int) -> Seconds:
+        """Return `gamma` of all ranks."""
+        return np.array([self.gamma(rank) for rank in range(world_size)])
+
+
+class Flat(Network):
+    """Every rank has a port into a switch that never is the bottleneck.
+
+    Args:
+        alpha: seconds per message.
+        beta: seconds per byte.
+        gamma: seconds per byte reduced.
+        duplex: full: a port sends and receives at the same time; half: one after the other.
+
+    Raises:
+        ValueError: a value is negative or not a number, or there is no such duplex.
+    """
+
+    def __init__(self, alpha: float, beta: float, gamma: float = 0.0, duplex: str = "full") -> None:
+        self._alpha, self._beta, self._gamma = _seconds(alpha=alpha, beta=beta, gamma=gamma)
+        if duplex not in ("full", "half"):
+            raise ValueError(f"duplex must be full or half, got {duplex!r}")
+        self._full = duplex == "full"
+
+    def route(self, src: int, dst: int) -> Route:
+        out, into = (("out", src), ("in", dst)) if self._full else (("port", src), ("port", dst))
+        return Route(self._alpha, (Link(out, self._beta), Link(into, self._beta)))
+
+    def gamma(self, rank: int) -> float:
+        return self._gamma
+
+    def alone(self, src: Ranks, dst: Ranks) -> tuple[Seconds, Seconds] | None:
+        shape = np.ones(len(src))
+        return (self._alpha * shape, self._beta * shape) if self._full else None
+
+
+class Hosts(Network):
+    """Hosts with links of their own between their ranks, and one network card each that all of them share.
+
+    Args:
+        ranks_per_host: how many ranks a host has.
+        inside: the network in a host.
+        outside: the network between hosts; each host is one of its ranks.
+
+    Raises:
+        ValueError: ranks_per_host is not at least 1.
+    """
+
+    def __init__(self, ranks_per_host: int, inside: Network, outside: Network) -> None:
+        self._size, self._inside, self._outside = _count(ranks_per_host=ranks_per_host), inside, outside
+
+    def route(self, src: int, dst: int) -> Route:
+        host, other = src // self._size, dst // self._size
+        if host == other:
+            return self._inside.route(src, dst)
+        route = self._outside.route(host, other)
+        return Route(route.alpha, tuple(Link(("outside", link.name), link.beta) for link in route.links))
+
+    def gamma(self, rank: int) -> float:
+        return self._inside.gamma(rank)
+
+
+class FatTree(Network):
+    """Two levels of switches: leaves with ranks, and a core above whose links to the leaves may be too few.
+
+    Args:
+        ranks_per_leaf: how many ranks a leaf switch has.
+        oversubscription: bandwidth of the ranks of a leaf over that of its links to the core; 1 is none.
+        alpha, beta, gamma: of a rank's port, as in `Flat`.
+        hop: seconds that a message through the core takes longer.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        ranks_per_leaf: int,
+        oversubscription: float,
+        alpha: float,
+        beta: float,
+        gamma: float = 0.0,
+        hop: float = 0.0,
+    ) -> None:
+        self._size = _count(ranks_per_leaf=ranks_per_leaf)
+        self._ports, (self._hop,) = Flat(alpha, beta, gamma), _seconds(hop=hop)
+        if not 1 <= oversubscription < math.inf:
+            raise ValueError(f"oversubscription must be at least 1, got {oversubscription}")
+        self._up = beta * oversubscription / ranks_per_leaf
+
+    def route(self, src: int, dst: int) -> Route:
+        route, leaf, other = self._ports.route(src, dst), src // self._size, dst // self._size
+        if leaf == other:
+            return route
+        core = (Link(("up", leaf), self._up), Link(("down", other), self._up))
+        return Route(route.alpha + self._hop, (*route.links, *core))
+
+    def gamma(self, rank: int) -> float:
+        return self._ports.gamma(rank)
+
+
+class Torus(Network):
+    """A ring, or a torus of two dimensions; a message crosses the links between neighbours, each in its own direction.
+
+    Messages go along the columns first, then along the rows, each the shorter way around.
+
+    Args:
+        rows, columns: of the torus; a ring has one row. Rank r stands in row r // columns.
+        alpha: seconds per message.
+        beta: seconds per byte on each link.
+        gamma: seconds per byte reduced.
+        hop: seconds for each link after the first.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    def __init__(
+        self, rows: int, columns: int, alpha: float, beta: float, gamma: float = 0.0, hop: float = 0.0
+    ) -> None:
+        self._rows, self._columns = _count(rows=rows), _count(columns=columns)
+        self._alpha, self._beta, self._gamma, self._hop = _seconds(alpha=alpha, beta=beta, gamma=gamma, hop=hop)
+
+    def route(self, src: int, dst: int) -> Route:
+        if max(src, dst) >= self._rows * self._columns:
+            raise ValueError(f"a torus of {self._rows} x {self._columns} has no rank {max(src, dst)}")
+        row, column = divmod(src, self._columns)
+        to_row, to_column = divmod(dst, self._columns)
+        along = [(row, at, way) for at, way in _way(column, to_column, self._columns)]
+        across = [(at, to_column, way * 2) for at, way in _way(row, to_row, self._rows)]
+        links = tuple(Link(place, self._beta) for place in (*along, *across))
+        return Route(self._alpha + self._hop * (len(links) - 1), links)
+
+    def gamma(self, rank: int) -> float:
+        return self._gamma
+
+
+def _way(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield where a message is before each link on the shorter way around, and the direction."""
+    forwards = (end - start) % size
+    way = 1 if 2 * forwards <= size else -1
+    for step in range(forwards if way == 1 else size - forwards):
+        yield (start + way * step) % size, way
+
+
+class Slow(Network):
+    """Another network in which one rank, or one pair of ranks, is slower than the rest.
+
+    Args:
+        network: the network.
+        factor: how many times slower.
+        rank: the slow rank: its messages both ways, and its reductions.
+        peer: if it is given, only the messages from ``rank`` to it are slow.
+
+    Raises:
+        ValueError: the factor is not at least 1.
+    """
+
+    def __init__(self, network: Network, factor: float, rank: int, peer: int | None = None) -> None:
+        if not 1 <= factor < math.inf:
+            raise ValueError(f"factor must be at least 1, got {factor}")
+        self._network, self._factor, self._rank, self._peer = network, factor, rank, peer
+
+    def route(self, src: int, dst: int) -> Route:
+        route = self._network.route(src, dst)
+        if not (self._rank in (src, dst) if self._peer is None else (src, dst) == (self._rank, self._peer)):
+            return route
+        # The slow end holds up its message, not the links that others use.
+        slowest = max(link.beta for link in route.links) * self._factor
+        return Route(route.alpha * self._factor, (*route.links, Link(("slow", src, dst), slowest)))
+
+    def gamma(self, rank: int) -> float:
+        slow = rank == self._rank and self._peer is None
+        return self._network.gamma(rank) * (self._factor if slow else 1)
+
+    def alone(self, src: Ranks, dst: Ranks) -> tuple[Seconds, Seconds] | None:
+        if (both := self._network.alone(src, dst)) is None:
+            return None
+        if self._peer is None:
+            slow = (src == self._rank) | (dst == self._rank)
+        else:
+            slow = (src == self._rank) & (dst == self._peer)
+        factor = np.where(slow, self._factor, 1.0)
+        return both[0] * factor, both[1] * factor
+
+
+def _seconds(**values: float) -> list[float]:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a number of seconds, 0 or more, got {value!r}")
+    return list(values.values())
+
+
+def _count(**values: int) -> int:
+    ((name, value),) = values.items()
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return value
