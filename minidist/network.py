@@ -12,9 +12,10 @@ Units: seconds, bytes. A rank number is taken as it comes; hosts and switches ho
 
 from __future__ import annotations
 
+import bisect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -51,13 +52,16 @@ class Route(NamedTuple):
 class Network(ABC):
     """A model of what connects the ranks."""
 
-    @abstractmethod
-    def route(self, src: int, dst: int) -> Route:
-        """Return the way of a message between two different ranks."""
+    start: float = 0.0
+    """Seconds that a rank takes to begin a collective."""
 
     @abstractmethod
-    def gamma(self, rank: int) -> float:
-        """Return the seconds that ``rank`` takes to reduce a byte."""
+    def route(self, src: int, dst: int, nbytes: float) -> Route:
+        """Return the way of a message of ``nbytes`` between two different ranks."""
+
+    @abstractmethod
+    def reduction(self, rank: int, nbytes: float) -> tuple[Link, ...]:
+        """Return what ``rank`` reduces ``nbytes`` with: links, of which the slowest counts."""
 
     def alone(self, src: Ranks, dst: Ranks) -> tuple[Seconds, Seconds] | None:
         """Return alpha and beta of many messages at once, where each rank sends one and receives one.
@@ -67,8 +71,8 @@ class Network(ABC):
         return None
 
     def gammas(self, world_size: int) -> Seconds:
-        """Return `gamma` of all ranks."""
-        return np.array([self.gamma(rank) for rank in range(world_size)])
+        """Return the seconds per byte of the reductions of all ranks."""
+        return np.array([max(link.beta for link in self.reduction(rank, 1.0)) for rank in range(world_size)])
 
 
 class Flat(Network):
@@ -90,12 +94,12 @@ class Flat(Network):
             raise ValueError(f"duplex must be full or half, got {duplex!r}")
         self._full = duplex == "full"
 
-    def route(self, src: int, dst: int) -> Route:
+    def route(self, src: int, dst: int, nbytes: float) -> Route:
         out, into = (("out", src), ("in", dst)) if self._full else (("port", src), ("port", dst))
         return Route(self._alpha, (Link(out, self._beta), Link(into, self._beta)))
 
-    def gamma(self, rank: int) -> float:
-        return self._gamma
+    def reduction(self, rank: int, nbytes: float) -> tuple[Link, ...]:
+        return (Link(("reduce", rank), self._gamma),)
 
     def alone(self, src: Ranks, dst: Ranks) -> tuple[Seconds, Seconds] | None:
         shape = np.ones(len(src))
@@ -117,15 +121,15 @@ class Hosts(Network):
     def __init__(self, ranks_per_host: int, inside: Network, outside: Network) -> None:
         self._size, self._inside, self._outside = _count(ranks_per_host=ranks_per_host), inside, outside
 
-    def route(self, src: int, dst: int) -> Route:
+    def route(self, src: int, dst: int, nbytes: float) -> Route:
         host, other = src // self._size, dst // self._size
         if host == other:
-            return self._inside.route(src, dst)
-        route = self._outside.route(host, other)
+            return self._inside.route(src, dst, nbytes)
+        route = self._outside.route(host, other, nbytes)
         return Route(route.alpha, tuple(Link(("outside", link.name), link.beta) for link in route.links))
 
-    def gamma(self, rank: int) -> float:
-        return self._inside.gamma(rank)
+    def reduction(self, rank: int, nbytes: float) -> tuple[Link, ...]:
+        return self._inside.reduction(rank, nbytes)
 
 
 class FatTree(Network):
@@ -156,15 +160,15 @@ class FatTree(Network):
             raise ValueError(f"oversubscription must be at least 1, got {oversubscription}")
         self._up = beta * oversubscription / ranks_per_leaf
 
-    def route(self, src: int, dst: int) -> Route:
-        route, leaf, other = self._ports.route(src, dst), src // self._size, dst // self._size
+    def route(self, src: int, dst: int, nbytes: float) -> Route:
+        route, leaf, other = self._ports.route(src, dst, nbytes), src // self._size, dst // self._size
         if leaf == other:
             return route
         core = (Link(("up", leaf), self._up), Link(("down", other), self._up))
         return Route(route.alpha + self._hop, (*route.links, *core))
 
-    def gamma(self, rank: int) -> float:
-        return self._ports.gamma(rank)
+    def reduction(self, rank: int, nbytes: float) -> tuple[Link, ...]:
+        return self._ports.reduction(rank, nbytes)
 
 
 class Torus(Network):
@@ -189,7 +193,7 @@ class Torus(Network):
         self._rows, self._columns = _count(rows=rows), _count(columns=columns)
         self._alpha, self._beta, self._gamma, self._hop = _seconds(alpha=alpha, beta=beta, gamma=gamma, hop=hop)
 
-    def route(self, src: int, dst: int) -> Route:
+    def route(self, src: int, dst: int, nbytes: float) -> Route:
         if max(src, dst) >= self._rows * self._columns:
             raise ValueError(f"a torus of {self._rows} x {self._columns} has no rank {max(src, dst)}")
         row, column = divmod(src, self._columns)
@@ -199,8 +203,8 @@ class Torus(Network):
         links = tuple(Link(place, self._beta) for place in (*along, *across))
         return Route(self._alpha + self._hop * (len(links) - 1), links)
 
-    def gamma(self, rank: int) -> float:
-        return self._gamma
+    def reduction(self, rank: int, nbytes: float) -> tuple[Link, ...]:
+        return (Link(("reduce", rank), self._gamma),)
 
 
 def _way(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
@@ -229,17 +233,17 @@ class Slow(Network):
             raise ValueError(f"factor must be at least 1, got {factor}")
         self._network, self._factor, self._rank, self._peer = network, factor, rank, peer
 
-    def route(self, src: int, dst: int) -> Route:
-        route = self._network.route(src, dst)
+    def route(self, src: int, dst: int, nbytes: float) -> Route:
+        route = self._network.route(src, dst, nbytes)
         if not (self._rank in (src, dst) if self._peer is None else (src, dst) == (self._rank, self._peer)):
             return route
         # The slow end holds up its message, not the links that others use.
         slowest = max(link.beta for link in route.links) * self._factor
         return Route(route.alpha * self._factor, (*route.links, Link(("slow", src, dst), slowest)))
 
-    def gamma(self, rank: int) -> float:
-        slow = rank == self._rank and self._peer is None
-        return self._network.gamma(rank) * (self._factor if slow else 1)
+    def reduction(self, rank: int, nbytes: float) -> tuple[Link, ...]:
+        factor = self._factor if rank == self._rank and self._peer is None else 1.0
+        return tuple(Link(link.name, link.beta * factor) for link in self._network.reduction(rank, nbytes))
 
     def alone(self, src: Ranks, dst: Ranks) -> tuple[Seconds, Seconds] | None:
         if (both := self._network.alone(src, dst)) is None:
@@ -250,6 +254,71 @@ class Slow(Network):
             slow = (src == self._rank) & (dst == self._peer)
         factor = np.where(slow, self._factor, 1.0)
         return both[0] * factor, both[1] * factor
+
+
+class Measured(Network):
+    """One host as `experiments.calibrate` has measured it, whose ranks share its cores and its memory.
+
+    A message is served by the ports of its ranks, which one alone has for itself, and by the host, which serves all of
+    them; a reduction by its rank and by the host. How fast they are depends on the size; between two sizes, and beyond
+    them, the time is interpolated on a line.
+
+    Args:
+        ranks: how many exchanged messages at once when it was measured.
+        start: seconds that a collective takes to begin.
+        nbytes: the sizes, rising.
+        one_way: seconds of one message of each size, with nobody else about.
+        exchange: seconds in which every rank sends and receives one.
+        reduce: seconds in which one rank reduces so many bytes.
+        reduce_all: seconds in which all ranks do.
+
+    Raises:
+        ValueError: a table is not as long as the others, or holds a negative number.
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        start: float,
+        nbytes: Sequence[float],
+        one_way: Sequence[float],
+        exchange: Sequence[float],
+        reduce: Sequence[float],
+        reduce_all: Sequence[float],
+    ) -> None:
+        self.ranks, (self.start,) = _count(ranks=ranks), _seconds(start=start)
+        self._sizes = list(nbytes)
+        if len(self._sizes) < 2 or sorted(set(self._sizes)) != self._sizes:
+            raise ValueError(f"nbytes must be two sizes or more, rising, got {self._sizes}")
+        tables = {"one_way": one_way, "exchange": exchange, "reduce": reduce, "reduce_all": reduce_all}
+        for name, table in tables.items():
+            if len(table) != len(self._sizes):
+                raise ValueError(f"{name} must have a value for each of the {len(self._sizes)} sizes, got {len(table)}")
+            _seconds(**{f"{name}[{index}]": value for index, value in enumerate(table)})
+        self._one_way, self._exchange = list(one_way), list(exchange)
+        self._reduce, self._reduce_all = list(reduce), list(reduce_all)
+        # What the smallest message takes is latency, but for what the host does for each of them.
+        self._alpha = min(self._one_way[0], self._exchange[0])
+
+    def route(self, src: int, dst: int, nbytes: float) -> Route:
+        port = max(self._at(self._one_way, nbytes) - self._alpha, 0.0)
+        host = max(self._at(self._exchange, nbytes) - self._alpha, 0.0) / self.ranks
+        ends = (_link(("out", src), port, nbytes), _link(("in", dst), port, nbytes))
+        return Route(self._alpha, (*ends, _link("host", host, nbytes)))
+
+    def reduction(self, rank: int, nbytes: float) -> tuple[Link, ...]:
+        alone, together = self._at(self._reduce, nbytes), self._at(self._reduce_all, nbytes)
+        return _link(("reduce", rank), alone, nbytes), _link("reductions of the host", together / self.ranks, nbytes)
+
+    def _at(self, seconds: list[float], nbytes: float) -> float:
+        """Interpolate; beyond the last size with the slope of the last two."""
+        index = min(max(bisect.bisect(self._sizes, nbytes), 1), len(self._sizes) - 1)
+        (low, high), (first, last) = self._sizes[index - 1 : index + 1], seconds[index - 1 : index + 1]
+        return max(first + (last - first) * (nbytes - low) / (high - low), 0.0)
+
+
+def _link(name: Hashable, seconds: float, nbytes: float) -> Link:
+    return Link(name, seconds / nbytes if nbytes else 0.0)
 
 
 def _seconds(**values: float) -> list[float]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minidist.errors import ScheduleError
-from minidist.network import Network, Seconds
+from minidist.network import Link, Network, Route, Seconds
 from minidist.schedule import ROOTED, Reduce, Schedule, Send, Step, Transfer, indices
 from minidist.world import MAX_STEPS, Rank, World
 
@@ -84,7 +84,7 @@ def simulate(
     Args:
         schedule: see `minidist.schedule`.
         world_size: 1 to MAX_WORLD_SIZE.
-        nbytes: of the larger tensor of the collective; its chunks are equal parts, of a fraction of a byte if need be.
+        nbytes: of the larger tensor of the collective, whose chunks are equal parts; a barrier has none.
         network: what a message takes.
         collective: one of COLLECTIVES.
         root: of a rooted collective.
@@ -99,7 +99,7 @@ def simulate(
     simulation = _Simulation(schedule, collective, world_size, root, nbytes, network, record)
     if not record and collective not in ROOTED and (ends := simulation.all_at_once(schedule)) is not None:
         return Timeline(ends, simulation.num_messages)
-    simulation.run()
+    simulation.run(network.start)
     return Timeline([rank.ends for rank in simulation.ranks], simulation.num_messages, simulation.messages)
 
 
@@ -117,11 +117,11 @@ class _Simulation(World):
         record: bool,
     ) -> None:
         super().__init__(schedule, collective, world_size, root, MAX_WORLD_SIZE)
-        parts = {"barrier": nbytes or 1, "all_to_all": world_size}.get(collective, self.num_chunks)
-        self._chunk_bytes = nbytes / parts
+        parts = world_size if collective == "all_to_all" else self.num_chunks
+        self._chunk_bytes = 1.0 if collective == "barrier" else nbytes / parts
         self._network, self._record = network, record
-        self._free: dict[Any, float] = {}  # by link, and by rank for its reductions
-        self._routes: dict[tuple[int, int], Any] = {}
+        self._free: dict[Any, float] = {}  # by link: when it has served all that came to it
+        self._routes: dict[tuple[float, ...], Route] = {}
         self.messages: list[Message] = []
         self.num_messages = 0
 
@@ -134,36 +134,41 @@ class _Simulation(World):
     def met(self, sender: Rank, send: Send, message: Any, receiver: Rank, receive: Transfer, time: float) -> None:
         chunks = indices(send.chunk)
         nbytes, pair = self._chunk_bytes * len(chunks), (sender.rank, receiver.rank)
-        if pair not in self._routes:
-            self._routes[pair] = self._network.route(*pair)
-        alpha, links = self._routes[pair]
-        served = time
-        for name, beta in links:
-            self._free[name] = free = max(time, self._free.get(name, 0.0)) + beta * nbytes
-            served = max(served, free)
-        ends = served + alpha
+        if (*pair, nbytes) not in self._routes:
+            self._routes[*pair, nbytes] = self._network.route(*pair, nbytes)
+        alpha, links = self._routes[*pair, nbytes]
+        ends = self._served(links, nbytes, time) + alpha
         sender.ends = max(sender.ends, ends)
         self.num_messages += 1
         if self._record:
             steps, reduces = (sender.step, receiver.step), isinstance(receive, Reduce)
             places = (chunks, indices(receive.chunk))
             self.messages.append(Message(*pair, *steps, *places, reduces, nbytes, time, ends))
-        if isinstance(receive, Reduce) and (gamma := self._network.gamma(receiver.rank)):
-            ends = max(ends, self._free.get(receiver.rank, 0.0)) + gamma * nbytes
-            self._free[receiver.rank] = ends
+        if isinstance(receive, Reduce):
+            ends = self._served(self._network.reduction(receiver.rank, nbytes), nbytes, ends)
         receiver.ends = max(receiver.ends, ends)
+
+    def _served(self, links: Sequence[Link], nbytes: float, time: float) -> float:
+        """Return when the slowest of the links has served so many bytes, which come to it at ``time``."""
+        served = time
+        for name, beta in links:
+            self._free[name] = free = max(time, self._free.get(name, 0.0)) + beta * nbytes
+            served = max(served, free)
+        return served
 
     def all_at_once(self, schedule: Schedule) -> list[float] | None:
         """Run all ranks as one array; None if the schedule or the network is not of that kind."""
         everyone = np.arange(self.world_size)
         if self._network.alone(everyone, everyone) is None:
             return None
-        gammas, now = self._network.gammas(self.world_size), np.zeros(self.world_size)
+        gammas, now = self._network.gammas(self.world_size), np.full(self.world_size, self._network.start)
         try:
             for number, step in enumerate(self._exchanges(schedule, everyone)):
                 if number >= MAX_STEPS:
                     raise ScheduleError(f"it takes more than {MAX_STEPS} steps; does it end?")
                 now = self._exchange(step, everyone, now, gammas)
+        except ScheduleError:
+            raise
         except (TypeError, ValueError, AttributeError, IndexError, _Uneven):
             self.num_messages = 0
             return None  # it asks something of a rank, or ranks do different things: one by one

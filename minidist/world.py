@@ -90,14 +90,14 @@ class World(ABC):
     def step_ended(self, rank: Rank) -> None:
         """Take what the step has brought."""
 
-    def run(self) -> None:
-        """Run every rank to the end of its schedule.
+    def run(self, start: float = 0.0) -> None:
+        """Run every rank from the time ``start`` to the end of its schedule.
 
         Raises:
             ScheduleError: a step is impossible, or ranks wait for each other for ever.
         """
         self.ranks = [Rank(rank, self._schedule(rank, *self._arguments)) for rank in range(self.world_size)]
-        self._ready = [(0.0, rank) for rank in range(self.world_size)]
+        self._ready = [(start, rank) for rank in range(self.world_size)]
         while self._ready:
             time, number = heapq.heappop(self._ready)
             rank = self.ranks[number]
@@ -109,11 +109,11 @@ class World(ABC):
 
     def _post(self, rank: Rank, time: float) -> None:
         step = next(rank.steps, None)
+        rank.ends = time
         if step is None:
             rank.finished = True
             return
         rank.step += 1
-        rank.ends = time
         self._check(rank, step)
         rank.open = list(step)
         if not step:
