@@ -80,36 +80,36 @@ class AlgorithmCommunicator(ScheduledCommunicator):
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
         return self.transport._irecv(tensor, src, tag, timeout_s)
 
-    def _by(self, collective: str) -> Communicator:
-        """Return who runs it: the executor of the base class, or the transport."""
+    def _by(self, collective: str, nbytes: int) -> Communicator:
+        """Return who runs it on so many bytes: the executor of the base class, or the transport."""
         return super() if collective in self.schedules else self.transport  # type: ignore[return-value]
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:
-        self._by("all_reduce")._all_reduce(tensor, op, timeout_s)
+        self._by("all_reduce", tensor.nbytes)._all_reduce(tensor, op, timeout_s)
 
     def _reduce(self, tensor: Tensor, dst: int, op: ReduceOp, timeout_s: float) -> None:
-        self._by("reduce")._reduce(tensor, dst, op, timeout_s)
+        self._by("reduce", tensor.nbytes)._reduce(tensor, dst, op, timeout_s)
 
     def _broadcast(self, tensor: Tensor, src: int, timeout_s: float) -> None:
-        self._by("broadcast")._broadcast(tensor, src, timeout_s)
+        self._by("broadcast", tensor.nbytes)._broadcast(tensor, src, timeout_s)
 
     def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        self._by("all_gather")._all_gather(output, input, timeout_s)
+        self._by("all_gather", output.nbytes)._all_gather(output, input, timeout_s)
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
-        self._by("reduce_scatter")._reduce_scatter(output, input, op, timeout_s)
+        self._by("reduce_scatter", input.nbytes)._reduce_scatter(output, input, op, timeout_s)
 
     def _gather(self, output: Tensor | None, input: Tensor, dst: int, timeout_s: float) -> None:
-        self._by("gather")._gather(output, input, dst, timeout_s)
+        self._by("gather", input.nbytes * self.world_size)._gather(output, input, dst, timeout_s)
 
     def _scatter(self, output: Tensor, input: Tensor | None, src: int, timeout_s: float) -> None:
-        self._by("scatter")._scatter(output, input, src, timeout_s)
+        self._by("scatter", output.nbytes * self.world_size)._scatter(output, input, src, timeout_s)
 
     def _all_to_all(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        self._by("all_to_all")._all_to_all(output, input, timeout_s)
+        self._by("all_to_all", input.nbytes)._all_to_all(output, input, timeout_s)
 
     def _barrier(self, timeout_s: float) -> None:
-        self._by("barrier")._barrier(timeout_s)
+        self._by("barrier", 1)._barrier(timeout_s)
 
     def _dispatch(self, run: Callable[[], None], async_op: bool) -> Work:
         return self.transport._dispatch(run, async_op)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from backends.shm import ShmCommunicator, add_and_write
 from experiments.collectives import BUSBW, Collective
-from experiments.compare import Action, communicators, interleaved, median, percentile_95, report
+from experiments.compare import Action, at_least, communicators, interleaved, median, percentile_95, report
 from experiments.pictures import LIMIT, draw_bandwidth
 from experiments.run import main
 from experiments.tables import Row
@@ -93,11 +93,7 @@ def check(cfg: DictConfig) -> None:
     for key, allowed in choices.items():
         if cfg[key] not in allowed:
             raise ConfigError(f"{key} must be one of {', '.join(allowed)}, got {cfg[key]}")
-    for key in ("min_bytes", "iterations", "burst"):
-        if cfg[key] < 1:
-            raise ConfigError(f"{key} must be at least 1, got {cfg[key]}")
-    if cfg.factor < 2:
-        raise ConfigError(f"factor must be at least 2, got {cfg.factor}")
+    at_least(cfg, min_bytes=1, iterations=1, burst=1, factor=2)
     if cfg.max_bytes < cfg.min_bytes:
         raise ConfigError(f"max_bytes must be at least min_bytes = {cfg.min_bytes}, got {cfg.max_bytes}")
     if cfg.in_place and cfg.collective != "all_gather":

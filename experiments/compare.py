@@ -14,6 +14,7 @@ from pathlib import Path
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
 from experiments.communicators import build, check_available
 from experiments.tables import Row, table, write_csv, write_json
@@ -43,6 +44,17 @@ def communicators(names: Sequence[str]) -> Iterator[dict[str, Communicator]]:
         check_available(section)
     with ExitStack() as stack:
         yield {name: stack.enter_context(build(section, "comm")) for name, section in sections.items()}
+
+
+def at_least(cfg: DictConfig, **least: float) -> None:
+    """Refuse settings that are too small.
+
+    Raises:
+        ConfigError: naming the setting and what it has to be.
+    """
+    for key, bound in least.items():
+        if cfg[key] < bound:
+            raise ConfigError(f"{key} must be at least {bound}, got {cfg[key]}")
 
 
 def _overrides(name: str) -> list[str]:

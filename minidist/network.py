@@ -311,10 +311,14 @@ class Measured(Network):
         return _link(("reduce", rank), alone, nbytes), _link("reductions of the host", together / self.ranks, nbytes)
 
     def _at(self, seconds: list[float], nbytes: float) -> float:
-        """Interpolate; beyond the last size with the slope of the last two."""
-        index = min(max(bisect.bisect(self._sizes, nbytes), 1), len(self._sizes) - 1)
-        (low, high), (first, last) = self._sizes[index - 1 : index + 1], seconds[index - 1 : index + 1]
-        return max(first + (last - first) * (nbytes - low) / (high - low), 0.0)
+        return interpolated(self._sizes, seconds, nbytes)
+
+
+def interpolated(sizes: Sequence[float], seconds: Sequence[float], nbytes: float) -> float:
+    """Return the seconds at ``nbytes`` on the lines between the sizes; beyond them with the slope at the end."""
+    index = min(max(bisect.bisect(sizes, nbytes), 1), len(sizes) - 1)
+    (low, high), (first, last) = sizes[index - 1 : index + 1], seconds[index - 1 : index + 1]
+    return max(first + (last - first) * (nbytes - low) / (high - low), 0.0)
 
 
 def _link(name: Hashable, seconds: float, nbytes: float) -> Link:

@@ -1,0 +1,99 @@
+"""Chooses the algorithm of every operation by a model of the network and by its size."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+from backends.algorithm import AlgorithmCommunicator
+from backends.calibration import calibrate, slowest_median
+from minidist.communicator import Communicator
+from minidist.network import Network, interpolated
+from minidist.schedule import Schedule
+from minidist.simulate import simulate
+
+SIZES = tuple(4096 * 16**power for power in range(4))
+"""What is measured, in bytes: 4 KB to 16 MB."""
+OWN = "its own"
+"""What a transport does without a schedule."""
+
+
+class AutoCommunicator(AlgorithmCommunicator):
+    """Runs each collective by whatever is fastest for so many bytes: a schedule, or the transport's own way.
+
+    What a schedule takes is simulated on the model of the network, what the transport's own way takes is measured. The
+    choice is made once for each power of two of the size, alike on all ranks, as all have rank 0's measurements. A
+    collective that is not named is left to the transport, and so is a split.
+
+    Args:
+        transport: see `AlgorithmCommunicator`.
+        schedules: the schedules to choose from, or their dotted paths, by collective.
+        network: the model; None measures the transport, which takes some seconds.
+        timeout_s, segment_bytes: see `AlgorithmCommunicator`.
+    """
+
+    def __init__(
+        self,
+        transport: Communicator,
+        schedules: Mapping[str, Sequence[Schedule | str]],
+        network: Network | None = None,
+        timeout_s: float | None = None,
+        segment_bytes: int = 2**22,
+    ) -> None:
+        super().__init__(transport, {}, timeout_s, segment_bytes)
+        self._choices = {
+            collective: [AlgorithmCommunicator(transport, {collective: one}, timeout_s, segment_bytes) for one in some]
+            for collective, some in schedules.items()
+        }
+        self._fastest = functools.cache(self._find_fastest)
+        self._own: dict[str, list[float]] = {}
+        self._network = network
+        if self.world_size > 1:
+            if network is None:
+                tables = calibrate(transport, SIZES, iterations=3)
+                self._network = transport.broadcast_object(tables, 0).network()
+            own = {name: [own_seconds(transport, name, nbytes) for nbytes in SIZES] for name in schedules}
+            self._own = transport.broadcast_object(own, 0)
+
+    def choice(self, collective: str, nbytes: int) -> str:
+        """Return the name of what runs ``collective`` on so many bytes, those of its larger tensor."""
+        fastest = self._by(collective, nbytes)
+        if fastest is self.transport or not isinstance(fastest, AlgorithmCommunicator):
+            return OWN
+        return str(getattr(fastest.schedules[collective], "__name__", fastest.schedules[collective]))
+
+    def _by(self, collective: str, nbytes: int) -> Communicator:
+        if collective not in self._own:
+            return self.transport
+        return self._fastest(collective, 1 << max(nbytes - 1, 0).bit_length())
+
+    def _find_fastest(self, collective: str, nbytes: int) -> Communicator:
+        assert self._network is not None
+        own = interpolated(SIZES, self._own[collective], nbytes)
+        seconds: list[tuple[float, Communicator]] = [(own, self.transport)]
+        for choice in self._choices[collective]:
+            schedule = choice.schedules[collective]
+            seconds.append((simulate(schedule, self.world_size, nbytes, self._network, collective).seconds, choice))
+        return min(seconds, key=lambda one: one[0])[1]
+
+    def _split(self, groups: list[list[int]]) -> Communicator | None:
+        return self.transport._split(groups)
+
+
+def own_seconds(transport: Communicator, collective: str, nbytes: int) -> float:
+    """Return what the transport's own way takes; every rank calls it.
+
+    Raises:
+        ValueError: it is not one of the collectives that are measured.
+    """
+    block = max(nbytes // 4 // transport.world_size, 1)
+    large, other = (transport.empty(block * transport.world_size).zero_() for _ in range(2))
+    calls: dict[str, Callable[[], object]] = {
+        "all_reduce": lambda: transport.all_reduce(large),
+        "all_gather": lambda: transport.all_gather(large, other[:block]),
+        "reduce_scatter": lambda: transport.reduce_scatter(other[:block], large),
+        "all_to_all": lambda: transport.all_to_all(other, large),
+    }
+    if collective not in calls:
+        raise ValueError(f"auto chooses between schedules of {', '.join(calls)}, not of {collective}")
+    return slowest_median(transport, calls[collective], nbytes, iterations=3)

@@ -1,0 +1,144 @@
+"""Measures what a transport takes, so that `minidist.network.Measured` can say what schedules over it will take.
+
+Four exchanges, each of them a schedule, run on chunks of every size: a message back and forth between two ranks with
+nobody else about, a message from every rank to the next one, and both of these with a reduction. A step takes what more
+steps take longer, so that what a collective takes to begin is not in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from backends.algorithm import AlgorithmCommunicator
+from minidist.communicator import Communicator
+from minidist.network import Measured
+from minidist.schedule import Recv, Reduce, Schedule, Send, Step, num_chunks
+
+SHORT, LONG = 2, 6
+"""Steps of the two runs whose difference counts."""
+BUDGET_BYTES = 2**23
+"""Small messages are measured more often, up to so many bytes at once."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What was measured: the arguments of `Measured`, in seconds by size."""
+
+    ranks: int
+    start: float
+    nbytes: list[float]
+    one_way: list[float]
+    exchange: list[float]
+    reduce: list[float]
+    reduce_all: list[float]
+
+    def network(self) -> Measured:
+        """Return the model."""
+        return Measured(**asdict(self))
+
+    def alpha_beta_gamma(self) -> dict[str, float]:
+        """Return the alpha, beta and gamma that come nearest to the exchange between all ranks, by relative error."""
+        alpha, beta = fitted(self.nbytes, self.exchange)
+        _, gamma = fitted(self.nbytes, self.reduce_all)
+        return {"alpha": alpha, "beta": beta, "gamma": gamma}
+
+
+def fitted(nbytes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """Return alpha and beta, neither below 0, with the least squares of (alpha + beta m) / seconds - 1."""
+    points = [(1 / t, m / t) for m, t in zip(nbytes, seconds, strict=True) if t > 0]
+    if not points:
+        return 0.0, 0.0
+    aa, ab, bb = sum(a * a for a, _ in points), sum(a * b for a, b in points), sum(b * b for _, b in points)
+    a1, b1 = sum(a for a, _ in points), sum(b for _, b in points)
+    determinant = aa * bb - ab * ab
+    alpha, beta = ((a1 * bb - b1 * ab) / determinant, (b1 * aa - a1 * ab) / determinant) if determinant else (-1, -1)
+    if alpha < 0:
+        return 0.0, b1 / bb
+    return (alpha, beta) if beta >= 0 else (a1 / aa, 0.0)
+
+
+def calibrate(transport: Communicator, sizes: Sequence[int], iterations: int = 5) -> Tables:
+    """Measure ``transport``; every rank calls it, and all get what the slowest of them saw.
+
+    Args:
+        transport: on two ranks or more.
+        sizes: of messages, in bytes, rising.
+        iterations: how often everything is measured; the medians count.
+
+    Raises:
+        ValueError: there is one rank.
+    """
+    if transport.world_size < 2:
+        raise ValueError("there is nothing to measure on one rank")
+    rows = [_measure(transport, nbytes, iterations) for nbytes in sizes]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    start = statistics.median(columns.pop("start")[:3])  # of large messages it is what is left of noise
+    # Other work on the machine only adds, so what a larger message takes is enough for a smaller one.
+    columns = {name: [min(column[index:]) for index in range(len(sizes))] for name, column in columns.items()}
+    reduces = {"reduce": ("one_way_reduce", "one_way"), "reduce_all": ("exchange_reduce", "exchange")}
+    for name, (both, alone) in reduces.items():
+        columns[name] = [max(b - a, 0.0) for b, a in zip(columns.pop(both), columns[alone], strict=True)]
+    return Tables(transport.world_size, max(start, 0.0), [float(size) for size in sizes], **columns)
+
+
+def _measure(transport: Communicator, nbytes: int, iterations: int) -> dict[str, float]:
+    """Return the seconds of a step of each exchange, and those of a collective besides its steps."""
+    memory = transport.empty(2 * max(nbytes // 4, 1)).zero_()
+    seconds = {}
+    for name, make in _EXCHANGES.items():
+        for count in (SHORT, LONG):
+            comm = _Unproved(transport, {"all_reduce": make(count)})
+            run = functools.partial(comm.all_reduce, memory)
+            seconds[name, count] = slowest_median(transport, run, nbytes, iterations)
+    steps = {name: (seconds[name, LONG] - seconds[name, SHORT]) / (LONG - SHORT) for name in _EXCHANGES}
+    start = seconds["exchange", SHORT] - SHORT * steps["exchange"]
+    return {"start": start, **{name: max(one, 1e-9) for name, one in steps.items()}}
+
+
+def slowest_median(transport: Communicator, action: Callable[[], object], nbytes: int, iterations: int) -> float:
+    """Return the median seconds of an action on so many bytes, on the slowest rank; every rank calls it."""
+    repeats = max(1, min(20, BUDGET_BYTES // nbytes))
+    seconds = []
+    for _ in range(iterations):
+        action()  # lines the ranks up
+        started = time.perf_counter()
+        for _ in range(repeats):
+            action()
+        seconds.append((time.perf_counter() - started) / repeats)
+    return float(max(transport.all_gather_object(statistics.median(seconds))))
+
+
+class _Unproved(AlgorithmCommunicator):
+    """Its schedules are no collectives."""
+
+    def _prove(self, collective: str, *root: int) -> None:
+        return
+
+
+def _back_and_forth(kind: type[Recv | Reduce], steps: int) -> Schedule:
+    def schedule(rank: int, world_size: int) -> Iterator[Step]:
+        for step in range(steps):
+            if rank < 2:
+                yield (Send(1 - rank, 0) if rank == step % 2 else kind(1 - rank, 1),)
+
+    return num_chunks(2)(schedule)
+
+
+def _shift(kind: type[Recv | Reduce], steps: int) -> Schedule:
+    def schedule(rank: int, world_size: int) -> Iterator[Step]:
+        for _ in range(steps):
+            yield Send((rank + 1) % world_size, 0), kind((rank - 1) % world_size, 1)
+
+    return num_chunks(2)(schedule)
+
+
+_EXCHANGES: dict[str, Callable[[int], Schedule]] = {
+    "one_way": lambda steps: _back_and_forth(Recv, steps),
+    "exchange": lambda steps: _shift(Recv, steps),
+    "one_way_reduce": lambda steps: _back_and_forth(Reduce, steps),
+    "exchange_reduce": lambda steps: _shift(Reduce, steps),
+}

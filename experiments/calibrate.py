@@ -1,0 +1,81 @@
+"""Measures the running transport: ``torchrun --nproc-per-node=2 experiments/calibrate.py transport=gloo``.
+
+Writes two presets of the group ``network``: ``gloo_2``, with a table of times by size, and ``gloo_2_flat``, whose
+alpha, beta and gamma come nearest to it. Both work for as many ranks on this machine as they were measured with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from backends.calibration import Tables, calibrate
+from experiments.bench import sizes
+from experiments.compare import at_least, communicators
+from experiments.run import main
+from experiments.tables import table
+
+FORMATS = {
+    "bytes": "d",
+    "one_way_us": ".1f",
+    "exchange_us": ".1f",
+    "reduce_us": ".1f",
+    "reduce_all_us": ".1f",
+    "exchange_GBps": ".2f",
+}
+
+
+def write(directory: Path, name: str, tables: Tables) -> None:
+    """Write both presets into ``directory``/network."""
+    directory = directory / "network"
+    directory.mkdir(exist_ok=True)
+    values = {key: _rounded(value) for key, value in asdict(tables).items()}
+    measured = {"_target_": "minidist.network.Measured", **values}
+    flat = {"_target_": "minidist.network.Flat", **_rounded(tables.alpha_beta_gamma())}
+    for preset, content in ((name, measured), (f"{name}_flat", flat)):
+        text = OmegaConf.to_yaml(OmegaConf.create(content)) (directory / f"{preset}.yaml").write_text(f"# Measured by
+        experiments/calibrate.py on {tables.ranks} ranks.\n{text}")
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def show(tables: Tables) -> str:
+    """Return the tables as text, and the fit."""
+    columns = (tables.one_way, tables.exchange, tables.reduce, tables.reduce_all)
+    rows = [
+        dict(zip(FORMATS, (int(nbytes), *(t * 1e6 for t in times), nbytes / times[1] / 1e9), strict=True))
+        for nbytes, *times in zip(tables.nbytes, *columns, strict=True)
+    ]
+    fit = tables.alpha_beta_gamma()
+    return (
+        f"{table(rows, FORMATS)}\na collective takes {tables.start * 1e6:.0f} us to begin\nnearest to it: alpha "
+        f"{fit['alpha'] * 1e6:.1f} us, beta {fit['beta'] * 1e9:.3f} ns/byte, gamma {fit['gamma'] * 1e9:.3f} ns/byte"
+    )
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="calibrate")
+def experiment(cfg: DictConfig) -> None:
+    """Measure, print, and write the presets."""
+    at_least(cfg, min_bytes=4, iterations=1, factor=2, max_bytes=cfg.min_bytes)
+    with communicators([cfg.transport]) as comms:
+        (comm,) = comms.values()
+        tables = calibrate(comm, list(sizes(cfg)), cfg.iterations)
+        if comm.rank == 0:
+            name = cfg.name or f"{cfg.transport.replace('/', '_')}_{comm.world_size}" directory =
+            Path(HydraConfig.get().runtime.output_dir) write(directory, name, tables) print(f"{cfg.transport},
+            {comm.world_size} ranks\n{show(tables)}") print(f"written: {directory}/network/{name}.yaml; use it with
+            --config-dir {directory} network={name}", flush=True)
+
+
+if __name__ == "__main__":
+    main(experiment)
