@@ -33,17 +33,17 @@ def write(directory: Path, name: str, tables: Tables) -> None:
     """Write both presets into ``directory``/network."""
     directory = directory / "network"
     directory.mkdir(exist_ok=True)
-    values = {key: _rounded(value) for key, value in asdict(tables).items()}
-    measured = {"_target_": "minidist.network.Measured", **values}
-    flat = {"_target_": "minidist.network.Flat", **_rounded(tables.alpha_beta_gamma())}
-    for preset, content in ((name, measured), (f"{name}_flat", flat)):
-        text = OmegaConf.to_yaml(OmegaConf.create(content)) (directory / f"{preset}.yaml").write_text(f"# Measured by
-        experiments/calibrate.py on {tables.ranks} ranks.\n{text}")
+    about = f"# Measured by experiments/calibrate.py on {tables.ranks} ranks.\n"
+    models = {
+        name: {"_target_": "minidist.network.Measured", **asdict(tables)},
+        f"{name}_flat": {"_target_": "minidist.network.Flat", **tables.alpha_beta_gamma()},
+    }
+    for preset, model in models.items():
+        rounded = {key: _rounded(value) for key, value in model.items()}
+        (directory / f"{preset}.yaml").write_text(about + OmegaConf.to_yaml(OmegaConf.create(rounded)))
 
 
 def _rounded(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_rounded(part) for part in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
@@ -71,10 +71,12 @@ def experiment(cfg: DictConfig) -> None:
         (comm,) = comms.values()
         tables = calibrate(comm, list(sizes(cfg)), cfg.iterations)
         if comm.rank == 0:
-            name = cfg.name or f"{cfg.transport.replace('/', '_')}_{comm.world_size}" directory =
-            Path(HydraConfig.get().runtime.output_dir) write(directory, name, tables) print(f"{cfg.transport},
-            {comm.world_size} ranks\n{show(tables)}") print(f"written: {directory}/network/{name}.yaml; use it with
-            --config-dir {directory} network={name}", flush=True)
+            name = cfg.name or f"{cfg.transport.replace('/', '_')}_{comm.world_size}"
+            directory = Path(HydraConfig.get().runtime.output_dir)
+            write(directory, name, tables)
+            print(f"{cfg.transport}, {comm.world_size} ranks\n{show(tables)}")
+            print(f"written: {directory}/network/{name}.yaml")
+            print(f"use it with --config-dir {directory} network={name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""Predicts and checks: ``torchrun --nproc-per-node=2 experiments/predict.py transport=gloo``.
+
+First the all-reduce of every algorithm and size on this machine, as the model of the network has it and as it is
+measured, with the error and with the sizes at which another algorithm becomes the fastest. Then the training step of a
+model on 8 to 4096 ranks of the network ``scale``, overlap included, from one step measured here without communication; and
+the size of buckets with which it is shortest.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import hydra
+from omegaconf import DictConfig
+
+from backends.algorithm import AlgorithmCommunicator
+from backends.calibration import calibrate, slowest_median
+from experiments.algorithms import schedule_of
+from experiments.bench import sizes
+from experiments.communicators import build
+from experiments.compare import at_least, communicators, report
+from experiments.run import main
+from experiments.step_model import MEGABYTE, Profile, profile
+from experiments.tables import Row, table
+from minidist.communicator import Communicator
+from minidist.network import Network, interpolated
+from minidist.schedule import Schedule
+from minidist.simulate import simulate
+
+FORMATS = {
+    "bytes": "d",
+    "algorithm": "s",
+    "predicted_us": ".0f",
+    "measured_us": ".0f",
+    "error": "+.0%",
+}
+STEP_FORMATS = {
+    "world_size": "d",
+    "algorithm": "s",
+    "bucket_cap_mb": ".0f",
+    "step_ms": ".1f",
+    "exposed_ms": ".1f",
+    "efficiency": ".0%",
+}
+
+
+def compare(cfg: DictConfig, comm: Communicator, network: Network) -> list[Row]:
+    """Return one row per size and algorithm: what the model says, and what is measured."""
+    schedules = {name: schedule_of(name, "all_reduce", comm.world_size) for name in cfg.algorithms}
+    rows = []
+    for nbytes in sizes(cfg):
+        tensor = comm.empty(nbytes // 4).zero_()
+        for name, schedule in schedules.items():
+            algorithm = AlgorithmCommunicator(comm, {"all_reduce": schedule})
+            run = functools.partial(algorithm.all_reduce, tensor)
+            measured = slowest_median(comm, run, nbytes, cfg.iterations)
+            predicted = simulate(schedule, comm.world_size, nbytes, network).seconds
+            values = (nbytes, name, predicted * 1e6, measured * 1e6, predicted / measured - 1)
+            rows.append(dict(zip(FORMATS, values, strict=True)))
+    return rows
+
+
+def geometric_mean_error(rows: Sequence[Row]) -> float:
+    """Return the mean factor between prediction and measurement, less 1."""
+    factors = [abs(math.log(row["predicted_us"] / row["measured_us"])) for row in rows]
+    return math.exp(sum(factors) / len(factors)) - 1
+
+
+def fastest(rows: Sequence[Row], column: str) -> Iterator[tuple[int, str]]:
+    """Yield the size from which on an algorithm is the fastest, and the algorithm."""
+    last = ""
+    for nbytes in dict.fromkeys(row["bytes"] for row in rows):
+        best = min((row for row in rows if row["bytes"] == nbytes), key=lambda row: row[column])["algorithm"]
+        if best != last:
+            yield nbytes, best
+        last = best
+
+
+def cost(schedule: Schedule, world_size: int, network: Network) -> Callable[[float], float]:
+    """Return what an all-reduce takes by its bytes: simulated at some sizes, on lines between them."""
+    at = [float(16 * 1024 * 16**power) for power in range(5)]
+    seconds = [simulate(schedule, world_size, nbytes, network).seconds for nbytes in at]
+    return lambda nbytes: interpolated(at, seconds, nbytes)
+
+
+def scale(cfg: DictConfig, step: Profile, network: Network) -> list[Row]:
+    """Return the predicted training step by number of ranks, algorithm and size of buckets."""
+    rows = []
+    for world_size in cfg.world_sizes:
+        for name in cfg.scale_algorithms:
+            costs = cost(schedule_of(name, "all_reduce", world_size), world_size, network)
+            for cap in cfg.bucket_caps_mb:
+                seconds = step.seconds(cap, costs)
+                values = (world_size, name, cap, seconds * 1e3, (seconds - step.step) * 1e3, step.step / seconds)
+                rows.append(dict(zip(STEP_FORMATS, values, strict=True)))
+    return rows
+
+
+def recommended(rows: Sequence[Row]) -> list[Row]:
+    """Return the shortest step for each number of ranks."""
+    sizes = dict.fromkeys(row["world_size"] for row in rows)
+    return [min((row for row in rows if row["world_size"] == n), key=lambda row: row["step_ms"]) for n in sizes]
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="predict")
+def experiment(cfg: DictConfig) -> None:
+    """Predict, measure, and print both; then predict what cannot be measured here."""
+    at_least(cfg, min_bytes=4, iterations=1, factor=2, max_bytes=cfg.min_bytes, batch_size=1)
+    with communicators([cfg.transport]) as comms:
+        (comm,) = comms.values()
+        if cfg.network is None:
+            tables = calibrate(comm, [4**power * 1024 for power in range(9)], cfg.iterations)
+            network: Network = comm.broadcast_object(tables, 0).network()
+        else:
+            network = build(cfg.network, "network")
+        rows = compare(cfg, comm, network)
+        step = profile(build(cfg.model, "model"), list(cfg.model.shape), cfg.batch_size)
+        if comm.rank == 0:
+            show(cfg, comm.world_size, rows)
+            show_scale(cfg, step)
+
+
+def show(cfg: DictConfig, world_size: int, rows: list[Row]) -> None:
+    """Print and write what was predicted and measured on this machine."""
+    path = report(f"all_reduce over {cfg.transport}, {world_size} ranks", rows, FORMATS, "predict")
+    print(f"geometric mean error: {geometric_mean_error(rows):.0%}")
+    for kind in ("predicted", "measured"):
+        steps = ", ".join(f"{name} from {nbytes} bytes" for nbytes, name in fastest(rows, f"{kind}_us"))
+        print(f"fastest as {kind}: {steps}")
+    print(f"written: {path}.csv, .json")
+
+
+def show_scale(cfg: DictConfig, step: Profile) -> None:
+    """Print and write what is predicted for more ranks."""
+    rows = scale(cfg, step, build(cfg.scale, "scale"))
+    megabytes = sum(step.nbytes) / MEGABYTE
+    title = f"a training step of {step.step * 1e3:.1f} ms, {megabytes:.0f} MB of gradients, on the network scale"
+    path = report(title, rows, STEP_FORMATS, "predict_step")
+    print(f"recommended:\n{table(recommended(rows), STEP_FORMATS)}\nwritten: {path}.csv, .json", flush=True)
+
+
+if __name__ == "__main__":
+    main(experiment)
