@@ -1,7 +1,8 @@
 """One collective on several communicators, size by size: ``torchrun --nproc-per-node=2 experiments/bench.py``.
 
 busbw is the bandwidth that the wires carry under the best algorithm, as nccl-tests defines it; ``ratio`` is the
-time of the first communicator over this one's; ``wrong`` counts elements that differ from the closed form. The row
+time of the first communicator over this one's; ``volume`` is what a schedule has all ranks send, in parts of the least
+that the collective can do with (a native collective does not tell); ``wrong`` counts elements that differ from the closed form. The row
 ``limit`` is what the memory of this host allows: the additions and copies of the shared-memory all-reduce, on the
 same memory, without waiting for anybody.
 """
@@ -15,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 
 from backends.shm import ShmCommunicator, add_and_write
-from experiments.collectives import BUSBW, Collective
+from experiments.collectives import BUSBW, LEAST, Collective
 from experiments.compare import Action, at_least, communicators, interleaved, median, percentile_95, report
 from experiments.pictures import LIMIT, draw_bandwidth
 from experiments.run import main
@@ -34,6 +35,7 @@ FORMATS = {
     "algbw_GBps": ".2f",
     "busbw_GBps": ".2f",
     "ratio": ".2f",
+    "volume": "s",
     "wrong": "d",
 }
 MAX_BURST_BYTES = 2**28
@@ -57,6 +59,7 @@ def measure(cfg: DictConfig, comms: dict[str, Communicator], nbytes: int) -> lis
         actions[LIMIT] = _memory_limit(shm, nbytes // dtype.itemsize, dtype)
     burst = max(2, min(cfg.burst, MAX_BURST_BYTES // nbytes))
     seconds = interleaved(actions, first, cfg.warmup, cfg.iterations, burst)
+    volume = {name: _volume(cfg.collective, one, comms[name], first) for name, one in collectives.items()}
     wrong = {name: sum(first.all_gather_object(collective.num_wrong())) for name, collective in collectives.items()}
     reference, rows = median(next(iter(seconds.values()))), []
     for name, times in seconds.items():
@@ -64,9 +67,18 @@ def measure(cfg: DictConfig, comms: dict[str, Communicator], nbytes: int) -> lis
         busbw = algbw * BUSBW[cfg.collective](first.world_size)
         what = (nbytes, nbytes // dtype.itemsize, cfg.dtype, cfg.op, name)
         latency = (median(times) * 1e6, percentile_95(times) * 1e6)
-        values = (*what, *latency, algbw, busbw, reference / median(times), wrong.get(name, 0))
+        values = (*what, *latency, algbw, busbw, reference / median(times), volume.get(name, "-"), wrong.get(name, 0))
         rows.append(dict(zip(FORMATS, values, strict=True)))
     return rows
+
+
+def _volume(name: str, collective: Collective, comm: Communicator, first: Communicator) -> str:
+    """Return the bytes that all ranks send over the least possible."""
+    before = comm.traffic.bytes
+    collective.run()
+    sent = comm.traffic.bytes - before
+    total = sum(first.all_gather_object(sent))
+    return f"{total / LEAST[name](comm.world_size) / collective.nbytes:.2f}" if total else "-"
 
 
 def _shared_memory(comms: dict[str, Communicator]) -> ShmCommunicator | None:

@@ -21,6 +21,13 @@ BUSBW: dict[str, Callable[[int], float]] = {
     "all_to_all": lambda n: (n - 1) / n,
 }
 """From algbw, bytes over time, to busbw; the bytes are those of the larger tensor."""
+LEAST: dict[str, Callable[[int], float]] = {
+    "all_reduce": lambda n: 2 * (n - 1),
+    "gather": lambda n: (n - 1) / n,
+    "scatter": lambda n: (n - 1) / n,
+    **dict.fromkeys(("reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all"), lambda n: n - 1),
+}
+"""What all ranks together have to send at least, in parts of the larger tensor."""
 
 
 class Collective:
@@ -50,6 +57,11 @@ class Collective:
         torch.add(self._pattern, self._comm.rank, out=self._large)
         if self._name in ("all_gather", "gather"):
             self._small.copy_(self._block(self._large))
+
+    @property
+    def nbytes(self) -> int:
+        """Of the larger tensor."""
+        return self._large.nbytes
 
     def run(self) -> None:
         """Run the collective once, to its end."""

@@ -2,8 +2,8 @@
 
 First the all-reduce of every algorithm and size on this machine, as the model of the network has it and as it is
 measured, with the error and with the sizes at which another algorithm becomes the fastest. Then the training step of a
-model on 8 to 4096 ranks of the network ``scale``, overlap included, from one step measured here without communication; and
-the size of buckets with which it is shortest.
+model on 8 to 4096 ranks of the network ``scale``, overlap included, from one step measured here without communication;
+and the size of buckets with which it is shortest.
 """
 
 from __future__ import annotations
