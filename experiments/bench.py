@@ -1,10 +1,10 @@
 """One collective on several communicators, size by size: ``torchrun --nproc-per-node=2 experiments/bench.py``.
 
 busbw is the bandwidth that the wires carry under the best algorithm, as nccl-tests defines it; ``ratio`` is the
-time of the first communicator over this one's; ``volume`` is what a schedule has all ranks send, in parts of the least
-that the collective can do with (a native collective does not tell); ``wrong`` counts elements that differ from the closed form. The row
-``limit`` is what the memory of this host allows: the additions and copies of the shared-memory all-reduce, on the
-same memory, without waiting for anybody.
+time of the first communicator over this one's; ``volume`` is what all ranks send, where that is counted, in parts of
+the least that the collective can do with; ``wrong`` counts elements that differ from the closed form. The row ``limit``
+is what the memory of this host allows: the additions and copies of the shared-memory all-reduce, on the same memory,
+without waiting for anybody.
 """
 
 from __future__ import annotations

@@ -1,0 +1,54 @@
+"""Draws an all-reduce that really ran: ``torchrun --nproc-per-node=4 experiments/trace.py algorithm=ring``.
+
+An arrow goes from where its rank posted the message to where the other rank saw that it had come.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from backends.algorithm import AlgorithmCommunicator
+from backends.traced import TracedCommunicator, timed
+from experiments.algorithms import schedule_of
+from experiments.compare import at_least, communicators
+from experiments.diagrams import draw_timeline
+from experiments.run import main
+from minidist.communicator import Communicator
+from minidist.network import Flat
+from minidist.schedule import Schedule
+from minidist.simulate import Message, simulate
+
+
+def trace(comm: Communicator, schedule: Schedule, nbytes: int, warmup: int) -> list[Message]:
+    """Run the schedule, and return the messages of the last run; every rank calls it."""
+    traced = TracedCommunicator(comm)
+    algorithm = AlgorithmCommunicator(traced, {"all_reduce": schedule}, segment_bytes=max(nbytes, 16))
+    tensor = comm.empty(max(nbytes // 4, 1)).zero_()
+    for _ in range(warmup + 1):
+        comm.barrier()
+        traced.log.clear()
+        algorithm.all_reduce(tensor)
+    logs = comm.all_gather_object(traced.log)
+    return timed(simulate(schedule, comm.world_size, nbytes, Flat(1, 0), record=True).messages, logs)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="trace")
+def experiment(cfg: DictConfig) -> None:
+    """Run, and write trace.png and trace.svg."""
+    at_least(cfg, nbytes=4, warmup=0)
+    with communicators([cfg.transport]) as comms:
+        (comm,) = comms.values()
+        messages = trace(comm, schedule_of(cfg.algorithm, "all_reduce", comm.world_size), cfg.nbytes, cfg.warmup)
+        if comm.rank == 0:
+            what = f"{cfg.algorithm} all_reduce of {cfg.nbytes} bytes over {cfg.transport}"
+            path = Path(HydraConfig.get().runtime.output_dir) / "trace"
+            draw_timeline(path, f"{what}, {comm.world_size} ranks, as it ran", comm.world_size, messages)
+            print(f"written: {path}.png, .svg", flush=True)
+
+
+if __name__ == "__main__":
+    main(experiment)
