@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -17,17 +17,21 @@ from minidist.schedule import Schedule
 
 
 def schedule_of(name: str, collective: str, world_size: int, overrides: Sequence[str] = ()) -> Schedule:
-    """Return what ``comm=name`` runs for a collective on so many ranks; Hydra has to be initialized.
+    """Return what ``comm=name`` runs for a collective on so many ranks; see `schedules_of`."""
+    return schedules_of(name, collective, overrides)(world_size)
+
+
+def schedules_of(name: str, collective: str, overrides: Sequence[str] = ()) -> Callable[[int], Schedule]:
+    """Return what gives the schedule of ``comm=name`` for a number of ranks; Hydra has to be initialized.
 
     Args:
-        name: a choice of the group comm that stands on a transport, as its schedules are all that it has.
+        name: a choice of the group comm that stands on a transport.
         collective: one of COLLECTIVES.
-        world_size: for algorithms that are made for a number of ranks.
         overrides: of the algorithm's settings, as on the command line: ``["comm.ranks_per_host=2"]``.
 
     Raises:
-        ConfigError: there is no such choice, it has no schedules or none for the collective, or it refuses its
-            settings.
+        ConfigError: there is no such choice, or it has no schedules; what is returned raises it where the algorithm
+            refuses its settings on so many ranks, or has no schedule for the collective.
     """
     choices = GlobalHydra.instance().config_loader().get_group_options("comm")
     if name not in choices:
@@ -36,11 +40,15 @@ def schedule_of(name: str, collective: str, world_size: int, overrides: Sequence
     assert isinstance(settings, dict)
     if settings.pop("transport", None) is None:
         raise ConfigError(f"algorithm={name} is a transport and has no schedules of its own; choose ring or another")
-    schedules = build(DictConfig(settings), f"algorithm={name}", transport=_OnPaper(world_size)).schedules
-    if collective not in schedules:
-        raise ConfigError(f"algorithm={name} has no schedule for {collective}; it has {', '.join(schedules)}")
-    found: Schedule = schedules[collective]
-    return found
+
+    def on(world_size: int) -> Schedule:
+        schedules = build(DictConfig(settings), f"algorithm={name}", transport=_OnPaper(world_size)).schedules
+        if collective not in schedules:
+            raise ConfigError(f"algorithm={name} has no schedule for {collective}; it has {', '.join(schedules)}")
+        found: Schedule = schedules[collective]
+        return found
+
+    return on
 
 
 class _OnPaper(ScheduledCommunicator):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from minidist.network import Network
@@ -77,28 +77,27 @@ def doubled(first: int, last: int) -> Iterator[int]:
         first *= 2
 
 
+Schedules = Mapping[str, Callable[[int], Schedule]]
+"""By algorithm, what gives its schedule for a number of ranks."""
+
+
 def over_sizes(
-    schedules: dict[str, Schedule], world_size: int, sizes: Sequence[int], network: Network, collective: str, root: int
+    algorithms: Schedules, world_size: int, sizes: Sequence[int], network: Network, collective: str, root: int
 ) -> Curves:
     """Return what the algorithms take at each size in bytes, on one number of ranks; see `simulate` for the rest."""
 
     def seconds(schedule: Schedule) -> list[float]:
         return [simulate(schedule, world_size, size, network, collective, root).seconds for size in sizes]
 
-    return Curves(sizes, {name: seconds(schedule) for name, schedule in schedules.items()})
+    return Curves(sizes, {name: seconds(schedule_of(world_size)) for name, schedule_of in algorithms.items()})
 
 
 def over_ranks(
-    schedule_of: dict[str, Callable[[int], Schedule]],
-    counts: Sequence[int],
-    nbytes: float,
-    network: Network,
-    collective: str,
-    root: int,
+    algorithms: Schedules, counts: Sequence[int], nbytes: float, network: Network, collective: str, root: int
 ) -> Curves:
-    """Return what the algorithms take on each number of ranks, at one size; a schedule is asked for by that number."""
+    """Return what the algorithms take on each number of ranks, at one size; see `simulate` for the rest."""
 
-    def seconds(of: Callable[[int], Schedule]) -> list[float]:
-        return [simulate(of(count), count, nbytes, network, collective, root).seconds for count in counts]
+    def seconds(schedule_of: Callable[[int], Schedule]) -> list[float]:
+        return [simulate(schedule_of(count), count, nbytes, network, collective, root).seconds for count in counts]
 
-    return Curves(counts, {name: seconds(of) for name, of in schedule_of.items()})
+    return Curves(counts, {name: seconds(schedule_of) for name, schedule_of in algorithms.items()})

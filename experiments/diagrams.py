@@ -16,7 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments.curves import Curves
 from minidist.simulate import Message
@@ -25,6 +25,7 @@ matplotlib.use("agg")
 REDUCED, OVERWRITTEN = "-", (0, (4, 2))
 _MAX_LABELS = 150
 _MAX_IN_LEGEND = 16
+_LABEL = {"fontsize": 8, "fontweight": "bold", "zorder": 3}
 _HALO = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
 
 
@@ -43,7 +44,7 @@ def draw_timeline(
     last = max([0.0, *ends, *(message.ends for message in messages)])
     scale, unit = _unit(last)
     depth = len({message.src_step for message in messages})
-    size = (min(max(6.0, 1.25 * world_size + 2), 16), min(max(4.2, 1.0 * depth + 1.6), 16))
+    size = (min(max(5.6, 1.25 * world_size + 0.8), 16), min(max(4.2, 1.0 * depth + 1.6), 16))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     _draw_ranks(axes, world_size, [end * scale for end in ends], last * scale)
@@ -80,23 +81,17 @@ def draw_curves(path: Path, title: str, names: tuple[str, str], by_size: Curves,
         by_size: over bytes.
         by_ranks: over numbers of ranks.
     """
-    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(11.5, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, name, curves in ((left, names[0], by_size), (right, names[1], by_ranks)):
-        axes.set(xscale="log", yscale="log", ylabel="time (s)")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(name, fontsize=10, loc="left")
-        axes.grid(visible=True, which="major", alpha=0.3)
+    for axes, name, curves, spell in ((left, names[0], by_size, spell_bytes), (right, names[1], by_ranks, spell_ranks)):
         _draw_lines(axes, curves)
-    left.set_xscale("log", base=2)
-    right.set_xscale("log", base=2)
+        _label_crossovers(axes, curves, spell)
+        _finish(axes, name, curves)
     left.set_xlabel("size")
     left.xaxis.set_major_formatter(FuncFormatter(lambda size, _: spell_bytes(size)))
     right.set_xlabel("ranks")
     right.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:.0f}"))
-    _label_crossovers(left, by_size, spell_bytes)
-    _label_crossovers(right, by_ranks, spell_ranks)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(title, fontsize=11)
     _save(figure, path)
 
@@ -147,26 +142,17 @@ def _draw_ranks(axes: Axes, world_size: int, ends: Sequence[float], last: float)
 
 def _draw_message(axes: Axes, message: Message, scale: float, colour: str, labelled: bool) -> None:
     start, end = (message.src, message.begins * scale), (message.dst, message.ends * scale)
-    arrow = FancyArrowPatch(
-        start,
-        end,
-        arrowstyle="-|>",
-        mutation_scale=11,
-        shrinkA=0,
-        shrinkB=0,
-        color=colour,
-        linewidth=1.5,
-        linestyle=REDUCED if message.reduces else OVERWRITTEN,
-        capstyle="butt",
-        zorder=2,
-        gid="message",
-    )
-    axes.add_patch(arrow)
+    style = REDUCED if message.reduces else OVERWRITTEN
+    axes.plot(*zip(start, end, strict=True), color=colour, linewidth=1.5, linestyle=style, zorder=2, gid="message")
+    # A head of its own, as that of a dashed arrow would be dashed, too.
+    near = [last + 0.02 * (first - last) for first, last in zip(start, end, strict=True)]
+    head = FancyArrowPatch(near, end, arrowstyle="-|>", mutation_scale=11, shrinkA=0, shrinkB=0, color=colour, lw=1)
+    axes.add_patch(head)
     if labelled:
         # A fixed way from the sender, so that labels of arrows that start together and cross stay apart.
         part = min(0.5, 0.36 / abs(message.dst - message.src))
         at = [first + part * (second - first) for first, second in zip(start, end, strict=True)]
-        axes.text(*at, spell_chunks(message), color=colour, fontsize=8, ha="center", va="center", bbox=_HALO, zorder=3)
+        axes.text(*at, spell_chunks(message), color=colour, ha="center", va="center", bbox=_HALO, **_LABEL)
 
 
 def _draw_legend(figure: Figure, messages: Sequence[Message], colours: Sequence[str], ends: bool) -> None:
@@ -184,7 +170,8 @@ def _draw_legend(figure: Figure, messages: Sequence[Message], colours: Sequence[
     if len(used) > _MAX_IN_LEGEND:
         used = [used[round(part * (len(used) - 1) / 7)] for part in range(8)]
     entries += [Patch(color=colours[chunk], label=f"{first}{chunk}") for chunk in used]
-    figure.legend(handles=entries, loc="outside right upper", fontsize=8, frameon=False)
+    columns = max(2, int(figure.get_figwidth() / 1.75))
+    figure.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _draw_lines(axes: Axes, curves: Curves) -> None:
@@ -195,17 +182,37 @@ def _draw_lines(axes: Axes, curves: Curves) -> None:
 
 
 def _label_crossovers(axes: Axes, curves: Curves, spell: Callable[[float], str]) -> None:
-    for crossover in curves.crossovers():
-        axes.plot(crossover.x, crossover.seconds, marker="D", markersize=7, color="black", fillstyle="none", zorder=5)
+    first, last = math.log(curves.xs[0]), math.log(curves.xs[-1])
+    for number, crossover in enumerate(curves.crossovers()):
+        at = (crossover.x, crossover.seconds)
+        axes.plot(*at, marker="D", markersize=7, color="black", fillstyle="none", zorder=5)
+        left = math.log(crossover.x) > first + 0.6 * (last - first)
         axes.annotate(
-            f"{spell(crossover.x)}\n{crossover.before} →\n{crossover.after}",
-            (crossover.x, crossover.seconds),
-            xytext=(10, -14),
+            f"{spell(crossover.x)}\n{crossover.before}\n→ {crossover.after}",
+            at,
+            xytext=(-16 if left else 16, -18 - 44 * (number % 2)),
             textcoords="offset points",
             fontsize=8,
+            ha="right" if left else "left",
             va="top",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.8, "color": "0.4"},
+            bbox=_HALO,
             zorder=6,
         )
+
+
+def _finish(axes: Axes, name: str, curves: Curves) -> None:
+    axes.set(xscale="log", yscale="log", ylabel="time")
+    axes.set_xscale("log", base=2)
+    doublings = len(curves.xs) - 1
+    axes.set_xticks(curves.xs[:: max(1, math.ceil(doublings / 8))])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: spell_seconds(seconds)))
+    low = min(min(times) for times in curves.seconds.values())
+    high = max(max(times) for times in curves.seconds.values())
+    axes.set_ylim(low / (high / low) ** 0.3, high * 1.4)  # room for the labels of the crossovers
+    axes.set_title(name, fontsize=10, loc="left")
+    axes.grid(visible=True, which="major", alpha=0.3)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -1,21 +1,20 @@
 """A schedule as a picture and as a page to step through: ``python experiments/draw.py algorithm=ring world_size=4``.
 
-With ``curves=[ring,halving_doubling]``, what these algorithms cost instead, by size and by number of ranks. It runs alone, on the
-clock of `minidist.simulate` and under the model of a network that the group network names.
+With ``curves=[ring,halving_doubling]``, what these algorithms cost instead, by size and by number of ranks. It runs
+alone, on the clock of `minidist.simulate` and under the model of a network that the group network names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from experiments.algorithms import schedule_of
+from experiments.algorithms import schedule_of, schedules_of
 from experiments.communicators import build
 from experiments.curves import Curves, doubled, over_ranks, over_sizes
 from experiments.diagrams import draw_curves, draw_timeline, spell_bytes, spell_ranks, spell_seconds
@@ -23,7 +22,7 @@ from experiments.page import frames, write_page
 from experiments.run import main
 from minidist.errors import ConfigError, ScheduleError
 from minidist.network import Network
-from minidist.schedule import COLLECTIVES, ROOTED, Schedule
+from minidist.schedule import COLLECTIVES, ROOTED
 from minidist.simulate import MAX_WORLD_SIZE, simulate
 
 MAX_DRAWN = 64
@@ -109,16 +108,11 @@ def curves(cfg: DictConfig, network: Network) -> tuple[Curves, Curves]:
         ConfigError: an algorithm has no such schedule, or the network not so many ranks.
         ScheduleError: a schedule cannot be run.
     """
-
-    def of(name: str, world_size: int) -> Schedule:
-        return schedule_of(name, cfg.collective, world_size, cfg.comm_overrides)
-
-    at_world_size = {name: of(name, cfg.world_size) for name in cfg.curves}
-    at_any = {name: partial(of, name) for name in cfg.curves}
+    algorithms = {name: schedules_of(name, cfg.collective, cfg.comm_overrides) for name in cfg.curves}
     sizes, counts = list(doubled(cfg.min_bytes, cfg.max_bytes)), list(doubled(2, cfg.max_world_size))
     with _refusing():
-        by_size = over_sizes(at_world_size, cfg.world_size, sizes, network, cfg.collective, cfg.root)
-        by_ranks = over_ranks(at_any, counts, cfg.nbytes, network, cfg.collective, cfg.root)
+        by_size = over_sizes(algorithms, cfg.world_size, sizes, network, cfg.collective, cfg.root)
+        by_ranks = over_ranks(algorithms, counts, cfg.nbytes, network, cfg.collective, cfg.root)
     return by_size, by_ranks
 
 
