@@ -183,17 +183,18 @@ def _draw_lines(axes: Axes, curves: Curves) -> None:
 
 def _label_crossovers(axes: Axes, curves: Curves, spell: Callable[[float], str]) -> None:
     first, last = math.log(curves.xs[0]), math.log(curves.xs[-1])
-    for number, crossover in enumerate(curves.crossovers()):
+    # Beneath the curves there is room; the label of an earlier crossover stands lower, so that no line meets another.
+    for number, crossover in enumerate(reversed(curves.crossovers())):
         at = (crossover.x, crossover.seconds)
         axes.plot(*at, marker="D", markersize=7, color="black", fillstyle="none", zorder=5)
-        left = math.log(crossover.x) > first + 0.6 * (last - first)
+        late = math.log(crossover.x) > first + 0.72 * (last - first)
         axes.annotate(
             f"{spell(crossover.x)}\n{crossover.before}\n→ {crossover.after}",
             at,
-            xytext=(-16 if left else 16, -18 - 44 * (number % 2)),
+            xytext=(20, -80) if late else (16, -18 - 36 * number),
             textcoords="offset points",
             fontsize=8,
-            ha="right" if left else "left",
+            ha="right" if late else "left",
             va="top",
             arrowprops={"arrowstyle": "-", "linewidth": 0.8, "color": "0.4"},
             bbox=_HALO,
