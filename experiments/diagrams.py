@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,10 +23,9 @@ from minidist.simulate import Message
 
 matplotlib.use("agg")
 REDUCED, OVERWRITTEN = "-", (0, (4, 2))
-_MAX_LABELS = 150
+_MAX_LABELS = 400
 _MAX_IN_LEGEND = 16
-_LABEL = {"fontsize": 8, "fontweight": "bold", "zorder": 3}
-_HALO = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+_HALO = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.9}
 
 
 def draw_timeline(
@@ -50,10 +49,12 @@ def draw_timeline(
     _draw_ranks(axes, world_size, [end * scale for end in ends], last * scale)
     colours = chunk_colours(1 + max((max(message.sent, default=0) for message in messages), default=0))
     for message in messages:
-        _draw_message(axes, message, scale, colours[_first(message)], len(messages) <= _MAX_LABELS)
+        _draw_message(axes, message, scale, colours[_first(message)])
+    if len(messages) <= _MAX_LABELS:
+        _draw_labels(axes, messages, scale, colours, 0.2 / size[1] * last * scale)
     axes.set(xlim=(-0.4, world_size - 0.6), ylabel=f"time ({unit})")
     axes.set_ylim(1.03 * last * scale or 1.0, -0.02 * last * scale)
-    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_title(title, fontsize=11, loc="left", pad=9)
     _draw_legend(figure, messages, colours, bool(ends))
     _save(figure, path)
 
@@ -61,7 +62,8 @@ def draw_timeline(
 def chunk_colours(count: int) -> list[str]:
     """Return so many colours, as ``#rrggbb``: well apart up to 20, a spectrum beyond."""
     if count <= 20:
-        return [to_hex(colour) for colour in matplotlib.colormaps["tab10" if count <= 10 else "tab20"].colors][:count]
+        pairs = [to_hex(colour) for colour in matplotlib.colormaps["tab20"].colors]
+        return [*pairs[::2], *pairs[1::2]][:count]  # the strong ones, then the pale ones
     return [to_hex(matplotlib.colormaps["turbo"](0.05 + 0.9 * index / (count - 1))) for index in range(count)]
 
 
@@ -140,7 +142,7 @@ def _draw_ranks(axes: Axes, world_size: int, ends: Sequence[float], last: float)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
-def _draw_message(axes: Axes, message: Message, scale: float, colour: str, labelled: bool) -> None:
+def _draw_message(axes: Axes, message: Message, scale: float, colour: str) -> None:
     start, end = (message.src, message.begins * scale), (message.dst, message.ends * scale)
     style = REDUCED if message.reduces else OVERWRITTEN
     axes.plot(*zip(start, end, strict=True), color=colour, linewidth=1.5, linestyle=style, zorder=2, gid="message")
@@ -148,11 +150,28 @@ def _draw_message(axes: Axes, message: Message, scale: float, colour: str, label
     near = [last + 0.02 * (first - last) for first, last in zip(start, end, strict=True)]
     head = FancyArrowPatch(near, end, arrowstyle="-|>", mutation_scale=11, shrinkA=0, shrinkB=0, color=colour, lw=1)
     axes.add_patch(head)
-    if labelled:
-        # A fixed way from the sender, so that labels of arrows that start together and cross stay apart.
-        part = min(0.5, 0.36 / abs(message.dst - message.src))
-        at = [first + part * (second - first) for first, second in zip(start, end, strict=True)]
-        axes.text(*at, spell_chunks(message), color=colour, ha="center", va="center", bbox=_HALO, **_LABEL)
+
+
+def _draw_labels(axes: Axes, messages: Sequence[Message], scale: float, colours: Sequence[str], height: float) -> None:
+    """Write the chunks on the arrows, where there is room that no other label takes."""
+    taken: list[tuple[float, float, float]] = []
+    for message in messages:
+        text, colour = spell_chunks(message), colours[_first(message)]
+        width = 0.1 + 0.06 * len(text)
+        for x, y in _places(message, scale):
+            if all(abs(x - x0) > (width + width0) / 2 or abs(y - y0) > height for x0, y0, width0 in taken):
+                taken.append((x, y, width))
+                box = {**_HALO, "edgecolor": colour, "linewidth": 0.8}
+                axes.text(x, y, text, color="0.15", fontsize=7.5, ha="center", va="center", bbox=box, zorder=3)
+                break
+
+
+def _places(message: Message, scale: float) -> Iterator[tuple[float, float]]:
+    """Yield points of an arrow, those first that are near its sender, where arrows have not crossed."""
+    ranks, times = message.dst - message.src, (message.ends - message.begins) * scale
+    for way in (0.36, 0.55, 0.75, 0.22):
+        part = min(way / abs(ranks), 0.8)
+        yield message.src + part * ranks, message.begins * scale + part * times
 
 
 def _draw_legend(figure: Figure, messages: Sequence[Message], colours: Sequence[str], ends: bool) -> None:
