@@ -43,7 +43,7 @@ def draw_timeline(
     last = max([0.0, *ends, *(message.ends for message in messages)])
     scale, unit = _unit(last)
     depth = len({message.src_step for message in messages})
-    size = (min(max(5.6, 1.25 * world_size + 0.8), 16), min(max(4.2, 1.0 * depth + 1.6), 16))
+    size = (min(max(5.6, 1.25 * world_size + 0.8), 16), min(max(4.2, 0.8 * depth + 1.6), 13))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     _draw_ranks(axes, world_size, [end * scale for end in ends], last * scale)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from experiments.algorithms import schedule_of, schedules_of
 from experiments.communicators import build
@@ -41,6 +41,9 @@ def check(cfg: DictConfig) -> None:
     for key, bound in least.items():
         if isinstance(cfg[key], bool) or not isinstance(cfg[key], int) or cfg[key] < bound:
             raise ConfigError(f"{key} must be a whole number of at least {bound}, got {cfg[key]}")
+    for key, of in (("curves", "algorithms"), ("comm_overrides", "overrides")):
+        if not isinstance(cfg[key], ListConfig):
+            raise ConfigError(f"{key} must be a list of {of}, got {cfg[key]}")
     if cfg.root >= cfg.world_size:
         raise ConfigError(f"root must be a rank from 0 to {cfg.world_size - 1}, got {cfg.root}")
     (_check_curves if cfg.curves else _check_picture)(cfg)
