@@ -53,8 +53,12 @@ class Curves:
         return found
 
     def fastest(self) -> str:
-        """Return which algorithm is the fastest at the first x; of several that are, the first one."""
-        return self._fastest(0, next(iter(self.seconds)))
+        """Return which algorithm is the fastest at the first x; of several that are, the one that stays so longest."""
+        names = list(self.seconds)
+        for index in range(len(self.xs)):
+            best = min(self.seconds[name][index] for name in names)
+            names = [name for name in names if self.seconds[name][index] <= best * _TIE]
+        return names[0]
 
     def _fastest(self, index: int, incumbent: str) -> str:
         best = min(self.seconds, key=lambda name: self.seconds[name][index])

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Final
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,13 +17,14 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from experiments.curves import Curves
 from minidist.simulate import Message
 
 matplotlib.use("agg")
-REDUCED, OVERWRITTEN = "-", (0, (4, 2))
+REDUCED: Final = "-"
+OVERWRITTEN: Final = (0, (4, 2))
 _MAX_LABELS = 400
 _MAX_IN_LEGEND = 16
 _HALO = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.9}
@@ -42,7 +44,7 @@ def draw_timeline(
     """
     last = max([0.0, *ends, *(message.ends for message in messages)])
     scale, unit = _unit(last)
-    depth = len({message.src_step for message in messages})
+    depth = max(len({message.src_step for message in messages}), 0.75 * len(messages) / world_size)
     size = (min(max(5.6, 1.25 * world_size + 0.8), 16), min(max(4.2, 0.8 * depth + 1.6), 13))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
@@ -62,7 +64,7 @@ def draw_timeline(
 def chunk_colours(count: int) -> list[str]:
     """Return so many colours, as ``#rrggbb``: well apart up to 20, a spectrum beyond."""
     if count <= 20:
-        pairs = [to_hex(colour) for colour in matplotlib.colormaps["tab20"].colors]
+        pairs = [to_hex(matplotlib.colormaps["tab20"](index)) for index in range(20)]
         return [*pairs[::2], *pairs[1::2]][:count]  # the strong ones, then the pale ones
     return [to_hex(matplotlib.colormaps["turbo"](0.05 + 0.9 * index / (count - 1))) for index in range(count)]
 
@@ -93,7 +95,7 @@ def draw_curves(path: Path, title: str, names: tuple[str, str], by_size: Curves,
     left.xaxis.set_major_formatter(FuncFormatter(lambda size, _: spell_bytes(size)))
     right.set_xlabel("ranks")
     right.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:.0f}"))
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     figure.suptitle(title, fontsize=11)
     _save(figure, path)
 
@@ -147,7 +149,7 @@ def _draw_message(axes: Axes, message: Message, scale: float, colour: str) -> No
     style = REDUCED if message.reduces else OVERWRITTEN
     axes.plot(*zip(start, end, strict=True), color=colour, linewidth=1.5, linestyle=style, zorder=2, gid="message")
     # A head of its own, as that of a dashed arrow would be dashed, too.
-    near = [last + 0.02 * (first - last) for first, last in zip(start, end, strict=True)]
+    near = (end[0] + 0.02 * (start[0] - end[0]), end[1] + 0.02 * (start[1] - end[1]))
     head = FancyArrowPatch(near, end, arrowstyle="-|>", mutation_scale=11, shrinkA=0, shrinkB=0, color=colour, lw=1)
     axes.add_patch(head)
 
@@ -202,20 +204,19 @@ def _draw_lines(axes: Axes, curves: Curves) -> None:
 
 def _label_crossovers(axes: Axes, curves: Curves, spell: Callable[[float], str]) -> None:
     first, last = math.log(curves.xs[0]), math.log(curves.xs[-1])
-    # Beneath the curves there is room; the label of an earlier crossover stands lower, so that no line meets another.
-    for number, crossover in enumerate(reversed(curves.crossovers())):
+    for number, crossover in enumerate(curves.crossovers()):
         at = (crossover.x, crossover.seconds)
         axes.plot(*at, marker="D", markersize=7, color="black", fillstyle="none", zorder=5)
-        late = math.log(crossover.x) > first + 0.72 * (last - first)
+        late = math.log(crossover.x) > first + 0.75 * (last - first)
         axes.annotate(
             f"{spell(crossover.x)}\n{crossover.before}\n→ {crossover.after}",
             at,
-            xytext=(20, -80) if late else (16, -18 - 36 * number),
-            textcoords="offset points",
+            xytext=(crossover.x, 0.03 + 0.15 * (number % 3)),  # beneath the curves, which rise
+            textcoords=("data", "axes fraction"),
             fontsize=8,
             ha="right" if late else "left",
-            va="top",
-            arrowprops={"arrowstyle": "-", "linewidth": 0.8, "color": "0.4"},
+            va="bottom",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.8, "color": "0.4", "relpos": (1 if late else 0, 1)},
             bbox=_HALO,
             zorder=6,
         )
@@ -228,9 +229,13 @@ def _finish(axes: Axes, name: str, curves: Curves) -> None:
     axes.set_xticks(curves.xs[:: max(1, math.ceil(doublings / 8))])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: spell_seconds(seconds)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     low = min(min(times) for times in curves.seconds.values())
     high = max(max(times) for times in curves.seconds.values())
-    axes.set_ylim(low / (high / low) ** 0.3, high * 1.4)  # room for the labels of the crossovers
+    if high < 100 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    room = (high / low) ** 0.45 if curves.crossovers() else 1.4  # for their labels
+    axes.set_ylim(low / room, high * 1.4)
     axes.set_title(name, fontsize=10, loc="left")
     axes.grid(visible=True, which="major", alpha=0.3)
 

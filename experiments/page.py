@@ -116,7 +116,7 @@ def _packed(frame: Frame) -> dict[str, Any]:
         "time": f"{spell_seconds(min(times))} to {spell_seconds(max(times))}" if times else "",
         "messages": [
             {"src": message.src, "dst": message.dst, "label": spell_chunks(message), "reduces": message.reduces}
-            | {"chunk": next(iter(message.sent), 0), "steps": [message.src_step, message.dst_step]}
+            | {"chunk": next(iter(message.sent), 0)}
             for message in frame.messages
         ],
         "changes": [asdict(change) for change in frame.changes],

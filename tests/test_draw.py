@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
 from backends.ring import ring_all_gather, ring_all_reduce
 from backends.schedules.binomial import binomial_broadcast
@@ -20,19 +21,21 @@ from backends.schedules.bruck import bruck_all_to_all
 from backends.schedules.dissemination import dissemination_barrier
 from backends.schedules.doubling import halving_doubling_all_reduce, recursive_doubling_all_reduce
 from experiments.algorithms import schedule_of
+from experiments.communicators import build
 from experiments.curves import Curves, doubled, over_ranks, over_sizes
 from experiments.diagrams import chunk_colours, draw_curves, draw_timeline, spell_bytes, spell_chunks
-from experiments.draw import check, describe
+from experiments.draw import check, costs, curves, describe, picture
 from experiments.page import Frame, frames, write_page
 from minidist import config
 from minidist.errors import ConfigError
-from minidist.network import Flat
+from minidist.network import Flat, Torus
 from minidist.schedule import ROOTED, Schedule
 from minidist.simulate import Message, Timeline, simulate
-from tests.test_commands import ROOT, only_run, run
-from tests.zoo import ALGORITHMS, collectives
+from tests.test_commands import ROOT
+from tests.zoo import ALGORITHMS, collectives, make
 
 ALPHA, BETA, GAMMA = 1e-5, 1e-9, 1e-10
+Job = Callable[[DictConfig, Path], None]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -42,6 +45,7 @@ def hydra() -> Iterator[None]:
     config.register_resolvers(run_id=lambda: "a_run", rank=lambda: 0)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         yield
+    HydraConfig.instance().cfg = None
 
 
 def recorded(schedule: Schedule, world_size: int, collective: str = "all_reduce", root: int = 0) -> Timeline:
@@ -165,10 +169,9 @@ def test_the_page_holds_every_step_and_loads_nothing(tmp_path: Path) -> None:
     assert "{{" not in text
 
 
-@pytest.mark.usefixtures("hydra")
 @pytest.mark.parametrize(("name", "collective"), [(name, one) for name in ALGORITHMS for one in collectives(name)])
 def test_every_algorithm_can_be_shown(name: str, collective: str) -> None:
-    schedule = schedule_of(name, collective, 6)
+    schedule = make(f"{name}/serial").schedules[collective]
     assert complete(shown(schedule, 6, collective, root=1 if collective in ROOTED else 0))
 
 
@@ -200,14 +203,14 @@ def test_what_has_no_schedule_is_refused(name: str, collective: str, overrides: 
 
 def test_sizes_cross_where_the_formulas_do() -> None:
     algorithms = {"doubling": lambda n: recursive_doubling_all_reduce, "halving": lambda n: halving_doubling_all_reduce}
-    curves = over_sizes(algorithms, 16, list(doubled(256, 2**20)), Flat(ALPHA, BETA), "all_reduce", 0)
-    (crossover,) = curves.crossovers()
+    by_size = over_sizes(algorithms, 16, list(doubled(256, 2**20)), Flat(ALPHA, BETA), "all_reduce", 0)
+    (crossover,) = by_size.crossovers()
     # 4 alpha + 4 M beta = 8 alpha + 2 (15/16) M beta
     exact = 4 * ALPHA / ((4 - 2 * 15 / 16) * BETA)
     assert crossover.x == pytest.approx(exact, rel=0.03)
     assert crossover.seconds == pytest.approx(4 * ALPHA + 4 * exact * BETA, rel=0.03)
     assert (crossover.before, crossover.after) == ("doubling", "halving")
-    assert describe(curves, spell_bytes)[0].startswith(
+    assert describe(by_size, spell_bytes)[0].startswith(
         f"doubling is the fastest up to {spell_bytes(crossover.x)}, halving"
     )
 
@@ -215,72 +218,106 @@ def test_sizes_cross_where_the_formulas_do() -> None:
 def test_ranks_cross_where_the_formulas_do() -> None:
     nbytes, counts = 2**18, [2, 4, 8, 16, 32, 64]
     algorithms = {"ring": lambda n: ring_all_reduce, "doubling": lambda n: recursive_doubling_all_reduce}
-    curves = over_ranks(algorithms, counts, nbytes, Flat(ALPHA, BETA), "all_reduce", 0)
+    by_ranks = over_ranks(algorithms, counts, nbytes, Flat(ALPHA, BETA), "all_reduce", 0)
     ring = {n: 2 * (n - 1) * ALPHA + 2 * (n - 1) / n * nbytes * BETA for n in counts}
     doubling = {n: math.log2(n) * (ALPHA + nbytes * BETA) for n in counts}
-    into, out = curves.crossovers()
+    into, out = by_ranks.crossovers()
     assert (into.before, into.after, out.after) == ("doubling", "ring", "doubling")
     assert [n for n in counts if ring[n] < doubling[n]] == [n for n in counts if into.x < n < out.x] == [4, 8, 16, 32]
 
 
 def test_lines_that_meet_on_a_sample_cross_there_and_equal_lines_never() -> None:
-    curves = Curves([1, 10, 100], {"a": [1.0, 10.0, 100.0], "b": [5.0, 10.0, 20.0]})
-    (crossover,) = curves.crossovers()
+    meeting = Curves([1, 10, 100], {"a": [1.0, 10.0, 100.0], "b": [5.0, 10.0, 20.0]})
+    (crossover,) = meeting.crossovers()
     assert (crossover.x, crossover.seconds) == (pytest.approx(10), pytest.approx(10))
     equal = Curves([1, 2, 4], {"a": [1.0, 2.0, 4.0], "b": [1.0, 2.0 * (1 - 1e-15), 4.0]})
     assert equal.crossovers() == []
     assert describe(equal, spell_bytes) == ["a is the fastest everywhere"]
 
 
+def test_what_is_equal_at_the_start_is_the_one_that_stays_ahead() -> None:
+    both = Curves([2, 4, 8], {"a": [1.0, 2.0, 4.0], "b": [1.0, 1.5, 2.0]})
+    assert (both.crossovers(), both.fastest()) == ([], "b")
+
+
 def test_curves_are_drawn(tmp_path: Path) -> None:
-    curves = Curves([2, 4, 8, 16], {"a": [1.0, 2.0, 4.0, 8.0], "b": [3.0, 3.0, 3.0, 9.0]})
-    assert len(curves.crossovers()) == 2
-    draw_curves(tmp_path / "curves", "a title", ("left", "right"), curves, curves)
+    waves = Curves([2, 4, 8, 16], {"a": [1.0, 2.0, 4.0, 8.0], "b": [3.0, 3.0, 3.0, 9.0]})
+    assert len(waves.crossovers()) == 2
+    draw_curves(tmp_path / "curves", "a title", ("left", "right"), waves, waves)
     ElementTree.parse(tmp_path / "curves.svg")
     assert (tmp_path / "curves.png").exists()
 
 
-@pytest.mark.usefixtures("hydra")
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("changes", "message"),
     [
-        (["collective=all_recuce"], "collective must be one of all_reduce, .*, got all_recuce"),
-        (["world_size=0"], "world_size must be a whole number of at least 1, got 0"),
-        (["world_size=four"], "world_size must be a whole number of at least 1, got four"),
-        (
-            ["world_size=65"],
-            r"world_size must be at most 64 for a picture that can be read, got 65; set curves=\[...\]",
-        ),
-        (["nbytes=-1"], "nbytes must be a whole number of at least 0, got -1"),
-        (["root=4"], "root must be a rank from 0 to 3, got 4"),
-        (["curves=[ring]"], r"curves must be two or more different algorithms, got \[ring\]"),
-        (["curves=ring"], "curves must be a list of algorithms, got ring"),
-        (["comm_overrides=ring"], "comm_overrides must be a list of overrides, got ring"),
-        (["curves=[ring,swing]", "max_bytes=300"], "max_bytes must be at least twice min_bytes = 256, got 300"),
-        (["curves=[ring,swing]", "max_world_size=65537"], "max_world_size must be 2 to 65536 for curves, got 65537"),
+        ({"collective": "all_recuce"}, "collective must be one of all_reduce, .*, got all_recuce"),
+        ({"world_size": 0}, "world_size must be a whole number of at least 1, got 0"),
+        ({"world_size": "four"}, "world_size must be a whole number of at least 1, got four"),
+        ({"world_size": 65}, r"world_size must be at most 64 for a picture .*, got 65; set curves=\[...\]"),
+        ({"nbytes": -1}, "nbytes must be a whole number of at least 0, got -1"),
+        ({"root": 4}, "root must be a rank from 0 to 3, got 4"),
+        ({"curves": ["ring"]}, r"curves must be two or more different algorithms, got \[ring\]"),
+        ({"curves": "ring"}, "curves must be a list of algorithms, got ring"),
+        ({"comm_overrides": "ring"}, "comm_overrides must be a list of overrides, got ring"),
+        ({"curves": ["ring", "swing"], "max_bytes": 300}, "max_bytes must be at least twice min_bytes = 256, got 300"),
+        ({"curves": ["ring", "swing"], "max_world_size": 65537}, "max_world_size must be 2 to 65536 for curves, got"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(overrides: list[str], message: str) -> None:
+def test_settings_that_mean_nothing_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check(drawn(*overrides))
+        check(settings(**changes))
+
+
+def test_what_can_be_drawn_is_accepted() -> None:
+    check(settings())
+    check(settings(world_size=64))
+    check(settings(world_size=128, curves=["ring", "swing"]))
+
+
+def settings(**changes: object) -> DictConfig:
+    cfg = OmegaConf.load(ROOT / "conf" / "draw.yaml")
+    assert isinstance(cfg, DictConfig)
+    return DictConfig({**{key: value for key, value in cfg.items() if key not in ("defaults", "hydra")}, **changes})
 
 
 @pytest.mark.usefixtures("hydra")
-def test_what_can_be_drawn_is_accepted() -> None:
-    check(drawn())
-    check(drawn("world_size=64"))
-    check(drawn("world_size=128", "curves=[ring,swing]"))
+@pytest.mark.parametrize(
+    ("job", "overrides", "names", "said"),
+    [
+        (
+            picture,
+            ["algorithm=swing"],
+            ["schedule.html", "schedule.png", "schedule.svg"],
+            "swing: all_reduce on 4 ranks",
+        ),
+        (costs, ["curves=[ring,recursive_doubling]", "max_world_size=8"], ["curves.png", "curves.svg"], "the fastest"),
+    ],
+)
+def test_jobs_write_what_they_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], job: Job, overrides: list[str], names: list[str], said: str
+) -> None:
+    cfg = compose("draw", overrides=overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    job(cfg, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    output = capsys.readouterr().out
+    assert said in output
+    assert f"written: {tmp_path}" in output
 
 
-def drawn(*overrides: str) -> DictConfig:
-    return compose("draw", overrides=list(overrides))
+@pytest.mark.usefixtures("hydra")
+def test_ranks_that_a_network_does_not_have_are_refused() -> None:
+    cfg = compose("draw", overrides=["curves=[ring,swing]"], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with pytest.raises(
+        ConfigError, match=r"network=flat: a torus of 2 x 4 has no rank .*; change world_size, max_world"
+    ):
+        curves(cfg, Torus(2, 4, ALPHA, BETA))
 
 
-def test_the_command_writes_what_it_says(tmp_path: Path) -> None:
-    done = run(tmp_path, "python", str(ROOT / "experiments" / "draw.py"), "algorithm=swing", "world_size=4")
-    assert done.returncode == 0, done.stderr
-    assert "swing: all_reduce on 4 ranks; 64 KiB, network flat:" in done.stdout
-    assert {path.name for path in only_run(tmp_path).glob("schedule.*")} == {
-        *("schedule.png", "schedule.svg", "schedule.html")
-    }
-    assert len(data_of(only_run(tmp_path) / "schedule.html")["frames"]) == 1 + 4
+@pytest.mark.usefixtures("hydra")
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "conf" / "network").glob("*.yaml")])
+def test_every_network_carries_messages(name: str) -> None:
+    network = build(compose("draw", overrides=[f"network={name}"]).network, "network")
+    assert simulate(ring_all_reduce, 4, 4096, network).seconds > 0
