@@ -46,13 +46,14 @@ class TracedCommunicator(AlgorithmCommunicator):
         self.log: list[Entry] = []
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
-        return self._logged(True, dst, tensor.nbytes, super()._isend(tensor, dst, tag, timeout_s))
+        posted = time.perf_counter()  # a transport may send within the call
+        return self._logged(True, dst, tensor.nbytes, posted, super()._isend(tensor, dst, tag, timeout_s))
 
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        return self._logged(False, src, tensor.nbytes, super()._irecv(tensor, src, tag, timeout_s))
-
-    def _logged(self, sends: bool, peer: int, nbytes: int, work: Work) -> Work:
         posted = time.perf_counter()
+        return self._logged(False, src, tensor.nbytes, posted, super()._irecv(tensor, src, tag, timeout_s))
+
+    def _logged(self, sends: bool, peer: int, nbytes: int, posted: float, work: Work) -> Work:
         return work.then(lambda: self.log.append(Entry(sends, peer, nbytes, posted, time.perf_counter())))
 
 
