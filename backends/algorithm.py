@@ -48,7 +48,7 @@ class AlgorithmCommunicator(ScheduledCommunicator):
         )
         self.transport = transport
         self.schedules = {name: _found(name, schedule) for name, schedule in schedules.items() if schedule is not None}
-        self._proved: set[tuple[Any, ...]] = set()
+        self._plans: dict[tuple[Any, ...], list[Step]] = {}  # proved; the steps of this rank
         # One order for everything that runs on the transport, whoever starts it.
         self.traffic, self._progress = transport.traffic, transport._progress
         self.device_type = transport.device_type  # type: ignore[misc]  # the class's is only the default
@@ -59,10 +59,11 @@ class AlgorithmCommunicator(ScheduledCommunicator):
         return self.transport.empty(shape, dtype, device)
 
     def _steps(self, collective: str, *root: int) -> Iterator[Step]:
-        if (collective, *root) not in self._proved:
+        key = collective, *root
+        if key not in self._plans:
             self._prove(collective, *root)
-            self._proved.add((collective, *root))
-        return super()._steps(collective, *root)
+            self._plans[key] = list(super()._steps(collective, *root))
+        return iter(self._plans[key])
 
     def _prove(self, collective: str, *root: int) -> None:
         if self.world_size > MAX_WORLD_SIZE:

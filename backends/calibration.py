@@ -1,13 +1,12 @@
 """Measures what a transport takes, so that `minidist.network.Measured` can say what schedules over it will take.
 
-Four exchanges, each of them a schedule, run on chunks of every size: a message back and forth between two ranks with
-nobody else about, a message from every rank to the next one, and both of these with a reduction. A step takes what more
-steps take longer, so that what a collective takes to begin is not in it.
+Four exchanges, each of them a schedule of some steps, run on chunks of every size: a message back and forth between two
+ranks with nobody else about, a message from every rank to the next one, and both of these with a reduction. A schedule
+without steps shows what a collective takes to begin.
 """
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +17,7 @@ from minidist.communicator import Communicator
 from minidist.network import Measured
 from minidist.schedule import Recv, Reduce, Schedule, Send, Step, num_chunks
 
-SHORT, LONG = 2, 6
-"""Steps of the two runs whose difference counts."""
+STEPS = 4
 BUDGET_BYTES = 2**23
 """Small messages are measured more often, up to so many bytes at once."""
 
@@ -76,9 +74,7 @@ def calibrate(transport: Communicator, sizes: Sequence[int], iterations: int = 5
         raise ValueError("there is nothing to measure on one rank")
     rows = [_measure(transport, nbytes, iterations) for nbytes in sizes]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    start = statistics.median(columns.pop("start")[:3])  # of large messages it is what is left of noise
-    # Other work on the machine only adds, so what a larger message takes is enough for a smaller one.
-    columns = {name: [min(column[index:]) for index in range(len(sizes))] for name, column in columns.items()}
+    start = statistics.median(columns.pop("start"))
     reduces = {"reduce": ("one_way_reduce", "one_way"), "reduce_all": ("exchange_reduce", "exchange")}
     for name, (both, alone) in reduces.items():
         columns[name] = [max(b - a, 0.0) for b, a in zip(columns.pop(both), columns[alone], strict=True)]
@@ -88,15 +84,14 @@ def calibrate(transport: Communicator, sizes: Sequence[int], iterations: int = 5
 def _measure(transport: Communicator, nbytes: int, iterations: int) -> dict[str, float]:
     """Return the seconds of a step of each exchange, and those of a collective besides its steps."""
     memory = transport.empty(2 * max(nbytes // 4, 1)).zero_()
-    seconds = {}
-    for name, make in _EXCHANGES.items():
-        for count in (SHORT, LONG):
-            comm = _Unproved(transport, {"all_reduce": make(count)})
-            run = functools.partial(comm.all_reduce, memory)
-            seconds[name, count] = slowest_median(transport, run, nbytes, iterations)
-    steps = {name: (seconds[name, LONG] - seconds[name, SHORT]) / (LONG - SHORT) for name in _EXCHANGES}
-    start = seconds["exchange", SHORT] - SHORT * steps["exchange"]
-    return {"start": start, **{name: max(one, 1e-9) for name, one in steps.items()}}
+
+    def seconds(schedule: Schedule) -> float:
+        comm = _Unproved(transport, {"all_reduce": schedule})
+        return slowest_median(transport, lambda: comm.all_reduce(memory), nbytes, iterations)
+
+    start = seconds(_shift(Recv, 0))
+    steps = {name: seconds(make(STEPS)) - start for name, make in _EXCHANGES.items()}
+    return {"start": start, **{name: max(all_steps / STEPS, 1e-9) for name, all_steps in steps.items()}}
 
 
 def slowest_median(transport: Communicator, action: Callable[[], object], nbytes: int, iterations: int) -> float:

@@ -56,12 +56,15 @@ class Network(ABC):
     """Seconds that a rank takes to begin a collective."""
 
     @abstractmethod
-    def route(self, src: int, dst: int, nbytes: float) -> Route:
-        """Return the way of a message of ``nbytes`` between two different ranks."""
+    def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
+        """Return the way of a message of ``nbytes`` between two different ranks.
+
+        ``reduces`` says that ``dst`` reduces it, for networks whose `reduction` is not apart from the way.
+        """
 
     @abstractmethod
     def reduction(self, rank: int, nbytes: float) -> tuple[Link, ...]:
-        """Return what ``rank`` reduces ``nbytes`` with: links, of which the slowest counts."""
+        """Return what ``rank`` reduces ``nbytes`` with; the slowest counts."""
 
     def alone(self, src: Ranks, dst: Ranks) -> tuple[Seconds, Seconds] | None:
         """Return alpha and beta of many messages at once, where each rank sends one and receives one.
@@ -72,7 +75,7 @@ class Network(ABC):
 
     def gammas(self, world_size: int) -> Seconds:
         """Return the seconds per byte of the reductions of all ranks."""
-        return np.array([max(link.beta for link in self.reduction(rank, 1.0)) for rank in range(world_size)])
+        return np.array([sum(link.beta for link in self.reduction(rank, 1.0)) for rank in range(world_size)])
 
 
 class Flat(Network):
@@ -94,7 +97,7 @@ class Flat(Network):
             raise ValueError(f"duplex must be full or half, got {duplex!r}")
         self._full = duplex == "full"
 
-    def route(self, src: int, dst: int, nbytes: float) -> Route:
+    def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
         out, into = (("out", src), ("in", dst)) if self._full else (("port", src), ("port", dst))
         return Route(self._alpha, (Link(out, self._beta), Link(into, self._beta)))
 
@@ -121,11 +124,11 @@ class Hosts(Network):
     def __init__(self, ranks_per_host: int, inside: Network, outside: Network) -> None:
         self._size, self._inside, self._outside = _count(ranks_per_host=ranks_per_host), inside, outside
 
-    def route(self, src: int, dst: int, nbytes: float) -> Route:
+    def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
         host, other = src // self._size, dst // self._size
         if host == other:
-            return self._inside.route(src, dst, nbytes)
-        route = self._outside.route(host, other, nbytes)
+            return self._inside.route(src, dst, nbytes, reduces)
+        route = self._outside.route(host, other, nbytes, reduces)
         return Route(route.alpha, tuple(Link(("outside", link.name), link.beta) for link in route.links))
 
     def reduction(self, rank: int, nbytes: float) -> tuple[Link, ...]:
@@ -160,8 +163,8 @@ class FatTree(Network):
             raise ValueError(f"oversubscription must be at least 1, got {oversubscription}")
         self._up = beta * oversubscription / ranks_per_leaf
 
-    def route(self, src: int, dst: int, nbytes: float) -> Route:
-        route, leaf, other = self._ports.route(src, dst, nbytes), src // self._size, dst // self._size
+    def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
+        route, leaf, other = self._ports.route(src, dst, nbytes, reduces), src // self._size, dst // self._size
         if leaf == other:
             return route
         core = (Link(("up", leaf), self._up), Link(("down", other), self._up))
@@ -193,7 +196,7 @@ class Torus(Network):
         self._rows, self._columns = _count(rows=rows), _count(columns=columns)
         self._alpha, self._beta, self._gamma, self._hop = _seconds(alpha=alpha, beta=beta, gamma=gamma, hop=hop)
 
-    def route(self, src: int, dst: int, nbytes: float) -> Route:
+    def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
         if max(src, dst) >= self._rows * self._columns:
             raise ValueError(f"a torus of {self._rows} x {self._columns} has no rank {max(src, dst)}")
         row, column = divmod(src, self._columns)
@@ -233,8 +236,8 @@ class Slow(Network):
             raise ValueError(f"factor must be at least 1, got {factor}")
         self._network, self._factor, self._rank, self._peer = network, factor, rank, peer
 
-    def route(self, src: int, dst: int, nbytes: float) -> Route:
-        route = self._network.route(src, dst, nbytes)
+    def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
+        route = self._network.route(src, dst, nbytes, reduces)
         if not (self._rank in (src, dst) if self._peer is None else (src, dst) == (self._rank, self._peer)):
             return route
         # The slow end holds up its message, not the links that others use.
@@ -259,9 +262,10 @@ class Slow(Network):
 class Measured(Network):
     """One host as `experiments.calibrate` has measured it, whose ranks share its cores and its memory.
 
-    A message is served by the ports of its ranks, which one alone has for itself, and by the host, which serves all of
-    them; a reduction by its rank and by the host. How fast they are depends on the size; between two sizes, and beyond
-    them, the time is interpolated on a line.
+    A message is served by the ports of its ranks, which take what a message takes that has the host for itself, and by
+    the host, which takes its share of what an exchange takes in which all ranks send at once; reductions likewise, in
+    one piece with their messages. So latency counts as work, which it is where ranks share cores. How long things take
+    depends on the size; between two sizes, and beyond them, the time is interpolated on a line.
 
     Args:
         ranks: how many exchanged messages at once when it was measured.
@@ -297,18 +301,17 @@ class Measured(Network):
             _seconds(**{f"{name}[{index}]": value for index, value in enumerate(table)})
         self._one_way, self._exchange = list(one_way), list(exchange)
         self._reduce, self._reduce_all = list(reduce), list(reduce_all)
-        # What the smallest message takes is latency, but for what the host does for each of them.
-        self._alpha = min(self._one_way[0], self._exchange[0])
 
-    def route(self, src: int, dst: int, nbytes: float) -> Route:
-        port = max(self._at(self._one_way, nbytes) - self._alpha, 0.0)
-        host = max(self._at(self._exchange, nbytes) - self._alpha, 0.0) / self.ranks
-        ends = (_link(("out", src), port, nbytes), _link(("in", dst), port, nbytes))
-        return Route(self._alpha, (*ends, _link("host", host, nbytes)))
+    def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
+        port, host = self._at(self._one_way, nbytes), self._at(self._exchange, nbytes)
+        reduce, reduce_all = (
+            (self._at(self._reduce, nbytes), self._at(self._reduce_all, nbytes)) if reduces else (0.0, 0.0)
+        )
+        seconds = {("out", src): port, ("in", dst): port + reduce, "host": (host + reduce_all) / self.ranks}
+        return Route(0.0, tuple(Link(name, time / nbytes if nbytes else 0.0) for name, time in seconds.items()))
 
     def reduction(self, rank: int, nbytes: float) -> tuple[Link, ...]:
-        alone, together = self._at(self._reduce, nbytes), self._at(self._reduce_all, nbytes)
-        return _link(("reduce", rank), alone, nbytes), _link("reductions of the host", together / self.ranks, nbytes)
+        return ()
 
     def _at(self, seconds: list[float], nbytes: float) -> float:
         return interpolated(self._sizes, seconds, nbytes)
@@ -319,10 +322,6 @@ def interpolated(sizes: Sequence[float], seconds: Sequence[float], nbytes: float
     index = min(max(bisect.bisect(sizes, nbytes), 1), len(sizes) - 1)
     (low, high), (first, last) = sizes[index - 1 : index + 1], seconds[index - 1 : index + 1]
     return max(first + (last - first) * (nbytes - low) / (high - low), 0.0)
-
-
-def _link(name: Hashable, seconds: float, nbytes: float) -> Link:
-    return Link(name, seconds / nbytes if nbytes else 0.0)
 
 
 def _seconds(**values: float) -> list[float]:

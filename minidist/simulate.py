@@ -121,7 +121,7 @@ class _Simulation(World):
         self._chunk_bytes = 1.0 if collective == "barrier" else nbytes / parts
         self._network, self._record = network, record
         self._free: dict[Any, float] = {}  # by link: when it has served all that came to it
-        self._routes: dict[tuple[float, ...], Route] = {}
+        self._routes: dict[tuple[int, int, float, bool], Route] = {}
         self.messages: list[Message] = []
         self.num_messages = 0
 
@@ -134,9 +134,10 @@ class _Simulation(World):
     def met(self, sender: Rank, send: Send, message: Any, receiver: Rank, receive: Transfer, time: float) -> None:
         chunks = indices(send.chunk)
         nbytes, pair = self._chunk_bytes * len(chunks), (sender.rank, receiver.rank)
-        if (*pair, nbytes) not in self._routes:
-            self._routes[*pair, nbytes] = self._network.route(*pair, nbytes)
-        alpha, links = self._routes[*pair, nbytes]
+        key = (*pair, nbytes, isinstance(receive, Reduce))
+        if key not in self._routes:
+            self._routes[key] = self._network.route(*key)
+        alpha, links = self._routes[key]
         ends = self._served(links, nbytes, time) + alpha
         sender.ends = max(sender.ends, ends)
         self.num_messages += 1
