@@ -38,6 +38,8 @@ def schedules_of(name: str, collective: str, overrides: Sequence[str] = ()) -> C
         raise ConfigError(f"algorithm must be one of {', '.join(choices)}, got {name}")
     settings = OmegaConf.to_container(hydra.compose("config", overrides=[f"comm={name}", *overrides]).comm)
     assert isinstance(settings, dict)
+    if any(isinstance(schedule, list) for schedule in settings.get("schedules", {}).values()):
+        raise ConfigError(f"algorithm={name} chooses between algorithms; choose one of them")
     if settings.pop("transport", None) is None:
         raise ConfigError(f"algorithm={name} is a transport and has no schedules of its own; choose ring or another")
 

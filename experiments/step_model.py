@@ -45,7 +45,7 @@ class Profile:
         return self.step + max(free - self.backward, 0.0)
 
 
-def profile(module: nn.Module, shape: Sequence[int], batch_size: int, iterations: int = 10) -> Profile:
+def profile(module: nn.Module, shape: Sequence[int], batch_size: int, iterations: int = 5) -> Profile:
     """Measure steps of ``module`` on one random batch of 10 classes; the medians count."""
     inputs, targets = torch.randn(batch_size, *shape), torch.randint(10, (batch_size,))
     optimizer, loss_fn = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9), nn.CrossEntropyLoss()

@@ -158,12 +158,12 @@ def test_a_slow_rank_holds_up_a_ring() -> None:
 
 
 def test_a_measured_host_gives_back_what_was_measured() -> None:
-    network = Measured(
-        2, 1e-4, [1e3, 1e6, 1e7], [1e-5, 2e-4, 2e-3], [2e-5, 3e-4, 3e-3], [0, 1e-4, 1e-3], [0, 2e-4, 2e-3]
-    )
+    sizes = [1e3, 1e6, 1e7]
+    network = Measured(2, 1e-4, sizes, [1e-5, 2e-4, 2e-3], [2e-5, 3e-4, 3e-3], [0, 1e-4, 1e-3], [0, 2e-4, 2e-3])
     assert seconds(network, 2, nbytes=1e6) == pytest.approx(1e-4 + 3e-4)
-    assert seconds(network, 2, nbytes=4e6) == pytest.approx(1e-4 + 3e-4 + (3e-3 - 3e-4) / 3)
+    assert seconds(network, 2, nbytes=4e6) == pytest.approx(1e-4 + 3e-4 + 2.7e-3 / 3)
     assert seconds(network, 2, nbytes=2e7) == pytest.approx(1e-4 + 3e-3 + 2.7e-3 / 9 * 10)
+    assert seconds(network, 4, nbytes=1e6) == pytest.approx(1e-4 + 4 * 3e-4 / 2)  # four messages through the host
     done = simulate(binomial.binomial_reduce, 2, 1e6, network, "reduce")
     assert done.seconds == pytest.approx(1e-4 + 2e-4 + 1e-4)
 
