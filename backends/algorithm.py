@@ -13,10 +13,12 @@ from torch import Tensor
 from backends.scheduled import ScheduledCommunicator
 from minidist.communicator import Communicator, Device, ReduceOp, Shape, Work
 from minidist.errors import CommError, ScheduleError
-from minidist.prove import MAX_WORLD_SIZE, prove
+from minidist.prove import prove
 from minidist.schedule import COLLECTIVES, Schedule, Step
 
 log = logging.getLogger(__name__)
+MAX_PROVED = 256
+"""The most ranks on which a schedule is proved before it runs; that takes up to some ten seconds."""
 
 
 class AlgorithmCommunicator(ScheduledCommunicator):
@@ -66,9 +68,11 @@ class AlgorithmCommunicator(ScheduledCommunicator):
         return iter(self._plans[key])
 
     def _prove(self, collective: str, *root: int) -> None:
-        if self.world_size > MAX_WORLD_SIZE:
+        if self.world_size > MAX_PROVED:
             if self.rank == 0:
-                log.warning("%s: schedules are not proved on more than %d ranks", collective, MAX_WORLD_SIZE)
+                log.warning(
+                    "%s: its schedule is not proved, as that takes long on more than %d ranks", collective, MAX_PROVED
+                )
             return
         try:
             prove(self.schedules[collective], collective, self.world_size, root=next(iter(root), 0))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from backends.algorithm import AlgorithmCommunicator
 from backends.calibration import calibrate, slowest_median
 from minidist.communicator import Communicator
+from minidist.errors import ScheduleError
 from minidist.network import Network, interpolated
 from minidist.schedule import Schedule
 from minidist.simulate import simulate
 
+log = logging.getLogger(__name__)
 SIZES = tuple(4096 * 16**power for power in range(4))
 """What is measured, in bytes: 4 KB to 16 MB."""
+TIMED = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+"""The collectives that there is a choice for."""
 OWN = "its own"
 """What a transport does without a schedule."""
 
@@ -28,8 +33,11 @@ class AutoCommunicator(AlgorithmCommunicator):
     Args:
         transport: see `AlgorithmCommunicator`.
         schedules: the schedules to choose from, or their dotted paths, by collective.
-        network: the model; None measures the transport, which takes some seconds.
+        network: the model, rank 0's; None measures the transport, which takes some seconds.
         timeout_s, segment_bytes: see `AlgorithmCommunicator`.
+
+    Raises:
+        ValueError: there is no choice for one of the collectives.
     """
 
     def __init__(
@@ -41,19 +49,28 @@ class AutoCommunicator(AlgorithmCommunicator):
         segment_bytes: int = 2**22,
     ) -> None:
         super().__init__(transport, {}, timeout_s, segment_bytes)
-        self._choices = {
-            collective: [AlgorithmCommunicator(transport, {collective: one}, timeout_s, segment_bytes) for one in some]
-            for collective, some in schedules.items()
-        }
+        if unknown := schedules.keys() - TIMED:
+            raise ValueError(f"auto chooses between schedules of {', '.join(TIMED)}, not of {min(unknown)}")
+        self._choices = {name: list(self._right(name, some)) for name, some in schedules.items()}
         self._fastest = functools.cache(self._find_fastest)
         self._own: dict[str, list[float]] = {}
-        self._network = network
         if self.world_size > 1:
-            if network is None:
-                tables = calibrate(transport, SIZES, iterations=3)
-                self._network = transport.broadcast_object(tables, 0).network()
+            model = network if network is not None else calibrate(transport, SIZES, iterations=3).network()
             own = {name: [own_seconds(transport, name, nbytes) for nbytes in SIZES] for name in schedules}
-            self._own = transport.broadcast_object(own, 0)
+            # All ranks have to choose alike, so they have what rank 0 has.
+            self._network, self._own = transport.broadcast_object((model, own), 0)
+
+    def _right(self, collective: str, schedules: Sequence[Schedule | str]) -> Iterator[AlgorithmCommunicator]:
+        """Yield what runs each of the schedules that are right on so many ranks."""
+        for schedule in schedules:
+            one = AlgorithmCommunicator(self.transport, {collective: schedule}, self.timeout_s, self.segment_bytes)
+            try:
+                one._steps(collective)
+            except ScheduleError as error:
+                if self.rank == 0:
+                    log.warning("auto leaves out %s: %s", schedule, error)
+            else:
+                yield one
 
     def choice(self, collective: str, nbytes: int) -> str:
         """Return the name of what runs ``collective`` on so many bytes, those of its larger tensor."""
@@ -68,7 +85,6 @@ class AutoCommunicator(AlgorithmCommunicator):
         return self._fastest(collective, 1 << max(nbytes - 1, 0).bit_length())
 
     def _find_fastest(self, collective: str, nbytes: int) -> Communicator:
-        assert self._network is not None
         own = interpolated(SIZES, self._own[collective], nbytes)
         seconds: list[tuple[float, Communicator]] = [(own, self.transport)]
         for choice in self._choices[collective]:
@@ -81,11 +97,7 @@ class AutoCommunicator(AlgorithmCommunicator):
 
 
 def own_seconds(transport: Communicator, collective: str, nbytes: int) -> float:
-    """Return what the transport's own way takes; every rank calls it.
-
-    Raises:
-        ValueError: it is not one of the collectives that are measured.
-    """
+    """Return what the transport's own way of one of TIMED takes; every rank calls it."""
     block = max(nbytes // 4 // transport.world_size, 1)
     large, other = (transport.empty(block * transport.world_size).zero_() for _ in range(2))
     calls: dict[str, Callable[[], object]] = {
@@ -94,6 +106,4 @@ def own_seconds(transport: Communicator, collective: str, nbytes: int) -> float:
         "reduce_scatter": lambda: transport.reduce_scatter(other[:block], large),
         "all_to_all": lambda: transport.all_to_all(other, large),
     }
-    if collective not in calls:
-        raise ValueError(f"auto chooses between schedules of {', '.join(calls)}, not of {collective}")
     return slowest_median(transport, calls[collective], nbytes, iterations=3)

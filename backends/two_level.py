@@ -43,7 +43,7 @@ def two_level_all_reduce(rank: int, world_size: int, ranks_per_host: int) -> Ite
 
 
 class TwoLevelCommunicator(AlgorithmCommunicator):
-    """All-reduce on two levels; see `AlgorithmCommunicator`.
+    """All-reduce on two levels; see `AlgorithmCommunicator`. A split of it is one of its transport.
 
     Args:
         transport, timeout_s, segment_bytes: see there.
@@ -68,3 +68,7 @@ class TwoLevelCommunicator(AlgorithmCommunicator):
             )
         all_reduce = partial(two_level_all_reduce, ranks_per_host=size)
         super().__init__(transport, {"all_reduce": all_reduce}, timeout_s, segment_bytes)
+
+    def _split(self, groups: list[list[int]]) -> Communicator | None:
+        """The ranks of a group need not be those of whole hosts, so it is left to the transport."""
+        return self.transport._split(groups)

@@ -66,7 +66,7 @@ def show(tables: Tables) -> str:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="calibrate")
 def experiment(cfg: DictConfig) -> None:
     """Measure, print, and write the presets."""
-    at_least(cfg, min_bytes=4, iterations=1, factor=2, max_bytes=cfg.min_bytes)
+    at_least(cfg, min_bytes=4, iterations=1, factor=2, max_bytes=cfg.min_bytes * cfg.factor)
     with communicators([cfg.transport]) as comms:
         (comm,) = comms.values()
         tables = calibrate(comm, list(sizes(cfg)), cfg.iterations)

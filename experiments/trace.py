@@ -19,7 +19,7 @@ from experiments.diagrams import draw_timeline
 from experiments.run import main
 from minidist.communicator import Communicator
 from minidist.network import Flat
-from minidist.schedule import Schedule
+from minidist.schedule import Schedule, chunks_of
 from minidist.simulate import Message, simulate
 
 
@@ -39,10 +39,12 @@ def trace(comm: Communicator, schedule: Schedule, nbytes: int, warmup: int) -> l
 @hydra.main(version_base="1.3", config_path="../conf", config_name="trace")
 def experiment(cfg: DictConfig) -> None:
     """Run, and write trace.png and trace.svg."""
-    at_least(cfg, nbytes=4, warmup=0)
     with communicators([cfg.transport]) as comms:
         (comm,) = comms.values()
-        messages = trace(comm, schedule_of(cfg.algorithm, "all_reduce", comm.world_size), cfg.nbytes, cfg.warmup)
+        schedule = schedule_of(cfg.algorithm, "all_reduce", comm.world_size)
+        # A chunk without elements is not sent, and would be missing in the picture.
+        at_least(cfg, nbytes=4 * chunks_of(schedule, "all_reduce", comm.world_size), warmup=0)
+        messages = trace(comm, schedule, cfg.nbytes, cfg.warmup)
         if comm.rank == 0:
             what = f"{cfg.algorithm} all_reduce of {cfg.nbytes} bytes over {cfg.transport}"
             path = Path(HydraConfig.get().runtime.output_dir) / "trace"

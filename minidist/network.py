@@ -75,7 +75,9 @@ class Network(ABC):
 
     def gammas(self, world_size: int) -> Seconds:
         """Return the seconds per byte of the reductions of all ranks."""
-        return np.array([sum(link.beta for link in self.reduction(rank, 1.0)) for rank in range(world_size)])
+        return np.array(
+            [max((link.beta for link in self.reduction(rank, 1.0)), default=0.0) for rank in range(world_size)]
+        )
 
 
 class Flat(Network):
@@ -114,7 +116,7 @@ class Hosts(Network):
 
     Args:
         ranks_per_host: how many ranks a host has.
-        inside: the network in a host.
+        inside: the network in a host, whose ranks are counted from 0.
         outside: the network between hosts; each host is one of its ranks.
 
     Raises:
@@ -123,16 +125,19 @@ class Hosts(Network):
 
     def __init__(self, ranks_per_host: int, inside: Network, outside: Network) -> None:
         self._size, self._inside, self._outside = _count(ranks_per_host=ranks_per_host), inside, outside
+        self.start = inside.start
 
     def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
         host, other = src // self._size, dst // self._size
         if host == other:
-            return self._inside.route(src, dst, nbytes, reduces)
+            route = self._inside.route(src % self._size, dst % self._size, nbytes, reduces)
+            return Route(route.alpha, _renamed(("inside", host), route.links))
         route = self._outside.route(host, other, nbytes, reduces)
-        return Route(route.alpha, tuple(Link(("outside", link.name), link.beta) for link in route.links))
+        return Route(route.alpha, _renamed("outside", route.links))
 
     def reduction(self, rank: int, nbytes: float) -> tuple[Link, ...]:
-        return self._inside.reduction(rank, nbytes)
+        host, local = divmod(rank, self._size)
+        return _renamed(("inside", host), self._inside.reduction(local, nbytes))
 
 
 class FatTree(Network):
@@ -235,6 +240,7 @@ class Slow(Network):
         if not 1 <= factor < math.inf:
             raise ValueError(f"factor must be at least 1, got {factor}")
         self._network, self._factor, self._rank, self._peer = network, factor, rank, peer
+        self.start = network.start
 
     def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
         route = self._network.route(src, dst, nbytes, reduces)
@@ -242,7 +248,7 @@ class Slow(Network):
             return route
         # The slow end holds up its message, not the links that others use.
         slowest = max(link.beta for link in route.links) * self._factor
-        return Route(route.alpha * self._factor, (*route.links, Link(("slow", src, dst), slowest)))
+        return Route(route.alpha * self._factor, (*route.links, Link(("slow", id(self), src, dst), slowest)))
 
     def reduction(self, rank: int, nbytes: float) -> tuple[Link, ...]:
         factor = self._factor if rank == self._rank and self._peer is None else 1.0
@@ -322,6 +328,10 @@ def interpolated(sizes: Sequence[float], seconds: Sequence[float], nbytes: float
     index = min(max(bisect.bisect(sizes, nbytes), 1), len(sizes) - 1)
     (low, high), (first, last) = sizes[index - 1 : index + 1], seconds[index - 1 : index + 1]
     return max(first + (last - first) * (nbytes - low) / (high - low), 0.0)
+
+
+def _renamed(where: Hashable, links: tuple[Link, ...]) -> tuple[Link, ...]:
+    return tuple(Link((where, link.name), link.beta) for link in links)
 
 
 def _seconds(**values: float) -> list[float]:

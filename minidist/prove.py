@@ -256,7 +256,8 @@ class _Barrier(_Proof):
     def step_ended(self, rank: Rank) -> None:
         self._heard[rank.rank] |= self._arrived[rank.rank]
         heard = {other: 1 << (_BITS * other) for other in self._heard[rank.rank]}
-        self.observe(rank, {(rank.rank, 1): Value({0: sum(heard.values())}, 0)})
+        if rank.step >= 0:
+            self.observe(rank, {(rank.rank, 1): Value({0: sum(heard.values())}, 0)})
 
     def check(self) -> None:
         for rank, heard in enumerate(self._heard):

@@ -29,6 +29,9 @@ Which memory the chunks name is fixed per collective; n is the world size:
 | gather, scatter | 0 .. n-1: the n blocks at the root; elsewhere only chunk ``rank`` exists |
 | all_to_all | 0 .. n-1: the n blocks of the input; n .. 2n-1: those of the output, its own filled; then scratch |
 | barrier | 0: a byte to send, 1: a byte to receive; they carry nothing |
+
+What is the caller's input stays as it is: the root's chunks in a scatter, the others' in a gather, chunks 0 .. n-1 in
+an all_to_all.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 ROOTED = ("reduce", "broadcast", "gather", "scatter")
 COLLECTIVES = ("all_reduce", *ROOTED, "all_gather", "reduce_scatter", "all_to_all", "barrier")
@@ -51,6 +55,9 @@ class Send:
     peer: int
     chunk: Chunks
 
+    def __post_init__(self) -> None:
+        _freeze(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Recv:
@@ -59,6 +66,9 @@ class Recv:
     peer: int
     chunk: Chunks
 
+    def __post_init__(self) -> None:
+        _freeze(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Reduce:
@@ -66,6 +76,9 @@ class Reduce:
 
     peer: int
     chunk: Chunks
+
+    def __post_init__(self) -> None:
+        _freeze(self)
 
 
 Transfer = Send | Recv | Reduce
@@ -82,8 +95,14 @@ class _Chunked:
         self.steps, self.num_chunks = steps, num_chunks
         functools.update_wrapper(self, steps)  # its name and its docstring
 
-    def __call__(self, *args: int) -> Iterator[Step]:
-        return self.steps(*args)
+    def __call__(self, *args: int, **settings: Any) -> Iterator[Step]:
+        return self.steps(*args, **settings)
+
+
+def _freeze(transfer: Transfer) -> None:
+    """Keep the chunks as they are now: a schedule may go on to use its list."""
+    if isinstance(transfer.chunk, list):
+        object.__setattr__(transfer, "chunk", tuple(transfer.chunk))
 
 
 def num_chunks(count: int | Callable[[int], int]) -> Callable[[Schedule], Schedule]:
@@ -96,6 +115,8 @@ def num_chunks(count: int | Callable[[int], int]) -> Callable[[Schedule], Schedu
 
 def chunks_of(schedule: Schedule, collective: str, world_size: int) -> int:
     """Return how many chunks there are when ``schedule`` runs ``collective`` on ``world_size`` ranks."""
+    while isinstance(schedule, functools.partial):
+        schedule = schedule.func
     if isinstance(schedule, _Chunked):
         return schedule.num_chunks(world_size)
     return {"reduce": 1, "broadcast": 1, "all_to_all": 2 * world_size, "barrier": 2}.get(collective, world_size)

@@ -20,7 +20,7 @@ import numpy as np
 
 from minidist.errors import ScheduleError
 from minidist.network import Link, Network, Route, Seconds
-from minidist.schedule import ROOTED, Reduce, Schedule, Send, Step, Transfer, indices
+from minidist.schedule import CUT, ROOTED, Reduce, Schedule, Send, Step, Transfer, indices
 from minidist.world import MAX_STEPS, Rank, World
 
 MAX_WORLD_SIZE = 65_536
@@ -188,6 +188,11 @@ class _Simulation(World):
         dst, src = np.asarray(send.peer), np.asarray(receive.peer)
         chunks = len(indices(send.chunk))
         if chunks != len(indices(receive.chunk)) or not np.array_equal(src[dst], everyone) or np.any(dst == everyone):
+            raise _Uneven
+        sent, received = (np.array([everyone * 0 + chunk for chunk in indices(move.chunk)]) for move in (send, receive))
+        if not chunks or min(sent.min(), received.min()) < 0 or max(sent.max(), received.max()) >= self.num_chunks:
+            raise _Uneven  # one by one, it is said what is wrong
+        if self.collective in CUT and not np.array_equal(sent[:, src], received):
             raise _Uneven
         alone = self._network.alone(everyone, dst)
         assert alone is not None

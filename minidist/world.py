@@ -156,23 +156,38 @@ class World(ABC):
                         raise ScheduleError(f"{rank.where}: {spell(send)} while {spell(receive)}")
 
     def _check_transfer(self, rank: Rank, transfer: Transfer) -> None:
+        if not isinstance(transfer.peer, int):
+            raise ScheduleError(f"{rank.where}: a rank is a whole number, got {transfer.peer!r}")
         if not 0 <= transfer.peer < self.world_size or transfer.peer == rank.rank:
             others = f"the other ranks are those of 0 to {self.world_size - 1}"
             raise ScheduleError(f"{rank.where}: {spell(transfer)}, but {others}")
         chunks = indices(transfer.chunk)
+        if not chunks:
+            raise ScheduleError(f"{rank.where}: a transfer with rank {transfer.peer} names no chunk")
         if any(not isinstance(chunk, int) or not 0 <= chunk < self.num_chunks for chunk in chunks):
             raise ScheduleError(f"{rank.where}: {spell(transfer)}, but the chunks are 0 to {self.num_chunks - 1}")
         if len(chunks) > 1 and len(set(chunks)) < len(chunks):
             raise ScheduleError(f"{rank.where}: {spell(transfer)}, one of them twice")
+        self._check_memory(rank, transfer)
+
+    def _check_memory(self, rank: Rank, transfer: Transfer) -> None:
+        """Refuse chunks that are not there, and to overwrite what is the caller's input."""
+        chunks, is_root, what = indices(transfer.chunk), rank.rank == self.root, f"{rank.where}: {spell(transfer)}"
+        if self.collective in ("gather", "scatter") and not is_root and set(chunks) != {rank.rank}:
+            raise ScheduleError(f"{what}, but of the chunks of a {self.collective} it has only its own")
+        inputs = {"scatter": is_root, "gather": not is_root, "all_to_all": min(chunks) < self.world_size}
+        if not isinstance(transfer, Send) and inputs.get(self.collective, False):
+            raise ScheduleError(f"{what}, but that is the input of the {self.collective}, which stays as it is")
 
     def _check_together(self, rank: Rank, arrivals: Sequence[Transfer]) -> None:
         """Refuse what one step brings into one chunk in an order that is not settled."""
-        written: dict[int, Transfer] = {}
-        for transfer in arrivals:
+        written: dict[int, int] = {}
+        for number, transfer in enumerate(arrivals):
             for chunk in indices(transfer.chunk):
-                before = written.setdefault(chunk, transfer)
-                if before is transfer:
+                first = written.setdefault(chunk, number)
+                if first == number:
                     continue
+                before = arrivals[first]
                 both = f"{rank.where}: {spell(transfer)} and {spell(before)} in one step"
                 if isinstance(transfer, Recv) or isinstance(before, Recv):
                     raise ScheduleError(f"{both}, in an order that nobody knows")

@@ -90,8 +90,10 @@ def main(directory: Path) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def run_rank(rank: int) -> None:
-        torch.set_default_device(os.environ.get(DEVICE, "cpu"))
-        with (directory / f"rank-{rank}.jsonl").open("w") as report:
+        # Not set_default_device: what a thread leaves behind there takes the GIL when the thread ends, and crashes
+        # the process if the interpreter is ending by then.
+        device = torch.device(os.environ.get(DEVICE, "cpu"))
+        with device, (directory / f"rank-{rank}.jsonl").open("w") as report:
             Rank(directory, rank, plan["world_size"], report).run(jobs)
 
     if plan["launcher"] == "thread":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +30,9 @@ from experiments.predict import fastest, geometric_mean_error, recommended
 from experiments.step_model import MEGABYTE, Profile, profile
 from minidist.communicator import Communicator
 from minidist.network import Flat
+from minidist.schedule import Reduce, Send, Step, num_chunks
 from minidist.simulate import Message, simulate
+from tests.test_commands import ROOT, run
 
 TABLES = Tables(2, 5e-5, [1e3, 1e6], [1e-5, 1e-3], [2e-5, 2e-3], [0.0, 1e-4], [0.0, 2e-4])
 
@@ -120,7 +124,37 @@ def test_the_transports_own_way_is_timed(collective: str) -> None:
 
 def test_auto_is_for_collectives_that_it_can_time() -> None:
     with pytest.raises(ValueError, match=r"auto chooses between schedules of all_reduce, .*, not of barrier"):
-        own_seconds(SerialCommunicator(), "barrier", 4096)
+        AutoCommunicator(SerialCommunicator(), {"barrier": []})
+
+
+def only_for_two(rank: int, world_size: int) -> Iterator[Step]:
+    yield Send(rank ^ 1, 0), Reduce(rank ^ 1, 0)
+
+
+def test_auto_leaves_out_what_is_wrong_on_so_many_ranks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(auto, "own_seconds", lambda transport, collective, nbytes: 1.0)
+    choices = {"all_reduce": [num_chunks(1)(only_for_two), ring_all_reduce]}
+
+    def chosen(comm: Communicator) -> str:
+        return AutoCommunicator(comm, choices, Flat(1e-4, 1e-9)).choice("all_reduce", 8)
+
+    assert run_threads(chosen, 2) == ["only_for_two"] * 2
+    assert not caplog.records
+    assert run_threads(chosen, 3) == ["ring_all_reduce"] * 3
+    assert "auto leaves out" in caplog.text
+
+
+def test_auto_takes_rank_0s_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "own_seconds", lambda transport, collective, nbytes: 1e3)
+    choices = {"all_reduce": [ring_all_reduce, recursive_doubling_all_reduce]}
+
+    def chosen(comm: Communicator) -> str:
+        network = Flat(1e-12, 1e-6) if comm.rank == 0 else Flat(1.0, 1e-12)
+        return AutoCommunicator(comm, choices, network).choice("all_reduce", 2**16)
+
+    assert run_threads(chosen, 4) == ["ring_all_reduce"] * 4
 
 
 # The trace of a real run -------------------------------------------------------------------------
@@ -196,3 +230,49 @@ def test_bruck_is_chosen_for_small_blocks_on_many_ranks() -> None:
 
     assert faster(32 * 8)
     assert not faster(2**24)
+
+
+# The commands -------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)
+def test_predict_as_the_readme_has_it(tmp_path: Path) -> None:
+    """Calibrates on the way; small sizes, few ranks."""
+    settings = [
+        "max_bytes=65536",
+        "iterations=1",
+        "algorithms=[ring,direct]",
+        "world_sizes=[8,16]",
+        f"hydra.run.dir={tmp_path}",
+    ]
+    model = ["model._target_=experiments.models.cnn", "model.shape=[1,28,28]", "+model.width=4"]
+    command = ["torchrun", "--nproc-per-node=2", str(ROOT / "experiments" / "predict.py"), "transport=gloo"]
+    done = run(tmp_path, *command, *settings, *model)
+    assert done.returncode == 0, done.stderr
+    assert "geometric mean error" in done.stdout
+    rows = json.loads((tmp_path / "predict.json").read_text())["rows"]
+    assert [row["algorithm"] for row in rows] == ["ring", "direct"]
+    steps = json.loads((tmp_path / "predict_step.json").read_text())["rows"]
+    assert {row["world_size"] for row in steps} == {8, 16}
+    assert all(row["exposed_ms"] >= 0 for row in steps)
+
+
+@pytest.mark.timeout(300)
+def test_a_calibrated_preset_predicts(tmp_path: Path) -> None:
+    command = ["torchrun", "--nproc-per-node=2", str(ROOT / "experiments" / "calibrate.py"), "transport=gloo"]
+    done = run(tmp_path, *command, "max_bytes=4096", "iterations=1", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "network=gloo_2" in done.stdout
+    draw = [sys.executable, str(ROOT / "experiments" / "draw.py"), "--config-dir", str(tmp_path), "network=gloo_2"]
+    drawn = run(tmp_path, *draw, "algorithm=ring", "world_size=2", f"hydra.run.dir={tmp_path}/drawn")
+    assert drawn.returncode == 0, drawn.stderr
+    assert "network gloo_2" in drawn.stdout
+
+
+@pytest.mark.timeout(300)
+def test_a_real_run_is_drawn(tmp_path: Path) -> None:
+    command = ["torchrun", "--nproc-per-node=3", str(ROOT / "experiments" / "trace.py"), "algorithm=swing"]
+    done = run(tmp_path, *command, "nbytes=4096", "warmup=1", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "trace.png").stat().st_size > 10_000
+    assert (tmp_path / "trace.svg").read_text().startswith("<?xml")

@@ -156,7 +156,7 @@ def check_sweep(directory: Path, stdout: str, jobs: list[tuple[str, int]]) -> No
         (("engine.epochs=0",), "error: engine.epochs must be at least 1, got 0"),
         (("engine.epoch=1",), "error: engine.epoch is not a setting; engine has epochs, accumulation_steps"),
         (("engine.epochs=two",), "error: engine.epochs: Value 'two' of type 'str' could not be converted to Integer"),
-        (("comm=telepathy",), "error: comm=telepathy is not there to choose; comm is one of gloo, mpi, nccl, ring,"),
+        (("comm=telepathy",), "error: comm=telepathy is not there to choose; comm is one of auto, binomial,"),
         (("comm=serial",), "error: launch.nproc=2: backends.serial.SerialCommunicator is one rank alone;"),
         (("comm.colour=red",), "error: comm.colour is not a setting; comm has timeout_s, segment_bytes"),
         (("model._target_=no.such.model",), "error: model._target_=no.such.model cannot be imported: "),

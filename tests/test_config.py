@@ -126,7 +126,7 @@ def test_values_out_of_range_are_named(override: str, message: str) -> None:
     assert refusal(override) == message
 
 
-def test_ranges_hold_inside_of_compositions() -> None:
+def test_ranges_hold_inside_of_nested_communicators() -> None:
     assert refusal("comm=ring", "comm.transport.timeout_s=-1") == (
         "comm.transport.timeout_s must be greater than 0, got -1"
     )

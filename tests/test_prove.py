@@ -233,7 +233,64 @@ def no_chunks(rank: int, n: int) -> Iterator[Step]:
     yield from ring_all_reduce(rank, n)
 
 
+def overwrites_the_input(rank: int, n: int) -> Iterator[Step]:
+    yield Send(rank ^ 1, rank ^ 1), Recv(rank ^ 1, rank)
+
+
+def nothing_at_all(rank: int, n: int) -> Iterator[Step]:
+    peers = [peer for peer in range(n) if peer != rank]
+    yield *(Send(peer, []) for peer in peers), *(Recv(peer, []) for peer in peers)
+
+
+def the_same_transfer_twice(rank: int, n: int) -> Iterator[Step]:
+    receive = Recv(1, 0)
+    if rank == 0:
+        yield receive, receive
+
+
+def half_a_rank(rank: int, n: int) -> Iterator[Step]:
+    yield (Send(rank / 2, 0),)  # type: ignore[arg-type]
+
+
+def chain_gather(rank: int, n: int, root: int) -> Iterator[Step]:
+    if rank + 1 < n:
+        yield (Recv(rank + 1, range(rank + 1, n)),)
+    if rank > 0:
+        yield (Send(rank - 1, range(rank, n)),)
+
+
+def bounced_scatter(rank: int, n: int, root: int) -> Iterator[Step]:
+    if rank == root:
+        yield (Recv(1, 1),)
+    elif rank == 1:
+        yield (Send(root, 1),)
+
+
 WRONG: list[tuple[Schedule, str, str]] = [
+    (
+        overwrites_the_input,
+        "all_to_all",
+        "rank 0, step 0: it receives chunk 0 from rank 1, but that is the input of the all_to_all, "
+        "which stays as it is",
+    ),
+    (
+        bounced_scatter,
+        "scatter",
+        "rank 0, step 0: it receives chunk 1 from rank 1, but that is the input of the scatter, which stays as it is",
+    ),
+    (
+        chain_gather,
+        "gather",
+        "rank 1, step 0: it receives chunks 2 to 3 from rank 2, but of the chunks of a gather it has only its own",
+    ),
+    (nothing_at_all, "barrier", "rank 0, step 0: a transfer with rank 1 names no chunk"),
+    (half_a_rank, "all_reduce", "rank 0, step 0: a rank is a whole number, got 0.0"),
+    (
+        the_same_transfer_twice,
+        "all_reduce",
+        "rank 0, step 0: it receives chunk 0 from rank 1 and it receives chunk 0 from rank 1 in one step, in an order "
+        "that nobody knows",
+    ),
     (
         off_by_one_chunk,
         "all_gather",

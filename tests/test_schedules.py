@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from backends.thread import ThreadCommunicator, run_threads, spawn_threads
 from backends.two_level import TwoLevelCommunicator
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ScheduleError
-from minidist.schedule import Recv, Step
+from minidist.schedule import Recv, Reduce, Send, Step, num_chunks
 from minidist.work import Work
 from tests.zoo import THEORY, Theory, two_level_theory
 
@@ -237,3 +238,54 @@ def test_what_has_no_schedule_is_left_to_the_transport() -> None:
 def test_two_levels_need_hosts_of_one_size(ranks_per_host: int) -> None:
     with pytest.raises(ValueError, match=f"ranks_per_host must divide the 3 ranks, got {ranks_per_host}"):
         run_threads(lambda comm: TwoLevelCommunicator(comm, ranks_per_host), 3)
+
+
+@num_chunks(4)
+def one_list_again_and_again(rank: int, world_size: int, root: int) -> Iterator[Step]:
+    part: list[int] = []
+    for chunk in range(4):
+        part.clear()
+        part.append(chunk)
+        yield (Send(1, part) if rank == 0 else Recv(0, part),)
+
+
+def test_a_schedule_can_use_its_list_again() -> None:
+    def job() -> torch.Tensor:
+        with AlgorithmCommunicator(ThreadCommunicator(), {"broadcast": one_list_again_and_again}) as comm:
+            data = torch.arange(8.0) * (1 - comm.rank)
+            comm.broadcast(data, 0)
+            return data
+
+    assert torch.equal(spawn_threads(job, 2)[1], torch.arange(8.0))
+
+
+def test_a_split_of_two_levels_is_one_of_its_transport() -> None:
+    def job() -> float:
+        with TwoLevelCommunicator(ThreadCommunicator(), 2) as comm:
+            half = comm.split(comm.rank % 2)
+            assert half is not None
+            data = torch.ones(3)
+            half.all_reduce(data)
+            return float(data[0])
+
+    assert spawn_threads(job, 6) == [3.0] * 6
+
+
+def test_settings_of_a_schedule_keep_its_chunks() -> None:
+    @num_chunks(1)
+    def star(rank: int, world_size: int, centre: int) -> Iterator[Step]:
+        others = [peer for peer in range(world_size) if peer != centre]
+        if rank == centre:
+            yield tuple(Reduce(peer, 0) for peer in others)
+            yield tuple(Send(peer, 0) for peer in others)
+        else:
+            yield (Send(centre, 0),)
+            yield (Recv(centre, 0),)
+
+    def job() -> float:
+        with AlgorithmCommunicator(ThreadCommunicator(), {"all_reduce": partial(star, centre=2)}) as comm:
+            data = torch.ones(3)
+            comm.all_reduce(data)
+            return float(data[0])
+
+    assert spawn_threads(job, 3) == [3.0] * 3

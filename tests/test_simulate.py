@@ -118,6 +118,20 @@ def test_ranks_of_a_host_share_its_card() -> None:
     assert seconds(network, 8, by=1) == A + M * B  # one of each host goes out
 
 
+def test_every_host_has_links_of_its_own_inside() -> None:
+    tables = ([1e3, 1e6], [1e-5, 1e-3], [2e-5, 2e-3], [0, 0], [0, 0])
+    one = Hosts(2, Measured(2, 1e-3, *tables), FLAT)
+    assert seconds(one, 2) == seconds(Measured(2, 1e-3, *tables), 2)
+    pairs = simulate(doubling.recursive_doubling_all_reduce, 2, M, one).seconds
+    assert simulate(_in_pairs, 8, 8 * M, one, "all_gather", record=True).seconds == pytest.approx(pairs)
+    assert seconds(Hosts(2, Torus(1, 2, A, B), FLAT), 4) > 0
+    assert Slow(one, 2, 0).start == one.start == 1e-3
+
+
+def _in_pairs(rank: int, world_size: int) -> Iterator[Step]:
+    yield Send(rank ^ 1, rank), Recv(rank ^ 1, rank ^ 1)
+
+
 def test_two_levels_beat_a_ring_where_cards_are_shared_by_fewer_messages() -> None:
     network = Hosts(4, Flat(1e-6, 1e-12), Flat(1e-5, 1e-9))
     ring = simulate(ring_all_reduce, 16, 2**16, network).seconds
@@ -219,6 +233,15 @@ def test_wrong_questions_are_refused(world_size: int, nbytes: float, message: st
         simulate(ring_all_reduce, world_size, nbytes, FLAT)
 
 
+def _out_of_range(rank: int, world_size: int) -> Iterator[Step]:
+    yield Send((rank + 1) % world_size, rank + 100), Recv((rank - 1) % world_size, rank + 200)
+
+
+def test_chunks_are_checked_for_all_ranks_at_once() -> None:
+    with pytest.raises(ScheduleError, match="rank 0, step 0: it sends chunk 100 to rank 1, but the chunks are 0 to 3"):
+        simulate(_out_of_range, 4, M, FLAT)
+
+
 def test_a_deadlock_is_named() -> None:
     def waits(rank: int, world_size: int) -> Iterator[Step]:
         yield (Recv((rank + 1) % world_size, 0),)
@@ -230,7 +253,7 @@ def test_a_deadlock_is_named() -> None:
 def test_a_schedule_that_never_ends_is_refused() -> None:
     def endless(rank: int, world_size: int) -> Iterator[Step]:
         while True:
-            yield Send((rank + 1) % world_size, 0), Recv((rank - 1) % world_size, 1)
+            yield Send((rank + 1) % world_size, rank), Recv((rank - 1) % world_size, (rank - 1) % world_size)
 
     with pytest.raises(ScheduleError, match="more than 100000 steps; does it end"):
         simulate(endless, 2, M, FLAT)
