@@ -1,8 +1,7 @@
 """Measures what a transport takes, so that `minidist.network.Measured` can say what schedules over it will take.
 
 Four exchanges, each of them a schedule of some steps, run on chunks of every size: a message back and forth between two
-ranks with nobody else about, a message from every rank to the next one, and both of these with a reduction. A schedule
-without steps shows what a collective takes to begin.
+ranks with nobody else about, a message from every rank to the next one, and both of these with a reduction.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from minidist.communicator import Communicator
 from minidist.network import Measured
 from minidist.schedule import Recv, Reduce, Schedule, Send, Step, num_chunks
 
-STEPS = 4
+FEW, MANY = 1, 4
+"""Steps of two runs; their difference is what steps take, the rest what it takes to begin."""
 BUDGET_BYTES = 2**23
 """Small messages are measured more often, up to so many bytes at once."""
 
@@ -34,6 +34,14 @@ class Tables:
     reduce: list[float]
     reduce_all: list[float]
 
+    @classmethod
+    def median(cls, several: Sequence[Tables]) -> Tables:
+        """Return the medians of several measurements of the same sizes."""
+        columns = zip(*(_columns(tables) for tables in several), strict=True)
+        medians = ([statistics.median(values) for values in zip(*column, strict=True)] for column in columns)
+        start = statistics.median(tables.start for tables in several)
+        return cls(several[0].ranks, start, several[0].nbytes, *medians)
+
     def network(self) -> Measured:
         """Return the model."""
         return Measured(**asdict(self))
@@ -43,6 +51,10 @@ class Tables:
         alpha, beta = fitted(self.nbytes, self.exchange)
         _, gamma = fitted(self.nbytes, self.reduce_all)
         return {"alpha": alpha, "beta": beta, "gamma": gamma}
+
+
+def _columns(tables: Tables) -> tuple[list[float], ...]:
+    return tables.one_way, tables.exchange, tables.reduce, tables.reduce_all
 
 
 def fitted(nbytes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
@@ -74,7 +86,8 @@ def calibrate(transport: Communicator, sizes: Sequence[int], iterations: int = 5
         raise ValueError("there is nothing to measure on one rank")
     rows = [_measure(transport, nbytes, iterations) for nbytes in sizes]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    start = statistics.median(columns.pop("start"))
+    starts = columns.pop("start")
+    start = statistics.median(starts[: len(starts) // 2 + 1])  # of large messages it is what noise is
     reduces = {"reduce": ("one_way_reduce", "one_way"), "reduce_all": ("exchange_reduce", "exchange")}
     for name, (both, alone) in reduces.items():
         columns[name] = [max(b - a, 0.0) for b, a in zip(columns.pop(both), columns[alone], strict=True)]
@@ -89,9 +102,9 @@ def _measure(transport: Communicator, nbytes: int, iterations: int) -> dict[str,
         comm = _Unproved(transport, {"all_reduce": schedule})
         return slowest_median(transport, lambda: comm.all_reduce(memory), nbytes, iterations)
 
-    start = seconds(_shift(Recv, 0))
-    steps = {name: seconds(make(STEPS)) - start for name, make in _EXCHANGES.items()}
-    return {"start": start, **{name: max(all_steps / STEPS, 1e-9) for name, all_steps in steps.items()}}
+    few, many = ({name: seconds(make(steps)) for name, make in _EXCHANGES.items()} for steps in (FEW, MANY))
+    steps = {name: max((many[name] - few[name]) / (MANY - FEW), 1e-9) for name in _EXCHANGES}
+    return {"start": few["exchange"] - FEW * steps["exchange"], **steps}
 
 
 def slowest_median(transport: Communicator, action: Callable[[], object], nbytes: int, iterations: int) -> float:

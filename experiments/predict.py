@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import hydra
 from omegaconf import DictConfig
 
 from backends.algorithm import AlgorithmCommunicator
-from backends.calibration import calibrate, slowest_median
+from backends.calibration import Tables, calibrate, slowest_median
 from experiments.algorithms import schedule_of
 from experiments.bench import sizes
 from experiments.communicators import build
-from experiments.compare import at_least, communicators, report
+from experiments.compare import at_least, communicators, median, report
 from experiments.run import main
 from experiments.step_model import MEGABYTE, Profile, profile
 from experiments.tables import Row, table
@@ -36,6 +36,8 @@ FORMATS = {
     "measured_us": ".0f",
     "error": "+.0%",
 }
+CALIBRATED = [4**power * 1024 for power in range(9)]
+"""The sizes of messages that are measured: 1 KB to 64 MB."""
 STEP_FORMATS = {
     "world_size": "d",
     "algorithm": "s",
@@ -46,19 +48,37 @@ STEP_FORMATS = {
 }
 
 
-def compare(cfg: DictConfig, comm: Communicator, network: Network) -> list[Row]:
-    """Return one row per size and algorithm: what the model says, and what is measured."""
-    schedules = {name: schedule_of(name, "all_reduce", comm.world_size) for name in cfg.algorithms}
+def measure(cfg: DictConfig, comm: Communicator) -> tuple[Network, dict[tuple[int, str], float]]:
+    """Return the model, and the seconds of every size and algorithm.
+
+    The speed of a shared machine changes from minute to minute, so both are measured in turn, some rounds long.
+    """
+    algorithms = {
+        name: AlgorithmCommunicator(comm, {"all_reduce": schedule_of(name, "all_reduce", comm.world_size)})
+        for name in cfg.algorithms
+    }
+    tables: list[Tables] = []
+    seconds: dict[tuple[int, str], list[float]] = {}
+    for _ in range(cfg.rounds):
+        if cfg.network is None:
+            tables.append(calibrate(comm, CALIBRATED, cfg.iterations))
+        for nbytes in sizes(cfg):
+            tensor = comm.empty(nbytes // 4).zero_()
+            for name, algorithm in algorithms.items():
+                run = functools.partial(algorithm.all_reduce, tensor)
+                seconds.setdefault((nbytes, name), []).append(slowest_median(comm, run, nbytes, cfg.iterations))
+    network = build(cfg.network, "network") if cfg.network is not None else Tables.median(tables).network()
+    return network, {key: median(times) for key, times in seconds.items()}
+
+
+def compare(comm: Communicator, network: Network, seconds: Mapping[tuple[int, str], float]) -> list[Row]:
+    """Return one row per size and algorithm: what the model says, and what was measured."""
     rows = []
-    for nbytes in sizes(cfg):
-        tensor = comm.empty(nbytes // 4).zero_()
-        for name, schedule in schedules.items():
-            algorithm = AlgorithmCommunicator(comm, {"all_reduce": schedule})
-            run = functools.partial(algorithm.all_reduce, tensor)
-            measured = slowest_median(comm, run, nbytes, cfg.iterations)
-            predicted = simulate(schedule, comm.world_size, nbytes, network).seconds
-            values = (nbytes, name, predicted * 1e6, measured * 1e6, predicted / measured - 1)
-            rows.append(dict(zip(FORMATS, values, strict=True)))
+    for (nbytes, name), measured in seconds.items():
+        schedule = schedule_of(name, "all_reduce", comm.world_size)
+        predicted = simulate(schedule, comm.world_size, nbytes, network).seconds
+        values = (nbytes, name, predicted * 1e6, measured * 1e6, predicted / measured - 1)
+        rows.append(dict(zip(FORMATS, values, strict=True)))
     return rows
 
 
@@ -107,15 +127,10 @@ def recommended(rows: Sequence[Row]) -> list[Row]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="predict")
 def experiment(cfg: DictConfig) -> None:
     """Predict, measure, and print both; then predict what cannot be measured here."""
-    at_least(cfg, min_bytes=4, iterations=1, factor=2, max_bytes=cfg.min_bytes, batch_size=1)
+    at_least(cfg, min_bytes=4, iterations=1, rounds=1, factor=2, max_bytes=cfg.min_bytes, batch_size=1)
     with communicators([cfg.transport]) as comms:
         (comm,) = comms.values()
-        if cfg.network is None:
-            tables = calibrate(comm, [4**power * 1024 for power in range(9)], cfg.iterations)
-            network: Network = comm.broadcast_object(tables, 0).network()
-        else:
-            network = build(cfg.network, "network")
-        rows = compare(cfg, comm, network)
+        rows = compare(comm, *measure(cfg, comm))
         step = profile(build(cfg.model, "model"), list(cfg.model.shape), cfg.batch_size)
         if comm.rank == 0:
             show(cfg, comm.world_size, rows)

@@ -241,6 +241,7 @@ def test_predict_as_the_readme_has_it(tmp_path: Path) -> None:
     settings = [
         "max_bytes=65536",
         "iterations=1",
+        "rounds=1",
         "algorithms=[ring,direct]",
         "world_sizes=[8,16]",
         f"hydra.run.dir={tmp_path}",
