@@ -49,39 +49,37 @@ Chunks = int | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
-    """Send one chunk, or several as one message, to rank ``peer``."""
+class Transfer:
+    """One end of a message.
+
+    Attributes:
+        peer: the rank at the other end.
+        chunk: what the message is: one chunk, or several.
+    """
 
     peer: int
     chunk: Chunks
 
     def __post_init__(self) -> None:
-        _freeze(self)
+        if isinstance(self.chunk, list):  # which its schedule may go on to use
+            object.__setattr__(self, "chunk", tuple(self.chunk))
 
 
 @dataclass(frozen=True, slots=True)
-class Recv:
+class Send(Transfer):
+    """Send chunks to rank ``peer``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recv(Transfer):
     """Receive chunks from rank ``peer`` and overwrite those that are there; none of them is sent in this step."""
 
-    peer: int
-    chunk: Chunks
-
-    def __post_init__(self) -> None:
-        _freeze(self)
-
 
 @dataclass(frozen=True, slots=True)
-class Reduce:
+class Reduce(Transfer):
     """Receive chunks from rank ``peer`` and combine them with those that are there."""
 
-    peer: int
-    chunk: Chunks
 
-    def __post_init__(self) -> None:
-        _freeze(self)
-
-
-Transfer = Send | Recv | Reduce
 Step = tuple[Transfer, ...]
 Schedule = Callable[..., Iterator[Step]]
 """``schedule(rank, world_size)`` yields the steps of that rank; for a collective of ROOTED, ``(rank, world_size,
@@ -97,12 +95,6 @@ class _Chunked:
 
     def __call__(self, *args: int, **settings: Any) -> Iterator[Step]:
         return self.steps(*args, **settings)
-
-
-def _freeze(transfer: Transfer) -> None:
-    """Keep the chunks as they are now: a schedule may go on to use its list."""
-    if isinstance(transfer.chunk, list):
-        object.__setattr__(transfer, "chunk", tuple(transfer.chunk))
 
 
 def num_chunks(count: int | Callable[[int], int]) -> Callable[[Schedule], Schedule]:
