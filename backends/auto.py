@@ -15,7 +15,7 @@ from minidist.schedule import Schedule
 from minidist.simulate import simulate
 
 log = logging.getLogger(__name__)
-SIZES = tuple(4096 * 16**power for power in range(4))
+SIZES = tuple(4096 * 4**power for power in range(7))
 """What is measured, in bytes: 4 KB to 16 MB."""
 TIMED = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 """The collectives that there is a choice for."""
