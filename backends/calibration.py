@@ -37,10 +37,14 @@ class Tables:
     @classmethod
     def median(cls, several: Sequence[Tables]) -> Tables:
         """Return the medians of several measurements of the same sizes."""
-        columns = zip(*(_columns(tables) for tables in several), strict=True)
+        columns = zip(*(tables.columns() for tables in several), strict=True)
         medians = ([statistics.median(values) for values in zip(*column, strict=True)] for column in columns)
         start = statistics.median(tables.start for tables in several)
         return cls(several[0].ranks, start, several[0].nbytes, *medians)
+
+    def columns(self) -> tuple[list[float], ...]:
+        """Return one_way, exchange, reduce and reduce_all."""
+        return self.one_way, self.exchange, self.reduce, self.reduce_all
 
     def network(self) -> Measured:
         """Return the model."""
@@ -51,10 +55,6 @@ class Tables:
         alpha, beta = fitted(self.nbytes, self.exchange)
         _, gamma = fitted(self.nbytes, self.reduce_all)
         return {"alpha": alpha, "beta": beta, "gamma": gamma}
-
-
-def _columns(tables: Tables) -> tuple[list[float], ...]:
-    return tables.one_way, tables.exchange, tables.reduce, tables.reduce_all
 
 
 def fitted(nbytes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from experiments.collectives import BUSBW, LEAST, Collective
 from experiments.compare import Action, at_least, communicators, interleaved, median, percentile_95, report
 from experiments.pictures import LIMIT, draw_bandwidth
 from experiments.run import main
-from experiments.tables import Row
+from experiments.tables import Row, multiplied
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
 
@@ -43,11 +43,8 @@ MAX_BURST_BYTES = 2**28
 
 
 def sizes(cfg: DictConfig) -> Iterator[int]:
-    """Yield the sizes in bytes."""
-    nbytes = cfg.min_bytes
-    while nbytes <= cfg.max_bytes:
-        yield nbytes
-        nbytes *= cfg.factor
+    """Return the sizes in bytes."""
+    return multiplied(cfg.min_bytes, cfg.max_bytes, cfg.factor)
 
 
 def measure(cfg: DictConfig, comms: dict[str, Communicator], nbytes: int) -> list[Row]:

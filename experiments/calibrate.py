@@ -51,10 +51,9 @@ def _rounded(value: object) -> object:
 
 def show(tables: Tables) -> str:
     """Return the tables as text, and the fit."""
-    columns = (tables.one_way, tables.exchange, tables.reduce, tables.reduce_all)
     rows = [
         dict(zip(FORMATS, (int(nbytes), *(t * 1e6 for t in times), nbytes / times[1] / 1e9), strict=True))
-        for nbytes, *times in zip(tables.nbytes, *columns, strict=True)
+        for nbytes, *times in zip(tables.nbytes, *tables.columns(), strict=True)
     ]
     fit = tables.alpha_beta_gamma()
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from minidist.network import Network
@@ -72,13 +72,6 @@ class Curves:
         ahead, behind = new[0] - old[0], old[1] - new[1]
         part = max(ahead, 0.0) / (max(ahead, 0.0) + behind)
         return Crossover(math.exp(x0 + part * (x1 - x0)), math.exp(old[0] + part * (old[1] - old[0])), before, after)
-
-
-def doubled(first: int, last: int) -> Iterator[int]:
-    """Yield ``first``, twice that, and so on up to ``last``."""
-    while first <= last:
-        yield first
-        first *= 2
 
 
 Schedules = Mapping[str, Callable[[int], Schedule]]

@@ -16,10 +16,11 @@ from omegaconf import DictConfig, ListConfig
 
 from experiments.algorithms import schedule_of, schedules_of
 from experiments.communicators import build
-from experiments.curves import Curves, doubled, over_ranks, over_sizes
+from experiments.curves import Curves, over_ranks, over_sizes
 from experiments.diagrams import draw_curves, draw_timeline, spell_bytes, spell_ranks, spell_seconds
 from experiments.page import frames, write_page
 from experiments.run import main
+from experiments.tables import multiplied
 from minidist.errors import ConfigError, ScheduleError
 from minidist.network import Network
 from minidist.schedule import COLLECTIVES, ROOTED
@@ -112,7 +113,7 @@ def curves(cfg: DictConfig, network: Network) -> tuple[Curves, Curves]:
         ScheduleError: a schedule cannot be run.
     """
     algorithms = {name: schedules_of(name, cfg.collective, cfg.comm_overrides) for name in cfg.curves}
-    sizes, counts = list(doubled(cfg.min_bytes, cfg.max_bytes)), list(doubled(2, cfg.max_world_size))
+    sizes, counts = list(multiplied(cfg.min_bytes, cfg.max_bytes, 2)), list(multiplied(2, cfg.max_world_size, 2))
     with _refusing():
         by_size = over_sizes(algorithms, cfg.world_size, sizes, network, cfg.collective, cfg.root)
         by_ranks = over_ranks(algorithms, counts, cfg.nbytes, network, cfg.collective, cfg.root)

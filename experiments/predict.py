@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from backends.algorithm import AlgorithmCommunicator
 from backends.calibration import Tables, calibrate, slowest_median
-from experiments.algorithms import schedule_of
+from experiments.algorithms import schedule_of, schedules_of
 from experiments.bench import sizes
 from experiments.communicators import build
 from experiments.compare import at_least, communicators, median, report
@@ -48,15 +48,15 @@ STEP_FORMATS = {
 }
 
 
-def measure(cfg: DictConfig, comm: Communicator) -> tuple[Network, dict[tuple[int, str], float]]:
+Schedules = Mapping[str, Schedule]
+
+
+def measure(cfg: DictConfig, comm: Communicator, schedules: Schedules) -> tuple[Network, dict[tuple[int, str], float]]:
     """Return the model, and the seconds of every size and algorithm.
 
     The speed of a shared machine changes from minute to minute, so both are measured in turn, some rounds long.
     """
-    algorithms = {
-        name: AlgorithmCommunicator(comm, {"all_reduce": schedule_of(name, "all_reduce", comm.world_size)})
-        for name in cfg.algorithms
-    }
+    algorithms = {name: AlgorithmCommunicator(comm, {"all_reduce": one}) for name, one in schedules.items()}
     tables: list[Tables] = []
     seconds: dict[tuple[int, str], list[float]] = {}
     for _ in range(cfg.rounds):
@@ -71,12 +71,13 @@ def measure(cfg: DictConfig, comm: Communicator) -> tuple[Network, dict[tuple[in
     return network, {key: median(times) for key, times in seconds.items()}
 
 
-def compare(comm: Communicator, network: Network, seconds: Mapping[tuple[int, str], float]) -> list[Row]:
+def compare(
+    world_size: int, schedules: Schedules, network: Network, seconds: Mapping[tuple[int, str], float]
+) -> list[Row]:
     """Return one row per size and algorithm: what the model says, and what was measured."""
     rows = []
     for (nbytes, name), measured in seconds.items():
-        schedule = schedule_of(name, "all_reduce", comm.world_size)
-        predicted = simulate(schedule, comm.world_size, nbytes, network).seconds
+        predicted = simulate(schedules[name], world_size, nbytes, network).seconds
         values = (nbytes, name, predicted * 1e6, measured * 1e6, predicted / measured - 1)
         rows.append(dict(zip(FORMATS, values, strict=True)))
     return rows
@@ -107,10 +108,11 @@ def cost(schedule: Schedule, world_size: int, network: Network) -> Callable[[flo
 
 def scale(cfg: DictConfig, step: Profile, network: Network) -> list[Row]:
     """Return the predicted training step by number of ranks, algorithm and size of buckets."""
+    algorithms = {name: schedules_of(name, "all_reduce") for name in cfg.scale_algorithms}
     rows = []
     for world_size in cfg.world_sizes:
-        for name in cfg.scale_algorithms:
-            costs = cost(schedule_of(name, "all_reduce", world_size), world_size, network)
+        for name, schedule_on in algorithms.items():
+            costs = cost(schedule_on(world_size), world_size, network)
             for cap in cfg.bucket_caps_mb:
                 seconds = step.seconds(cap, costs)
                 values = (world_size, name, cap, seconds * 1e3, (seconds - step.step) * 1e3, step.step / seconds)
@@ -130,10 +132,11 @@ def experiment(cfg: DictConfig) -> None:
     at_least(cfg, min_bytes=4, iterations=1, rounds=1, factor=2, max_bytes=cfg.min_bytes, batch_size=1)
     with communicators([cfg.transport]) as comms:
         (comm,) = comms.values()
-        rows = compare(comm, *measure(cfg, comm))
+        schedules = {name: schedule_of(name, "all_reduce", comm.world_size) for name in cfg.algorithms}
+        measured = measure(cfg, comm, schedules)
         step = profile(build(cfg.model, "model"), list(cfg.model.shape), cfg.batch_size)
         if comm.rank == 0:
-            show(cfg, comm.world_size, rows)
+            show(cfg, comm.world_size, compare(comm.world_size, schedules, *measured))
             show_scale(cfg, step)
 
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
+
+
+def multiplied(first: int, last: int, factor: int) -> Iterator[int]:
+    """Yield ``first``, ``factor`` times that, and so on up to ``last``."""
+    while first <= last:
+        yield first
+        first *= factor
 
 
 def table(rows: Sequence[Row], formats: Mapping[str, str]) -> str:

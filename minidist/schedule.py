@@ -111,6 +111,11 @@ def chunks_of(schedule: Schedule, collective: str, world_size: int) -> int:
         schedule = schedule.func
     if isinstance(schedule, _Chunked):
         return schedule.num_chunks(world_size)
+    return default_chunks(collective, world_size)
+
+
+def default_chunks(collective: str, world_size: int) -> int:
+    """Return how many chunks there are where the schedule does not say."""
     return {"reduce": 1, "broadcast": 1, "all_to_all": 2 * world_size, "barrier": 2}.get(collective, world_size)
 
 

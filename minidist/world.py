@@ -17,7 +17,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minidist.errors import ScheduleError
-from minidist.schedule import COLLECTIVES, CUT, ROOTED, Recv, Reduce, Schedule, Send, Step, Transfer, chunks_of, indices
+from minidist.schedule import (
+    COLLECTIVES,
+    CUT,
+    ROOTED,
+    Recv,
+    Reduce,
+    Schedule,
+    Send,
+    Step,
+    Transfer,
+    chunks_of,
+    default_chunks,
+    indices,
+)
 
 MAX_STEPS = 100_000
 
@@ -172,12 +185,18 @@ class World(ABC):
 
     def _check_memory(self, rank: Rank, transfer: Transfer) -> None:
         """Refuse chunks that are not there, and to overwrite what is the caller's input."""
-        chunks, is_root, what = indices(transfer.chunk), rank.rank == self.root, f"{rank.where}: {spell(transfer)}"
-        if self.collective in ("gather", "scatter") and not is_root and set(chunks) != {rank.rank}:
-            raise ScheduleError(f"{what}, but of the chunks of a {self.collective} it has only its own")
-        inputs = {"scatter": is_root, "gather": not is_root, "all_to_all": min(chunks) < self.world_size}
-        if not isinstance(transfer, Send) and inputs.get(self.collective, False):
-            raise ScheduleError(f"{what}, but that is the input of the {self.collective}, which stays as it is")
+        chunks, is_root, collective = indices(transfer.chunk), rank.rank == self.root, self.collective
+        if collective in ("gather", "scatter") and not is_root and set(chunks) != {rank.rank}:
+            what = f"{rank.where}: {spell(transfer)}"
+            raise ScheduleError(f"{what}, but of the chunks of a {collective} it has only its own")
+        is_input = (
+            (collective == "scatter" and is_root)
+            or (collective == "gather" and not is_root)
+            or (collective == "all_to_all" and min(chunks) < self.world_size)
+        )
+        if is_input and not isinstance(transfer, Send):
+            what = f"{rank.where}: {spell(transfer)}"
+            raise ScheduleError(f"{what}, but that is the input of the {collective}, which stays as it is")
 
     def _check_together(self, rank: Rank, arrivals: Sequence[Transfer]) -> None:
         """Refuse what one step brings into one chunk in an order that is not settled."""
@@ -220,7 +239,7 @@ class World(ABC):
 
 def _checked_chunks(schedule: Schedule, collective: str, world_size: int) -> int:
     count = chunks_of(schedule, collective, world_size)
-    least = {"all_to_all": 2 * world_size, "barrier": 2}.get(collective, 1 if collective in CUT else world_size)
+    least = 1 if collective in CUT else default_chunks(collective, world_size)
     if count < least or (count > least and collective not in (*CUT, "all_to_all")):
         bound = "at least " if collective in (*CUT, "all_to_all") else ""
         raise ScheduleError(f"{collective} on {world_size} ranks has {bound}{least} chunks, got num_chunks({count})")

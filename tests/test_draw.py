@@ -22,10 +22,11 @@ from backends.schedules.dissemination import dissemination_barrier
 from backends.schedules.doubling import halving_doubling_all_reduce, recursive_doubling_all_reduce
 from experiments.algorithms import schedule_of
 from experiments.communicators import build
-from experiments.curves import Curves, doubled, over_ranks, over_sizes
+from experiments.curves import Curves, over_ranks, over_sizes
 from experiments.diagrams import chunk_colours, draw_curves, draw_timeline, spell_bytes, spell_chunks
 from experiments.draw import check, costs, curves, describe, picture
 from experiments.page import Frame, frames, write_page
+from experiments.tables import multiplied
 from minidist import config
 from minidist.errors import ConfigError
 from minidist.network import Flat, Torus
@@ -205,7 +206,7 @@ def test_what_has_no_schedule_is_refused(name: str, collective: str, overrides: 
 
 def test_sizes_cross_where_the_formulas_do() -> None:
     algorithms = {"doubling": lambda n: recursive_doubling_all_reduce, "halving": lambda n: halving_doubling_all_reduce}
-    by_size = over_sizes(algorithms, 16, list(doubled(256, 2**20)), Flat(ALPHA, BETA), "all_reduce", 0)
+    by_size = over_sizes(algorithms, 16, list(multiplied(256, 2**20, 2)), Flat(ALPHA, BETA), "all_reduce", 0)
     (crossover,) = by_size.crossovers()
     # 4 alpha + 4 M beta = 8 alpha + 2 (15/16) M beta
     exact = 4 * ALPHA / ((4 - 2 * 15 / 16) * BETA)
