@@ -34,13 +34,14 @@ def assign(sizes: Sequence[int], kinds: Sequence[Hashable], cap_bytes: int, firs
     """
     caps: dict[Hashable, int] = {}
     opened: dict[Hashable, list[int]] = {}
+    filled: dict[Hashable, int] = {}
     closed = []
-    for index, kind in enumerate(kinds):
-        group = opened.setdefault(kind, [])
-        group.append(index)
-        if sum(sizes[i] for i in group) >= caps.setdefault(kind, min(first_cap_bytes, cap_bytes)):
+    for index, (size, kind) in enumerate(zip(sizes, kinds, strict=True)):
+        opened.setdefault(kind, []).append(index)
+        filled[kind] = filled.get(kind, 0) + size
+        if filled[kind] >= caps.setdefault(kind, min(first_cap_bytes, cap_bytes)):
             closed.append(opened.pop(kind))
-            caps[kind] = cap_bytes
+            caps[kind], filled[kind] = cap_bytes, 0
     return sorted(closed + list(opened.values()), key=lambda group: group[-1])
 
 
@@ -71,6 +72,11 @@ class Bucket:
         grad = self.parameters[slot].grad
         if grad is not None and grad.layout is not torch.strided:
             return f"{self.names[slot]} has a sparse gradient; make its layer with sparse=False"
+        if grad is not None and grad.requires_grad:
+            return (
+                f"{self.names[slot]} has a gradient that is to be differentiated too, by backward(create_graph=True), "
+                "and what is reduced is not; get such gradients from torch.autograd.grad(..., create_graph=True)"
+            )
         if slot not in self.missing:
             return (
                 f"{self.names[slot]} got a second gradient in one backward pass, as re-entrant checkpoints that share "
@@ -117,8 +123,17 @@ def make_buckets(
     return buckets
 
 
+def layout(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return the strides of a tensor's place in a bucket, 0 for dimensions of size 1; None if it is contiguous there.
+
+    A place has the tensor's own layout where that fills the memory exactly.
+    """
+    if tensor.is_contiguous() or not _is_dense(tensor):
+        return None
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _shaped(place: Tensor, parameter: Tensor) -> Tensor:
-    """View ``place`` in the parameter's shape, and in its memory layout where that fills the memory exactly."""
     if _is_dense(parameter):
         return place.as_strided(parameter.shape, parameter.stride())
     return place.view(parameter.shape)

@@ -79,6 +79,17 @@ def _tensor(comm: Membership, operation: str, name: str, tensor: Tensor) -> None
         raise ValueError(f"{comm.who(operation)}: elements of {name} share memory (is it expanded?); use .clone()")
 
 
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements of a tensor may share memory: some step is not longer than all that lies within it."""
+    extent = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= extent:
+                return True
+            extent += stride * (size - 1)
+    return False
+
+
 def peer(comm: Membership, operation: str, name: str, rank: int) -> None:
     """Check a rank that an argument names."""
     if isinstance(rank, bool) or not isinstance(rank, int):

@@ -8,19 +8,27 @@ holds the mean over the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from minidist.backward import BackwardPass, listen
+from minidist.backward import USE_HOOK, BackwardPass, call_hooks, listen
 from minidist.buckets import Bucket, make_buckets
 from minidist.communicator import Communicator, Work
 from minidist.hooks import AllReduce, Hook
 from minidist.join import Join
-from minidist.replicas import broadcast_tensors, make_replicas, share_used
+from minidist.opaque import opaque
+from minidist.replicas import SharedBuffers, make_replicas, share_used
+from minidist.structure import Structure
+
+_MADE_ANEW = ("buckets", "_works", "_join", "_shared_buffers", "_reduced_grad_hooks", "_backward_pass", "_structure")
+"""Attributes that belong to one wrapper and not to a copy of it."""
 
 
 class DistributedDataParallel(nn.Module):
@@ -28,7 +36,8 @@ class DistributedDataParallel(nn.Module):
 
     All ranks make it, and call it, in step: construction compares the models and gives every rank the values of
     rank 0; each backward pass of a forward outside `no_sync` communicates. Gradients are views of the buckets: keep
-    a copy, not a reference, of one that has to survive the next backward pass. Set ``requires_grad`` before wrapping.
+    a copy, not a reference, of one that has to survive the next backward pass. Change the
+    module before wrapping: a parameter that is replaced, unfrozen or converted later is an error in the next forward.
     After an exception in backward the next forward starts clean, provided that every rank goes on with it.
 
     Args:
@@ -42,9 +51,10 @@ class DistributedDataParallel(nn.Module):
 
     Raises:
         MismatchError: on every rank, if the models or the arguments differ between ranks.
-        ValueError: ``bucket_cap_mb`` is not positive.
-        RuntimeError: no parameter requires a gradient. From ``backward()``: a parameter got no gradient, a sparse one,
-            or two in one pass.
+        ValueError: on every rank, if ``bucket_cap_mb`` is not positive, or the module has what cannot be trained
+            data-parallel (see `minidist.wrapping`); the message names it.
+        RuntimeError: no parameter requires a gradient. From ``forward()``: the module was changed. From ``backward()``:
+            a parameter got no gradient, a sparse one, two in one pass, or was changed before its gradient was reduced.
     """
 
     def __init__(
@@ -57,33 +67,60 @@ class DistributedDataParallel(nn.Module):
         hook: Hook = AllReduce(),  # noqa: B008  (an AllReduce has no state)
     ) -> None:
         super().__init__()
-        self.module, self.comm, self.hook = module, comm, hook
+        self.module, self.comm, self.hook, self.bucket_cap_mb = module, comm, hook, bucket_cap_mb
         self.broadcast_buffers, self.find_unused_parameters = broadcast_buffers, find_unused_parameters
-        if not bucket_cap_mb > 0:
-            raise ValueError(f"{comm.who('DistributedDataParallel')}: bucket_cap_mb must be > 0, got {bucket_cap_mb}")
         make_replicas(comm, module, (bucket_cap_mb, broadcast_buffers, find_unused_parameters))
-        self.buckets = make_buckets(module, int(bucket_cap_mb * 2**20), comm.empty)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make what belongs to this wrapper alone, without communication."""
+        self.buckets = make_buckets(self.module, int(self.bucket_cap_mb * 2**20), self.comm.empty)
         if not self.buckets:
             self._fail("no parameter requires a gradient; use the module without this wrapper")
         self._works: list[Work] = []
         self._sync_wanted = self._sync = True
         self._join: Join | None = None
-        self._backward_pass = BackwardPass(self._on_backward_end)
-        listen(self.buckets, self._on_gradient)
+        self._shared_buffers = SharedBuffers(self.comm, self.module)
+        self._reduced_grad_hooks: dict[int, Callable[[nn.Parameter], None]] = OrderedDict()
+        self._backward_pass = BackwardPass(self._on_backward_end, self.buckets)
+        self._structure = Structure(self.module, self.buckets, listen(self.buckets, self._on_gradient))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a wrapper of a copy of the module, over the same communicator; nothing is communicated."""
+        memo[id(self)] = other = self.__new__(type(self))
+        kept = {name: value for name, value in vars(self).items() if name not in _MADE_ANEW}
+        other.__dict__.update(copy.deepcopy(kept, memo))
+        other._prepare()
+        return other
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            f"{self.comm.who('DistributedDataParallel')}: cannot be pickled; use ddp.module, or its state_dict()"
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module; what it returns is returned unchanged."""
+        self._before_forward()
+        output = self.module(*args, **kwargs)
+        self._after_forward(output)
+        return output
+
+    @opaque
+    def _before_forward(self) -> None:
         if self._backward_pass.broke_off:  # as on the other ranks, that may have got further in it
             self.reduce_gradients()
         will_sync = self._sync_wanted and torch.is_grad_enabled()
+        if will_sync and (change := self._structure.change(self.module, self.find_unused_parameters)):
+            self._fail(change)
         src = 0 if self._join is None else self._join.announce(will_sync)
         if will_sync and self.training:
             self.sync_buffers(src)
-        output = self.module(*args, **kwargs)
+
+    @opaque
+    def _after_forward(self, output: Any) -> None:
         if torch.is_grad_enabled():
-            self._sync = will_sync
+            self._sync = self._sync_wanted
             self._backward_pass.watch(output)
-        return output
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -107,7 +144,18 @@ class DistributedDataParallel(nn.Module):
     def sync_buffers(self, src: int = 0) -> None:
         """Give every rank the buffers of rank ``src``, if ``broadcast_buffers``; for instance before an evaluation."""
         if self.broadcast_buffers:
-            broadcast_tensors(self.comm, list(self.module.buffers()), src)
+            self._shared_buffers.send(src)
+
+    def register_reduced_grad_hook(self, hook: Callable[[nn.Parameter], None]) -> RemovableHandle:
+        """Call ``hook(parameter)`` for each parameter at the end of a backward pass that communicates.
+
+        Its gradient is then the mean over the ranks, which it is not yet where a hook of torch sees it: this is the
+        place for an optimizer per parameter, for statistics, for clipping by value. The hook may set
+        ``parameter.grad`` to None. The parameters come in the same order on every rank.
+        """
+        handle = RemovableHandle(self._reduced_grad_hooks)
+        self._reduced_grad_hooks[handle.id] = hook
+        return handle
 
     def reduce_gradients(self) -> None:
         """Communicate what this backward pass has not yet, with zeros for what is missing, and wait for all of it.
@@ -122,6 +170,8 @@ class DistributedDataParallel(nn.Module):
         for work in self._works:
             work.wait()
         self._reset()
+        if self._reduced_grad_hooks:
+            call_hooks(self._reduced_grad_hooks, self.buckets)
 
     def _on_gradient(self, bucket: Bucket, slot: int) -> None:
         if not self._sync:
@@ -140,6 +190,10 @@ class DistributedDataParallel(nn.Module):
             self._works.append(self.hook(bucket, self.comm))
 
     def _on_backward_end(self) -> None:
+        if name := self._backward_pass.changed():
+            self._fail(
+                f"{name} was changed while backward ran, before its gradient was reduced over the ranks; {USE_HOOK}"
+            )
         missing = [bucket.names[slot] for bucket in self.buckets for slot in bucket.missing]
         nothing_came = len(missing) == sum(len(bucket.names) for bucket in self.buckets)
         if nothing_came and not (self._sync and self.find_unused_parameters):

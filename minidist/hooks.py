@@ -52,7 +52,8 @@ class CastHook:
         self._memory: WeakKeyDictionary[Bucket, Tensor] = WeakKeyDictionary()
 
     def __call__(self, bucket: Bucket, comm: Communicator) -> Work:
-        flat = bucket.flat
+        # A complex number is cast as two real ones: a cast to a real dtype would drop one of them.
+        flat = torch.view_as_real(bucket.flat) if bucket.flat.is_complex() else bucket.flat
         if flat.dtype.itemsize <= self.dtype.itemsize:
             return comm.all_reduce(flat, async_op=comm.overlaps)
         if bucket not in self._memory:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from minidist.replicas import broadcast_module
+from minidist.sync_batch_norm import SyncBatchNorm
 
 if TYPE_CHECKING:
     from minidist.ddp import DistributedDataParallel
@@ -41,6 +42,11 @@ class Join:
     """One rank's part in the rounds of one ``with ddp.join()``."""
 
     def __init__(self, ddp: DistributedDataParallel) -> None:
+        if any(isinstance(module, SyncBatchNorm) for module in ddp.modules()):
+            raise ValueError(
+                f"{ddp.comm.who('join')}: SyncBatchNorm needs every rank in every forward; give all ranks equally many "
+                "batches, or use BatchNorm"
+            )
         self._ddp = ddp
         self._source: int | None = None
 

@@ -6,12 +6,13 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import ClassVar, NoReturn, Self, final
+from typing import Any, ClassVar, NoReturn, Self, final
 
 from torch import Tensor
 
 from minidist import checks
 from minidist.errors import CommClosedError, CommError, PeerLostError
+from minidist.opaque import opaque_methods
 from minidist.staging import Staged, staged
 from minidist.traffic import Traffic
 from minidist.work import DONE, Progress, Work
@@ -71,6 +72,17 @@ class Membership:
         traceback: TracebackType | None,
     ) -> None:
         self.close() if error is None else self.abort(f"{type(error).__name__}: {error}")
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        opaque_methods(cls)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return this communicator: a copy of what uses it talks over the same one."""
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(f"{self.who('pickle')}: a communicator belongs to its process; make one in the other process")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank={self.rank}, world_size={self.world_size})"

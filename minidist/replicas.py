@@ -8,15 +8,15 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-from minidist.buckets import Bucket, assign
+from minidist.broadcast import Broadcast, kinds
+from minidist.buckets import Bucket, layout
 from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.errors import MismatchError
-
-MESSAGE_BYTES = 2**26
-"""A message of a broadcast is closed once it holds this much: few messages, little memory."""
+from minidist.wrapping import complaint
 
 Description = list[tuple[str, str]]
 """What has to be equal on all ranks, as (name, value)."""
+ARGUMENTS = "(bucket_cap_mb, broadcast_buffers, find_unused_parameters)"
 
 
 def make_replicas(comm: Communicator, module: nn.Module, arguments: tuple[float, bool, bool]) -> None:
@@ -28,11 +28,21 @@ def make_replicas(comm: Communicator, module: nn.Module, arguments: tuple[float,
         arguments: bucket_cap_mb, broadcast_buffers and find_unused_parameters.
 
     Raises:
+        ValueError: on every rank, what of a rank's module or arguments cannot be trained.
         MismatchError: names the first entry that differs, on rank 0 and on the first rank where it differs.
     """
-    check_equal(
-        comm, [("(bucket_cap_mb, broadcast_buffers, find_unused_parameters)", str(arguments)), *describe(module)]
-    )
+    who, why = comm.who("DistributedDataParallel"), complaint(module, arguments[0])
+    description = [] if why else [(ARGUMENTS, str(arguments)), *describe(module)]
+    answers: list[tuple[str | None, Description]] = comm.all_gather_object((why, description))
+    for rank, (why, _) in enumerate(answers):
+        if why:
+            raise ValueError(f"{who}: {why}" if rank == comm.rank else f"{who}: on rank {rank}, {why}")
+    first = answers[0][1]
+    for rank, (_, other) in enumerate(answers):
+        if first != other:
+            raise MismatchError(
+                f"{who}: {_difference(first, other, rank)}; build the same model with the same arguments on every rank"
+            )
     broadcast_module(comm, module)
 
 
@@ -40,24 +50,19 @@ def describe(module: nn.Module) -> Description:
     """Return each parameter and buffer, but for its values."""
     parameters = [(f"parameter {name}", tensor) for name, tensor in module.named_parameters()]
     buffers = [(f"buffer {name}", tensor) for name, tensor in module.named_buffers()]
-    return [(name, _describe_tensor(tensor)) for name, tensor in parameters + buffers]
+    devices = list(dict.fromkeys(tensor.device for _, tensor in parameters + buffers))
+    return [(name, _describe_tensor(tensor, devices)) for name, tensor in parameters + buffers]
 
 
-def _describe_tensor(tensor: Tensor) -> str:
+def _describe_tensor(tensor: Tensor, devices: Sequence[torch.device]) -> str:
+    """Say what the place in a bucket, and in a message, depends on."""
     dtype = str(tensor.dtype).removeprefix("torch.")
+    strides = layout(tensor)
+    laid_out = "" if strides is None else f" with strides {strides}"
+    # Ranks call their devices differently, but have to share out the parameters among them alike.
+    number = f" number {devices.index(tensor.device)}" if len(devices) > 1 else ""
     frozen = "" if tensor.requires_grad or not isinstance(tensor, nn.Parameter) else ", frozen"
-    return f"{dtype} {tuple(tensor.shape)} on {tensor.device.type}{frozen}"
-
-
-def check_equal(comm: Communicator, description: Description) -> None:
-    """Raise MismatchError on every rank if any rank's description differs from rank 0's."""
-    first, *others = comm.all_gather_object(description)
-    for rank, other in enumerate(others, start=1):
-        if first != other:
-            raise MismatchError(
-                f"{comm.who('DistributedDataParallel')}: {_difference(first, other, rank)}; "
-                "build the same model with the same arguments on every rank"
-            )
+    return f"{dtype} {tuple(tensor.shape)}{laid_out} on {tensor.device.type}{number}{frozen}"
 
 
 def _difference(first: Description, other: Description, rank: int) -> str:
@@ -74,31 +79,31 @@ def _difference(first: Description, other: Description, rank: int) -> str:
 
 def broadcast_module(comm: Communicator, module: nn.Module, src: int = 0) -> None:
     """Give ``module`` on every rank the parameters and buffers that it has on rank ``src``."""
-    broadcast_tensors(comm, [*module.parameters(), *module.buffers()], src)
+    tensors = [*module.parameters(), *module.buffers()]
+    Broadcast(comm, tensors).send(tensors, src)
 
 
-def broadcast_tensors(comm: Communicator, tensors: Sequence[Tensor], src: int = 0) -> None:
-    """Overwrite ``tensors`` on every rank with those of rank ``src``, in few messages."""
-    # The widest dtype first: every tensor then begins at a multiple of its item size within the message.
-    ordered = sorted((tensor.detach() for tensor in tensors), key=lambda tensor: -tensor.itemsize)
-    kinds = [tensor.device for tensor in ordered]
-    for group in assign([tensor.nbytes for tensor in ordered], kinds, MESSAGE_BYTES, MESSAGE_BYTES):
-        _broadcast_group(comm, [ordered[i] for i in group], src)
+class SharedBuffers:
+    """The buffers of a module, which one rank can give to all of them, as often as before each forward.
 
+    Args:
+        comm: every rank calls `send` together.
+        module: its buffers may be replaced meanwhile, on all ranks alike.
+    """
 
-def _broadcast_group(comm: Communicator, tensors: Sequence[Tensor], src: int) -> None:
-    """Send the tensors as bytes, which move alike whatever their dtype, so that one message does for all."""
-    sizes = [tensor.nbytes for tensor in tensors]
-    message = comm.empty(sum(sizes), torch.uint8, tensors[0].device)
-    places = torch.split(message, sizes)
-    views = [place.view(tensor.dtype).view(tensor.shape) for place, tensor in zip(places, tensors, strict=True)]
-    if comm.rank == src:
-        for view, tensor in zip(views, tensors, strict=True):
-            view.copy_(tensor)
-    comm.broadcast(message, src)
-    if comm.rank != src:
-        for view, tensor in zip(views, tensors, strict=True):
-            tensor.copy_(view)
+    def __init__(self, comm: Communicator, module: nn.Module) -> None:
+        self._comm, self._module = comm, module
+        self._broadcast = Broadcast(comm, [])
+
+    def send(self, src: int) -> None:
+        """Give every rank the values of rank ``src``."""
+        buffers = tuple(self._module.buffers())
+        if self._broadcast.kinds != kinds(buffers):
+            self._broadcast = Broadcast(self._comm, buffers)
+        # A forward that is not differentiated yet may have saved them, as batch normalisation does, without a use for
+        # their values: to count this as a change would fail its backward.
+        with torch.autograd._unsafe_preserve_version_counter(buffers):
+            self._broadcast.send(buffers, src)
 
 
 def share_used(comm: Communicator, buckets: Sequence[Bucket]) -> Work:
@@ -115,4 +120,4 @@ def share_used(comm: Communicator, buckets: Sequence[Bucket]) -> Work:
             if is_used:
                 parameter.grad = view
 
-    return comm.all_reduce(used, ReduceOp.MAX, async_op=True).then(adopt)
+    return comm.all_reduce(used, ReduceOp.MAX, async_op=comm.overlaps).then(adopt)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import final
 
+from minidist.opaque import opaque_methods
 from minidist.traffic import Traffic
 
 EXIT_S = 1.0
@@ -19,6 +20,10 @@ EXIT_S = 1.0
 
 class Work(ABC):
     """An operation that was started. It keeps its tensors alive until it is finished."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        opaque_methods(cls)
 
     @abstractmethod
     def wait(self) -> None:

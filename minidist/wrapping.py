@@ -1,0 +1,68 @@
+"""What cannot be trained data-parallel, said by name and on every rank before anything is sent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from minidist import checks
+
+
+def complaint(module: nn.Module, bucket_cap_mb: float) -> str | None:
+    """Return the first thing that stands against wrapping ``module``, and what to do about it."""
+    return next(_complaints(module, bucket_cap_mb), None)
+
+
+def _complaints(module: nn.Module, bucket_cap_mb: float) -> Iterator[str]:
+    if not (bucket_cap_mb > 0 and math.isfinite(bucket_cap_mb)):
+        yield f"bucket_cap_mb must be > 0, got {bucket_cap_mb}"
+    for name, each in module.named_modules():
+        if why := _of_module(each):
+            yield f"module {name or '(the whole)'} is a {type(each).__name__}, {why}"
+    for name, parameter in module.named_parameters():
+        if why := _of_tensor(parameter) or (_of_trained(parameter) if parameter.requires_grad else None):
+            yield f"parameter {name} {why}"
+    for name, buffer in module.named_buffers():
+        if why := _of_tensor(buffer):
+            yield f"buffer {name} {why}"
+
+
+def _of_module(module: nn.Module) -> str | None:
+    """Name what asks torch's default process group, which minidist never makes: it would run unsynchronised."""
+    if isinstance(module, nn.SyncBatchNorm):
+        return (
+            "which asks torch's process group and not this communicator; make it one of ours with "
+            "minidist.sync_batch_norm.convert_sync_batchnorm(module, comm)"
+        )
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return "which reduces gradients itself; wrap its .module"
+    if "process_group" in vars(module):
+        return "which asks torch's process group and not this communicator; replace it by a layer that does not"
+    return None
+
+
+def _of_tensor(tensor: Tensor) -> str | None:
+    if is_lazy(tensor):
+        return "is lazy and has no shape yet; run one batch through the module before you wrap it"
+    if tensor.is_meta:
+        return "is on the meta device and has no memory; give it some with module.to_empty(device=...)"
+    if tensor.layout is not torch.strided:
+        return f"is not dense but {tensor.layout}; make it dense with to_dense()"
+    if tensor.is_quantized or torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
+        return f"is a {type(tensor).__name__} of {tensor.dtype} that is not plain memory; use a plain tensor"
+    if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+        return "has no memory, as it was freed; give it some before you wrap the module"
+    if checks.overlaps_itself(tensor):
+        return "has elements that share memory (is it expanded?); give each its own with .clone()"
+    return None
+
+
+def _of_trained(parameter: Tensor) -> str | None:
+    if parameter.dtype in checks.DTYPES:
+        return None
+    choices = ", ".join(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES if dtype.is_floating_point)
+    return f"has dtype {parameter.dtype}, in which gradients cannot be reduced; use one of {choices}, or freeze it"
