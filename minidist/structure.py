@@ -29,26 +29,31 @@ class Structure:
     """
 
     def __init__(self, module: nn.Module, buckets: Sequence[Bucket], listeners: Sequence[Listener]) -> None:
-        self._root = module
-        self._modules = [(each, _members(each)) for each in module.modules()]
-        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._remember(module)
         trained = [parameter for bucket in buckets for parameter in bucket.parameters]
         in_buckets = set(map(id, trained))
         self._trained = [(p, _place(p), own) for p, own in zip(trained, listeners, strict=True)]
         self._frozen = [parameter for parameter in module.parameters() if id(parameter) not in in_buckets]
 
+    def _remember(self, module: nn.Module) -> None:
+        self._root = module
+        self._modules = [(each, _members(each)) for each in module.modules()]
+        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+
     def change(self, module: nn.Module, may_miss_gradients: bool) -> str | None:
         """Return what is no longer as it was, and what to do about it.
 
         Parameters that are all frozen for now, as those of a discriminator while its generator learns, are no change:
-        nothing is communicated then.
+        nothing is communicated then. Neither are other modules around the same parameters.
 
         Args:
             module: what is wrapped now.
             may_miss_gradients: whether some parameters may be frozen now.
         """
         if module is not self._root or any(_members(each) != members for each, members in self._modules):
-            return f"{self._replaced(module)}; {AGAIN}"
+            if change := self._changed_parameters(module):
+                return f"{change}; {AGAIN}"
+            self._remember(module)
         if thawed := [parameter for parameter in self._frozen if parameter.requires_grad]:
             return f"{self._name(thawed[0])} was frozen when it was wrapped and is not any more; {AGAIN}"
         num_frozen = 0
@@ -67,14 +72,13 @@ class Structure:
     def _name(self, parameter: nn.Parameter) -> str:
         return f"parameter {self._names[id(parameter)]}"
 
-    def _replaced(self, module: nn.Module) -> str:
-        now = dict(module.named_parameters())
-        ours = set(map(id, now.values()))
-        if new := [name for name, parameter in now.items() if id(parameter) not in self._names]:
+    def _changed_parameters(self, module: nn.Module) -> str | None:
+        now = {id(parameter): name for name, parameter in module.named_parameters()}
+        if new := [name for parameter, name in now.items() if parameter not in self._names]:
             return f"parameter {new[0]} was added or replaced after it was wrapped"
-        if gone := [name for parameter, name in self._names.items() if parameter not in ours]:
+        if gone := [name for parameter, name in self._names.items() if parameter not in now]:
             return f"parameter {gone[0]} was removed after it was wrapped"
-        return "a layer was added or replaced after it was wrapped"
+        return None
 
 
 def _members(module: nn.Module) -> tuple[list[int], list[int]]:
