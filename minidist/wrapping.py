@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -32,17 +33,16 @@ def _complaints(module: nn.Module, bucket_cap_mb: float) -> Iterator[str]:
 
 
 def _of_module(module: nn.Module) -> str | None:
-    """Name what asks torch's default process group, which minidist never makes: it would run unsynchronised."""
-    if isinstance(module, nn.SyncBatchNorm):
-        return (
-            "which asks torch's process group and not this communicator; make it one of ours with "
-            "minidist.sync_batch_norm.convert_sync_batchnorm(module, comm)"
-        )
+    """Name what asks torch's default process group: where nobody made one, it would run unsynchronised."""
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return "which reduces gradients itself; wrap its .module"
-    if "process_group" in vars(module):
-        return "which asks torch's process group and not this communicator; replace it by a layer that does not"
-    return None
+    if "process_group" not in vars(module) or (dist.is_available() and dist.is_initialized()):
+        return None
+    if isinstance(module, nn.SyncBatchNorm):
+        fix = "make it one of ours with minidist.sync_batch_norm.convert_sync_batchnorm(module, comm)"
+    else:
+        fix = "replace it, or call torch.distributed.init_process_group()"
+    return f"which asks torch's process group, and there is none; {fix}"
 
 
 def _of_tensor(tensor: Tensor) -> str | None:

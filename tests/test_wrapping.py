@@ -58,7 +58,10 @@ REFUSED = {
         lambda: nn.SyncBatchNorm.convert_sync_batchnorm(models.batch_norm()),
         r"module 1 is a SyncBatchNorm, .*minidist.sync_batch_norm.convert_sync_batchnorm\(module, comm\)",
     ),
-    "a process group of torch's": (_own_process_group, r"module 1 is a Tanh, which asks torch's process group"),
+    "a process group of torch's": (
+        _own_process_group,
+        r"module 1 is a Tanh, which asks torch's process group, and there is none",
+    ),
 }
 
 
