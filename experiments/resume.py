@@ -27,7 +27,7 @@ def _find(run: Path) -> str | None:
     name = HydraConfig.get().job.name
     earlier = sorted((other for other in run.parent.iterdir() if other.name < run.name), reverse=True)
     for other in [run, *earlier]:
-        if any((other / CHECKPOINTS).glob("*.pt")) and (other == run or _job_name(other) == name):
+        if any((other / CHECKPOINTS).glob("step_*.pt")) and (other == run or _job_name(other) == name):
             return str(other / CHECKPOINTS)
     return None
 

@@ -5,6 +5,7 @@ import math
 import re
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -260,6 +261,44 @@ def test_one_rank_asked_to_stop_stops_all_after_the_same_step(tmp_path, world_si
     for (summary, left), (expected, right) in zip(resumed, whole, strict=True):
         assert (summary.steps, summary.epochs) == (expected.steps, expected.epochs) == (20, 4)
         assert all(map(torch.equal, left, right))
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, float])
+def test_learning_rates_of_numpy_are_resumed_to_the_same_bits(tmp_path, kind):
+    def train(comm, directory, epochs, resume):
+        model = DistributedDataParallel(make_model(), comm)
+        optimizer = torch.optim.SGD(model.parameters(), kind(0.1), momentum=np.float64(0.9))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.cos(kind(step)) + kind(1.2))
+        options = {"scheduler": scheduler, "checkpoints": Checkpoints(directory, comm), "resume": resume}
+        engine = Engine(model, optimizer, nn.functional.cross_entropy, comm, **options)
+        engine.fit(shard(comm, samples()), epochs)
+        return parameters(engine), scheduler.get_last_lr(), engine.position.step
+
+    whole = on_ranks(lambda comm: train(comm, tmp_path / "whole", 3, False), 2)
+    on_ranks(lambda comm: train(comm, tmp_path / "again", 1, False), 2)
+    again = on_ranks(lambda comm: train(comm, tmp_path / "again", 3, True), 2)
+    for (expected, rates, steps), (got, same_rates, same_steps) in zip(whole, again, strict=True):
+        assert all(map(torch.equal, got, expected))
+        assert (same_rates, same_steps) == (rates, steps)
+
+
+def test_what_no_checkpoint_can_hold_is_refused_before_training(tmp_path):
+    class Schedule:
+        def __init__(self):
+            self.wave = np.cos
+
+        def __call__(self, step):
+            return self.wave(step)
+
+    def job(comm):
+        model = DistributedDataParallel(make_model(), comm)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule())
+        options = {"scheduler": scheduler, "checkpoints": Checkpoints(tmp_path, comm)}
+        Engine(model, optimizer, nn.functional.cross_entropy, comm, **options).fit(shard(comm, samples()), epochs=1)
+
+    for message in failures(job, 2, CheckpointError):
+        assert "on rank 0, scheduler.lr_lambdas.0.wave is a numpy.ufunc, which could not be read back" in message
 
 
 def test_handler_of_sigterm_is_put_back():
