@@ -20,7 +20,7 @@ from minidist.metrics import Metrics, MetricSums
 from minidist.position import Batch, Loader, Position
 from minidist.report import Report, Summary
 from minidist.resume import Resumption
-from minidist.settings import check_settings
+from minidist.settings import check_fit, check_settings
 from minidist.status import Status
 
 
@@ -73,8 +73,9 @@ class Engine:
         self.accumulation_steps, self.max_grad_norm, self.log_every = accumulation_steps, max_grad_norm, log_every
         self.autocast_dtype, self.report = autocast_dtype, report or Report(None, comm.rank, progress=False)
         self.position, self.status = Position(), Status(comm)
-        parts = model.module, optimizer, scheduler, self.position, self.status
-        self.resumption = Resumption(checkpoints, resume, *parts)
+        self.resumption = Resumption(
+            checkpoints, resume, model.module, optimizer, scheduler, self.position, self.status
+        )
 
     def fit(self, train_loader: Loader, epochs: int, eval_loader: Iterable[Batch] | None = None) -> Summary:
         """Train until ``epochs`` epochs are complete, those before a resume included.
@@ -87,10 +88,11 @@ class Engine:
         begin anew. What worker processes draw is exact without ShardedSampler only (see `minidist.position`).
 
         Raises:
-            ValueError: the loaders differ in length.
+            ValueError: the loaders differ in length, have no batch, or other numbers of batches than they say.
             FloatingPointError: a loss is not finite.
             CheckpointError: a checkpoint cannot be written, or does not fit.
         """
+        check_fit(epochs, eval_loader, self.comm)
         self.resumption.start()
         with self.status.stop_signal:
             while self.position.epoch < epochs and not self.status.stopping:
@@ -122,7 +124,7 @@ class Engine:
                 return
         self._exchange_if_due(at_end=True)
         if eval_loader is not None:
-            status.metrics = self.evaluate(eval_loader)
+            status.evaluated(self.evaluate(eval_loader))
         self.report.end_epoch(position, status)
         position.end_epoch()
         self.resumption.save()
