@@ -63,7 +63,11 @@ def _run(cfg: DictConfig) -> float:
     if world.launcher != "alone":
         start.die_with_launcher()
         if nproc not in (None, world.world_size) and world.rank == 0:
-            log.warning("launch.nproc=%s has no effect: %s started %s ranks", nproc, world.launcher, world.world_size)
+            log.warning(
+                "launch.nproc=%s has no effect: %s has started the ranks, and their number is %s; leave it out, or "
+                "start with python alone",
+                *(nproc, world.launcher, world.world_size),
+            )
     elif nproc is not None:
         return _start(cfg, checked, nproc)
     return train(cfg, checked)

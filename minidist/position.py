@@ -117,7 +117,7 @@ class Position:
         if silent and self.batch < num_batches:
             raise ValueError(
                 f"{who}: the training loader of rank {silent[0]} gave no batch in epoch {self.epoch}, though its "
-                f"length is {num_batches}; give one that can be read again in each epoch, such as a DataLoader or a list"
+                f"length is {num_batches}; give one that can be read again in each epoch, as a DataLoader or a list can"
             )
         rest = batches if first is None else itertools.chain([first], batches)
         return Steps(self.epoch, who, self.batch, num_batches, batches_per_step, rest)

@@ -33,8 +33,7 @@ pytestmark = pytest.mark.timeout(300)
 
 def environment() -> dict[str, str]:
     """The environment of a shell in which the virtual environment is active."""
-    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return own | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def words(value: object) -> str | None:
@@ -109,6 +108,40 @@ def test_launch_threads(tmp_path: Path) -> None:
     done = run(tmp_path, "python", MNIST, "comm=thread", "launch.nproc=3", *TINY)
     assert done.returncode == 0, done.stderr
     check_run(only_run(tmp_path), "thread", 3, rank_files=1)
+
+
+IN_A_JOB = {
+    "SLURM_JOB_ID": "5",
+    "SLURM_JOBID": "5",
+    "SLURM_NODELIST": "node[1-2]",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_NNODES": "2",
+    "SLURM_TASKS_PER_NODE": "1(x2)",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "1",
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+}
+
+
+@pytest.mark.parametrize("comm", ["gloo", "mpi"])
+def test_a_shell_in_a_job_starts_ranks_on_its_own_machine(
+    comm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in IN_A_JOB.items():
+        monkeypatch.setenv(name, value)
+    done = run(tmp_path, "python", MNIST, f"comm={comm}", "launch.nproc=2", *TINY)
+    assert done.returncode == 0, done.stderr
+    check_run(only_run(tmp_path), comm, 2)
+
+
+def test_the_number_of_ranks_is_the_launchers_where_there_is_one(tmp_path: Path) -> None:
+    done = run(tmp_path, "torchrun", "--nproc-per-node=1", MNIST, "launch.nproc=2", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert "launch.nproc=2 has no effect: torchrun has started the ranks, and their number is 1; leave" in done.stderr
+    check_run(only_run(tmp_path), "gloo", 1)
 
 
 def test_the_other_experiment(tmp_path: Path) -> None:
