@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from minidist.communicator import Communicator
 from minidist.seed import RandomState, random_state, restore_random_state
@@ -27,19 +27,33 @@ class Loader(Protocol):
 
 @runtime_checkable
 class EpochSampler(Protocol):
-    """A sampler with an order per epoch, such as torch's DistributedSampler."""
+    """A sampler with an order per epoch, such as torch's DistributedSampler.
+
+    It is looked for as the loader itself, its batch sampler, and its sampler.
+    """
 
     def set_epoch(self, epoch: int) -> None: ...
 
 
 @runtime_checkable
 class SeekableSampler(Protocol):
-    """A sampler that can begin in the middle of an epoch, such as `minidist.sampler.ShardedSampler`."""
+    """A sampler that can begin in the middle of an epoch, such as `minidist.sampler.ShardedSampler`.
+
+    A batch sampler or a loader of this kind begins with its ``first_batch``, too.
+    """
 
     first_batch: int
     batch_size: int
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None: ...
+
+
+@runtime_checkable
+class _Sampled(Protocol):
+    """A batch sampler, or what is wrapped around a DataLoader, that says which sampler is beneath."""
+
+    @property
+    def sampler(self) -> object: ...
 
 
 class Steps:
@@ -149,17 +163,17 @@ class Position:
         return batches
 
     def _seek(self, loader: Loader) -> Iterator[Batch]:
-        sampler = loader.sampler if isinstance(loader, DataLoader) else None
-        if isinstance(sampler, SeekableSampler) and isinstance(loader, DataLoader):
-            if loader.batch_size != sampler.batch_size:
+        order, batch_size = _order(loader)
+        if isinstance(order, SeekableSampler) and batch_size is not None:
+            if batch_size != order.batch_size:
                 raise ValueError(
-                    f"Engine.fit: the loader's batch_size is {loader.batch_size}, its sampler's {sampler.batch_size}; "
+                    f"Engine.fit: the loader's batch_size is {batch_size}, its sampler's {order.batch_size}; "
                     "give both the same, or the middle of an epoch cannot be found again"
                 )
-            sampler.set_epoch(self.epoch, self.batch)
+            order.set_epoch(self.epoch, self.batch)
             return iter(loader)
-        if isinstance(sampler, EpochSampler):
-            sampler.set_epoch(self.epoch)
+        if isinstance(order, EpochSampler):
+            order.set_epoch(self.epoch)
         batches = iter(loader)
         next(itertools.islice(batches, self.batch, self.batch), None)
         return batches
@@ -187,6 +201,22 @@ class Position:
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self._epoch_random = state["epoch_random"]
         restore_random_state(state["random"])
+
+
+def _order(loader: Loader) -> tuple[object, int | None]:
+    """Return what decides on the order of ``loader``, and how much of it is a batch; None where nobody knows."""
+    if isinstance(loader, EpochSampler):
+        return loader, loader.batch_size if isinstance(loader, SeekableSampler) else None
+    if not isinstance(loader, DataLoader):
+        return loader.sampler if isinstance(loader, _Sampled) else None, None
+    batches = loader.batch_sampler
+    if batches is None:
+        return loader.sampler, 1  # what the sampler yields is a batch
+    if type(batches) is BatchSampler:
+        return batches.sampler, batches.batch_size
+    if isinstance(batches, EpochSampler):
+        return batches, batches.batch_size if isinstance(batches, SeekableSampler) else None
+    return batches.sampler if isinstance(batches, _Sampled) else None, None
 
 
 def _length(loader: Loader, comm: Communicator) -> int:
