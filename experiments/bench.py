@@ -19,7 +19,7 @@ from backends.shm import ShmCommunicator, add_and_write
 from experiments.collectives import BUSBW, LEAST, Collective
 from experiments.compare import Action, at_least, communicators, interleaved, median, percentile_95, report
 from experiments.pictures import LIMIT, draw_bandwidth
-from experiments.run import main
+from experiments.run import CONF, main
 from experiments.tables import Row, multiplied
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
@@ -109,7 +109,7 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError("in_place=true is for all_gather, whose input is then part of its output; leave it out")
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="bench")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="bench")
 def bench(cfg: DictConfig) -> None:
     """Compare, print, and write bench.csv, bench.json and bench.png."""
     check(cfg)

@@ -19,7 +19,7 @@ from backends.rendezvous import meet
 from experiments.communicators import build
 from experiments.compare import Action, communicators, interleaved, median, report
 from experiments.pictures import draw_steps
-from experiments.run import main
+from experiments.run import CONF, main
 from experiments.tables import Row
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
@@ -70,7 +70,7 @@ def measure(name: str, cfg: DictConfig, comms: dict[str, Communicator]) -> list[
     return rows
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="bench_step")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="bench_step")
 def bench_step(cfg: DictConfig) -> None:
     """Compare, print, and write bench_step.csv, bench_step.json and bench_step.png."""
     meeting = meet()

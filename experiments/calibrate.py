@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from backends.calibration import Tables, calibrate
 from experiments.bench import sizes
 from experiments.compare import at_least, communicators
-from experiments.run import main
+from experiments.run import CONF, main
 from experiments.tables import table
 
 FORMATS = {
@@ -62,7 +62,7 @@ def show(tables: Tables) -> str:
     )
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="calibrate")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="calibrate")
 def experiment(cfg: DictConfig) -> None:
     """Measure, print, and write the presets."""
     at_least(cfg, min_bytes=4, iterations=1, factor=2, max_bytes=cfg.min_bytes * cfg.factor)

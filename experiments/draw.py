@@ -19,7 +19,7 @@ from experiments.communicators import build
 from experiments.curves import Curves, over_ranks, over_sizes
 from experiments.diagrams import draw_curves, draw_timeline, spell_bytes, spell_ranks, spell_seconds
 from experiments.page import frames, write_page
-from experiments.run import main
+from experiments.run import CONF, main
 from experiments.tables import multiplied
 from minidist.errors import ConfigError, ScheduleError
 from minidist.network import Network
@@ -157,7 +157,7 @@ def _network() -> str:
     return str(HydraConfig.get().runtime.choices["network"])
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="draw")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="draw")
 def draw(cfg: DictConfig) -> None:
     """Draw a schedule, or the curves of several."""
     check(cfg)

@@ -21,7 +21,7 @@ from experiments.algorithms import schedule_of, schedules_of
 from experiments.bench import sizes
 from experiments.communicators import build
 from experiments.compare import at_least, communicators, median, report
-from experiments.run import main
+from experiments.run import CONF, main
 from experiments.step_model import MEGABYTE, Profile, profile
 from experiments.tables import Row, table
 from minidist.communicator import Communicator
@@ -126,7 +126,7 @@ def recommended(rows: Sequence[Row]) -> list[Row]:
     return [min((row for row in rows if row["world_size"] == n), key=lambda row: row["step_ms"]) for n in sizes]
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="predict")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="predict")
 def experiment(cfg: DictConfig) -> None:
     """Predict, measure, and print both; then predict what cannot be measured here."""
     at_least(cfg, min_bytes=4, iterations=1, rounds=1, factor=2, max_bytes=cfg.min_bytes, batch_size=1)

@@ -29,6 +29,9 @@ from minidist.errors import ConfigError
 from minidist.launch import detect
 
 log = logging.getLogger(__name__)
+_HERE = Path(__file__).parent
+CONF = str(_HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf")
+"""The project's configuration: beside experiments/, and inside of it where the project is installed from a wheel."""
 config.register()
 config.register_resolvers(run_id=run_id, rank=lambda: detect().rank)
 
