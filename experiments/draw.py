@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
 from experiments.algorithms import schedule_of, schedules_of
+from experiments.choices import check_groups
 from experiments.communicators import build
 from experiments.curves import Curves, over_ranks, over_sizes
 from experiments.diagrams import draw_curves, draw_timeline, spell_bytes, spell_ranks, spell_seconds
@@ -36,6 +37,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the setting and its choices.
     """
+    check_groups()
     if cfg.collective not in COLLECTIVES:
         raise ConfigError(f"collective must be one of {', '.join(COLLECTIVES)}, got {cfg.collective}")
     least = {"world_size": 1, "nbytes": 0, "root": 0, "min_bytes": 1, "max_bytes": 1, "max_world_size": 2}
@@ -144,6 +146,7 @@ def _refusing() -> Iterator[None]:
 
 
 def _what(cfg: DictConfig) -> str:
+    check_groups()
     if cfg.collective not in ROOTED:
         return str(cfg.collective)
     return f"{cfg.collective} {'from' if cfg.collective in ('broadcast', 'scatter') else 'to'} rank {cfg.root}"

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from backends.rendezvous import run_id
 from backends.thread import spawn_threads
 from experiments import communicators, job, start
+from experiments.choices import check_groups
 from experiments.refusal import FULL_ERROR, REFUSALS, TRACEBACKS, refuse
 from experiments.sweep import RESULTS
 from experiments.train import train
@@ -59,6 +60,7 @@ def run(cfg: DictConfig) -> float:
 
 
 def _run(cfg: DictConfig) -> float:
+    check_groups()
     checked = config.check(cfg)
     communicators.check_available(cfg.comm)
     communicators.check_importable(cfg)

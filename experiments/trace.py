@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 from backends.algorithm import AlgorithmCommunicator
 from backends.traced import TracedCommunicator, timed
 from experiments.algorithms import schedule_of
-from experiments.compare import at_least, communicators
+from experiments.choices import at_least
+from experiments.compare import communicators
 from experiments.diagrams import draw_timeline
 from experiments.run import CONF, main
 from minidist.communicator import Communicator
@@ -39,7 +40,7 @@ def trace(comm: Communicator, schedule: Schedule, nbytes: int, warmup: int) -> l
 @hydra.main(version_base="1.3", config_path=CONF, config_name="trace")
 def experiment(cfg: DictConfig) -> None:
     """Run, and write trace.png and trace.svg."""
-    with communicators([cfg.transport]) as comms:
+    with communicators([cfg.transport], "transport") as comms:
         (comm,) = comms.values()
         schedule = schedule_of(cfg.algorithm, "all_reduce", comm.world_size)
         # A chunk without elements is not sent, and would be missing in the picture.

@@ -190,6 +190,13 @@ def check_sweep(directory: Path, stdout: str, jobs: list[tuple[str, int]]) -> No
         (("engine.epoch=1",), "error: engine.epoch is not a setting; engine has epochs, accumulation_steps"),
         (("engine.epochs=two",), "error: engine.epochs: Value 'two' of type 'str' could not be converted to Integer"),
         (("comm=telepathy",), "error: comm=telepathy is not there to choose; comm is one of auto, binomial,"),
+        (
+            ("comm=[gloo,ring]",),
+            "error: comm must be one choice, got [gloo,ring]; to run each of them: -m comm=gloo,ring",
+        ),
+        (("model=[mlp]",), "error: model must be one choice, got [mlp]"),
+        (("comm=ring", "comm/transport=[gloo,mpi]"), "error: comm/transport must be one choice, got [gloo,mpi]"),
+        (("comm=gloo,ring",), "error: Ambiguous value for argument 'comm=gloo,ring'; add -m to run each of them"),
         (("comm=serial",), "error: launch.nproc=2: backends.serial.SerialCommunicator is one rank alone;"),
         (("comm.colour=red",), "error: comm.colour is not a setting; comm has timeout_s, segment_bytes"),
         (("model._target_=no.such.model",), "error: model._target_=no.such.model cannot be imported: "),
