@@ -37,7 +37,6 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the setting and its choices.
     """
-    check_groups()
     if cfg.collective not in COLLECTIVES:
         raise ConfigError(f"collective must be one of {', '.join(COLLECTIVES)}, got {cfg.collective}")
     least = {"world_size": 1, "nbytes": 0, "root": 0, "min_bytes": 1, "max_bytes": 1, "max_world_size": 2}
@@ -146,7 +145,6 @@ def _refusing() -> Iterator[None]:
 
 
 def _what(cfg: DictConfig) -> str:
-    check_groups()
     if cfg.collective not in ROOTED:
         return str(cfg.collective)
     return f"{cfg.collective} {'from' if cfg.collective in ('broadcast', 'scatter') else 'to'} rank {cfg.root}"
@@ -163,6 +161,7 @@ def _network() -> str:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="draw")
 def draw(cfg: DictConfig) -> None:
     """Draw a schedule, or the curves of several."""
+    check_groups()
     check(cfg)
     (costs if cfg.curves else picture)(cfg, Path(HydraConfig.get().runtime.output_dir))
 
