@@ -247,6 +247,18 @@ def test_ranks_die_with_the_one_who_started_them(comm: str, tmp_path: Path) -> N
         process.communicate(timeout=60)  # ends once the last of them has closed its standard output
 
 
+def test_a_job_of_a_sweep_goes_on_from_itself_and_not_from_the_job_before(tmp_path: Path) -> None:
+    sweep = ("python", MNIST, "-m", "optim.lr=0.1,0.2", "engine.resume=true", *TINY)
+    first = run(tmp_path, *sweep)
+    assert first.returncode == 0, first.stderr
+    assert first.stderr.count("no earlier run has a checkpoint; starting anew") == 2
+    directory = only_run(tmp_path, "multirun/*")
+    again = run(tmp_path, *sweep, "engine.epochs=2")
+    assert again.returncode == 0, again.stderr
+    for number in range(2):
+        assert f"going on from {directory / str(number) / 'checkpoints'}" in again.stderr
+
+
 @pytest.mark.slow
 def test_a_stop_saves_and_the_next_run_goes_on(tmp_path: Path) -> None:
     with started(tmp_path, "python", MNIST, *LONG) as process:
