@@ -16,10 +16,11 @@ import torch
 from omegaconf import DictConfig
 
 from backends.shm import ShmCommunicator, add_and_write
+from experiments.choices import at_least, several
 from experiments.collectives import BUSBW, LEAST, Collective
-from experiments.compare import Action, at_least, communicators, interleaved, median, percentile_95, report
+from experiments.compare import Action, communicators, interleaved, median, percentile_95, report
 from experiments.pictures import LIMIT, draw_bandwidth
-from experiments.run import main
+from experiments.run import CONF, main
 from experiments.tables import Row, multiplied
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
@@ -102,18 +103,18 @@ def check(cfg: DictConfig) -> None:
     for key, allowed in choices.items():
         if cfg[key] not in allowed:
             raise ConfigError(f"{key} must be one of {', '.join(allowed)}, got {cfg[key]}")
-    at_least(cfg, min_bytes=1, iterations=1, burst=1, factor=2)
+    at_least(cfg, min_bytes=1, max_bytes=1, warmup=0, iterations=1, burst=1, factor=2)
     if cfg.max_bytes < cfg.min_bytes:
         raise ConfigError(f"max_bytes must be at least min_bytes = {cfg.min_bytes}, got {cfg.max_bytes}")
     if cfg.in_place and cfg.collective != "all_gather":
         raise ConfigError("in_place=true is for all_gather, whose input is then part of its output; leave it out")
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="bench")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="bench")
 def bench(cfg: DictConfig) -> None:
     """Compare, print, and write bench.csv, bench.json and bench.png."""
     check(cfg)
-    with communicators(cfg.comms) as comms:
+    with communicators(several(cfg, "comms")) as comms:
         rows = [row for nbytes in sizes(cfg) for row in measure(cfg, comms, nbytes)]
         first = next(iter(comms.values()))
         if first.rank == 0:

@@ -16,10 +16,11 @@ from omegaconf import DictConfig
 from torch import nn
 
 from backends.rendezvous import meet
+from experiments.choices import at_least, several
 from experiments.communicators import build
 from experiments.compare import Action, communicators, interleaved, median, report
 from experiments.pictures import draw_steps
-from experiments.run import main
+from experiments.run import CONF, main
 from experiments.tables import Row
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
@@ -53,8 +54,8 @@ def step(model: nn.Module, shape: list[int], batch_size: int) -> Action:
 def measure(name: str, cfg: DictConfig, comms: dict[str, Communicator]) -> list[Row]:
     """Return one row per variant of the model called ``name``."""
     torch.manual_seed(0)
-    section = cfg.models[name]
-    module = build(section, f"models.{name}")
+    section = cfg.architectures[name]
+    module = build(section, f"architectures.{name}")
     first = next(iter(comms.values()))
     models = {ALONE: copy.deepcopy(module), TORCH: nn.parallel.DistributedDataParallel(copy.deepcopy(module))}
     for comm_name, comm in comms.items():
@@ -70,16 +71,18 @@ def measure(name: str, cfg: DictConfig, comms: dict[str, Communicator]) -> list[
     return rows
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="bench_step")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="bench_step")
 def bench_step(cfg: DictConfig) -> None:
     """Compare, print, and write bench_step.csv, bench_step.json and bench_step.png."""
+    at_least(cfg, batch_size=1, warmup=0, iterations=1)
+    names = several(cfg, "models", list(cfg.architectures))
     meeting = meet()
     world, store = meeting.world, meeting.job_store()
-    with communicators(cfg.comms) as comms:
+    with communicators(several(cfg, "comms")) as comms:
         dist.init_process_group(
             "gloo", store=store, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=300)
         )
-        rows = [row for name in cfg.models for row in measure(name, cfg, comms)]
+        rows = [row for name in names for row in measure(name, cfg, comms)]
         dist.destroy_process_group()
     if world.rank == 0:
         title = f"{world.world_size} ranks, batch {cfg.batch_size} each, medians of {cfg.iterations} steps"

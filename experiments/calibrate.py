@@ -6,6 +6,7 @@ alpha, beta and gamma come nearest to it. Both work for as many ranks on this ma
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from backends.calibration import Tables, calibrate
 from experiments.bench import sizes
-from experiments.compare import at_least, communicators
-from experiments.run import main
+from experiments.choices import at_least
+from experiments.compare import communicators
+from experiments.run import CONF, main
 from experiments.tables import table
 
 FORMATS = {
@@ -62,11 +64,12 @@ def show(tables: Tables) -> str:
     )
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="calibrate")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="calibrate")
 def experiment(cfg: DictConfig) -> None:
     """Measure, print, and write the presets."""
-    at_least(cfg, min_bytes=4, iterations=1, factor=2, max_bytes=cfg.min_bytes * cfg.factor)
-    with communicators([cfg.transport]) as comms:
+    at_least(cfg, min_bytes=4, iterations=1, factor=2)
+    at_least(cfg, max_bytes=cfg.min_bytes * cfg.factor)
+    with communicators([cfg.transport], "transport") as comms:
         (comm,) = comms.values()
         tables = calibrate(comm, list(sizes(cfg)), cfg.iterations)
         if comm.rank == 0:
@@ -75,7 +78,7 @@ def experiment(cfg: DictConfig) -> None:
             write(directory, name, tables)
             print(f"{cfg.transport}, {comm.world_size} ranks\n{show(tables)}")
             print(f"written: {directory}/network/{name}.yaml")
-            print(f"use it with --config-dir {directory} network={name}", flush=True)
+            print(f"use it with --config-dir {shlex.quote(str(directory))} network={name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 import hydra
 from omegaconf import DictConfig
 
-from experiments.run import main, run
+from experiments.run import CONF, main, run
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="cifar10")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="cifar10")
 def cifar10(cfg: DictConfig) -> float:
     return run(cfg)
 

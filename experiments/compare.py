@@ -13,9 +13,10 @@ from pathlib import Path
 
 import hydra
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
 
+from experiments.choices import check_groups
 from experiments.communicators import build, check_available
 from experiments.tables import Row, table, write_csv, write_json
 from minidist.communicator import Communicator
@@ -26,8 +27,10 @@ Action = Callable[[], None]
 
 
 @contextmanager
-def communicators(names: Sequence[str]) -> Iterator[dict[str, Communicator]]:
+def communicators(names: Sequence[str], key: str = "comms") -> Iterator[dict[str, Communicator]]:
     """Make the communicators that ``names`` (``gloo``, ``ring/mpi``) stand for; close them at the end.
+
+    The names are those of the setting ``key``.
 
     Each rank gets one thread for its arithmetic: what is compared is communication.
 
@@ -38,6 +41,9 @@ def communicators(names: Sequence[str]) -> Iterator[dict[str, Communicator]]:
         raise ConfigError(
             "there is nothing to compare on one rank; start with torchrun --nproc-per-node=2, or mpirun -n 2"
         )
+    check_groups()
+    for name in names:
+        _check_name(name, key)
     torch.set_num_threads(1)
     sections = {name: hydra.compose("config", overrides=_overrides(name)).comm for name in names}
     for section in sections.values():
@@ -46,15 +52,12 @@ def communicators(names: Sequence[str]) -> Iterator[dict[str, Communicator]]:
         yield {name: stack.enter_context(build(section, "comm")) for name, section in sections.items()}
 
 
-def at_least(cfg: DictConfig, **least: float) -> None:
-    """Refuse settings that are too small.
-
-    Raises:
-        ConfigError: naming the setting and what it has to be.
-    """
-    for key, bound in least.items():
-        if cfg[key] < bound:
-            raise ConfigError(f"{key} must be at least {bound}, got {cfg[key]}")
+def _check_name(name: object, key: str) -> None:
+    allowed = GlobalHydra.instance().config_loader().get_group_options("comm")
+    if not isinstance(name, str) or name.split("/")[0] not in allowed:
+        raise ConfigError(
+            f"{key} must be of {', '.join(allowed)}, or a transport beneath one, as in ring/mpi; got {name}"
+        )
 
 
 def _overrides(name: str) -> list[str]:

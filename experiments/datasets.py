@@ -114,6 +114,11 @@ class _EpochSampler(Sampler[int]):
 
     def __init__(self, samples: Samples, sampler: ShardedSampler) -> None:
         self._samples, self._sampler = samples, sampler
+        self.batch_size = sampler.batch_size
+
+    @property
+    def first_batch(self) -> int:
+        return self._sampler.first_batch
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         self._samples.set_epoch(epoch)

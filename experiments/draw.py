@@ -15,11 +15,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
 from experiments.algorithms import schedule_of, schedules_of
+from experiments.choices import check_groups
 from experiments.communicators import build
 from experiments.curves import Curves, over_ranks, over_sizes
 from experiments.diagrams import draw_curves, draw_timeline, spell_bytes, spell_ranks, spell_seconds
 from experiments.page import frames, write_page
-from experiments.run import main
+from experiments.run import CONF, main
 from experiments.tables import multiplied
 from minidist.errors import ConfigError, ScheduleError
 from minidist.network import Network
@@ -157,9 +158,10 @@ def _network() -> str:
     return str(HydraConfig.get().runtime.choices["network"])
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="draw")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="draw")
 def draw(cfg: DictConfig) -> None:
     """Draw a schedule, or the curves of several."""
+    check_groups()
     check(cfg)
     (costs if cfg.curves else picture)(cfg, Path(HydraConfig.get().runtime.output_dir))
 

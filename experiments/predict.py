@@ -19,9 +19,10 @@ from backends.algorithm import AlgorithmCommunicator
 from backends.calibration import Tables, calibrate, slowest_median
 from experiments.algorithms import schedule_of, schedules_of
 from experiments.bench import sizes
+from experiments.choices import at_least, several
 from experiments.communicators import build
-from experiments.compare import at_least, communicators, median, report
-from experiments.run import main
+from experiments.compare import communicators, median, report
+from experiments.run import CONF, main
 from experiments.step_model import MEGABYTE, Profile, profile
 from experiments.tables import Row, table
 from minidist.communicator import Communicator
@@ -108,12 +109,12 @@ def cost(schedule: Schedule, world_size: int, network: Network) -> Callable[[flo
 
 def scale(cfg: DictConfig, step: Profile, network: Network) -> list[Row]:
     """Return the predicted training step by number of ranks, algorithm and size of buckets."""
-    algorithms = {name: schedules_of(name, "all_reduce") for name in cfg.scale_algorithms}
+    algorithms = {name: schedules_of(name, "all_reduce") for name in several(cfg, "scale_algorithms")}
     rows = []
-    for world_size in cfg.world_sizes:
+    for world_size in several(cfg, "world_sizes"):
         for name, schedule_on in algorithms.items():
             costs = cost(schedule_on(world_size), world_size, network)
-            for cap in cfg.bucket_caps_mb:
+            for cap in several(cfg, "bucket_caps_mb"):
                 seconds = step.seconds(cap, costs)
                 values = (world_size, name, cap, seconds * 1e3, (seconds - step.step) * 1e3, step.step / seconds)
                 rows.append(dict(zip(STEP_FORMATS, values, strict=True)))
@@ -126,13 +127,14 @@ def recommended(rows: Sequence[Row]) -> list[Row]:
     return [min((row for row in rows if row["world_size"] == n), key=lambda row: row["step_ms"]) for n in sizes]
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="predict")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="predict")
 def experiment(cfg: DictConfig) -> None:
     """Predict, measure, and print both; then predict what cannot be measured here."""
-    at_least(cfg, min_bytes=4, iterations=1, rounds=1, factor=2, max_bytes=cfg.min_bytes, batch_size=1)
-    with communicators([cfg.transport]) as comms:
+    at_least(cfg, min_bytes=4, iterations=1, rounds=1, factor=2, batch_size=1, world_sizes=1, bucket_caps_mb=1)
+    at_least(cfg, max_bytes=cfg.min_bytes)
+    with communicators([cfg.transport], "transport") as comms:
         (comm,) = comms.values()
-        schedules = {name: schedule_of(name, "all_reduce", comm.world_size) for name in cfg.algorithms}
+        schedules = {name: schedule_of(name, "all_reduce", comm.world_size) for name in several(cfg, "algorithms")}
         measured = measure(cfg, comm, schedules)
         step = profile(build(cfg.model, "model"), list(cfg.model.shape), cfg.batch_size)
         if comm.rank == 0:

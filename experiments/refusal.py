@@ -45,6 +45,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice} is not there to choose; {group} is one of {', '.join(error.options)}"
+    if _first_line(error).startswith("Ambiguous value for argument"):  # a,b without -m
+        return f"{_first_line(error)}; add -m to run each of them, or write a list: [a,b]"
     return str(error) if isinstance(error, CommError | ConfigError) else _first_line(error)
 
 

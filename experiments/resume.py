@@ -23,11 +23,14 @@ def directory(run: Path, comm: Communicator) -> Path:
 
 
 def _find(run: Path) -> str | None:
-    """Run directories sort by time, so the last name is the newest run."""
-    name = HydraConfig.get().job.name
-    earlier = sorted((other for other in run.parent.iterdir() if other.name < run.name), reverse=True)
-    for other in [run, *earlier]:
-        if any((other / CHECKPOINTS).glob("*.pt")) and (other == run or _job_name(other) == name):
+    """Run directories sort by time, so the last name is the newest run; those of a sweep hold one for each job."""
+    hydra = HydraConfig.get()
+    in_sweep = OmegaConf.select(hydra, "job.num", throw_on_missing=False) is not None
+    job = Path(hydra.sweep.subdir if in_sweep else "")
+    whole, name = run.parents[len(job.parts) - 1] if in_sweep else run, hydra.job.name
+    earlier = sorted((other for other in whole.parent.iterdir() if other.name < whole.name), reverse=True)
+    for other in [run, *(other / job for other in earlier)]:
+        if any((other / CHECKPOINTS).glob("step_*.pt")) and (other == run or _job_name(other) == name):
             return str(other / CHECKPOINTS)
     return None
 

@@ -2,8 +2,8 @@
 
 ::
 
-    main ---> hydra composes ---> run ---> check ---> start.run_to_end ---> torchrun or mpirun: main on n ranks
-                                              |
+    main ---> hydra composes ---> run ---> check ---> job.handed_over ---> torchrun or mpirun: main on n ranks,
+                                              |                            each of which takes the job over
                                               +-----> train: this process is a rank
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +20,8 @@ from omegaconf import DictConfig
 
 from backends.rendezvous import run_id
 from backends.thread import spawn_threads
-from experiments import communicators, start
+from experiments import communicators, job, start
+from experiments.choices import check_groups
 from experiments.refusal import FULL_ERROR, REFUSALS, TRACEBACKS, refuse
 from experiments.sweep import RESULTS
 from experiments.train import train
@@ -30,15 +30,19 @@ from minidist.errors import ConfigError
 from minidist.launch import detect
 
 log = logging.getLogger(__name__)
+_HERE = Path(__file__).parent
+CONF = str(_HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf")
+"""The project's configuration: beside experiments/, and inside of it where the project is installed from a wheel."""
 config.register()
 config.register_resolvers(run_id=run_id, rank=lambda: detect().rank)
 
 
-def main(job: Callable[[], None]) -> None:
+def main(experiment: Callable[..., None]) -> None:
     """Run a function that `hydra.main` made; a mistake in the command is one line and not a traceback."""
     os.environ[FULL_ERROR] = "1"  # else Hydra prints the errors of composing itself
+    job.note_command()
     try:
-        job()
+        experiment(job.taken_over())
     except REFUSALS as error:
         if TRACEBACKS:
             raise
@@ -56,6 +60,7 @@ def run(cfg: DictConfig) -> float:
 
 
 def _run(cfg: DictConfig) -> float:
+    check_groups()
     checked = config.check(cfg)
     communicators.check_available(cfg.comm)
     communicators.check_importable(cfg)
@@ -63,7 +68,11 @@ def _run(cfg: DictConfig) -> float:
     if world.launcher != "alone":
         start.die_with_launcher()
         if nproc not in (None, world.world_size) and world.rank == 0:
-            log.warning("launch.nproc=%s has no effect: %s started %s ranks", nproc, world.launcher, world.world_size)
+            log.warning(
+                "launch.nproc=%s has no effect: %s has started the ranks, and their number is %s; leave it out, or "
+                "start with python alone",
+                *(nproc, world.launcher, world.world_size),
+            )
     elif nproc is not None:
         return _start(cfg, checked, nproc)
     return train(cfg, checked)
@@ -79,23 +88,13 @@ def _start(cfg: DictConfig, checked: config.Config, nproc: int) -> float:
         return spawn_threads(lambda: train(cfg, checked), nproc)[0]
     if launcher == "none":
         return train(cfg, checked)
-    arguments = start.command(launcher, nproc, checked.launch.max_restarts, _script())
-    status = start.run_to_end(arguments, start.environment(nproc) | {FULL_ERROR: str(int(TRACEBACKS))})
+    arguments = start.command(launcher, nproc, checked.launch.max_restarts, job.command())
+    with job.handed_over() as variables:
+        status = start.run_to_end(arguments, start.environment(nproc) | variables | {FULL_ERROR: str(int(TRACEBACKS))})
     if status:
         raise SystemExit(status if status > 0 else 128 - status)  # the ranks said why
     results = json.loads((_output_dir() / RESULTS).read_text())
     return float(results["accuracy"])
-
-
-def _script() -> list[str]:
-    """Return this script and the arguments that make a rank compose this job's configuration."""
-    hydra = HydraConfig.get()
-    own = [o for o in hydra.overrides.hydra if not o.startswith(("hydra.mode=", "hydra.run.", "hydra.sweep"))]
-    extra = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
-    config_dir = [argument for path in extra for argument in ("--config-dir", path)]
-    directory = f"hydra.run.dir={_output_dir()}"
-    name = ["--config-name", str(hydra.job.config_name)]
-    return [os.path.abspath(sys.argv[0]), *config_dir, *name, *hydra.overrides.task, *own, directory]
 
 
 def _output_dir() -> Path:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from minidist.errors import BackendUnavailableError
+from minidist.launch import without_launcher
 
 STOP_GRACE_S = 45.0
 """How long ranks have, after a SIGTERM, to write a checkpoint; torchrun itself kills them after 30 s."""
@@ -31,19 +32,23 @@ def command(launcher: str, nproc: int, max_restarts: int, script: Sequence[str])
     """
     if launcher == "mpirun":
         mpirun = _mpirun()
-        oversubscribe = ["--oversubscribe"] if _is_open_mpi(mpirun) else []
-        return [mpirun, *oversubscribe, "-n", str(nproc), sys.executable, *script]
+        # Inside of a Slurm job MPICH would spread the ranks over its hosts, by srun.
+        options = ["--oversubscribe"] if _is_open_mpi(mpirun) else ["-launcher", "fork", "-hosts", "localhost"]
+        return [mpirun, *options, "-n", str(nproc), sys.executable, *script]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*torchrun, f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}", *script]
 
 
 def environment(nproc: int) -> dict[str, str]:
-    """Return this process's environment and what ranks on few cores, and Open MPI as root, need besides."""
+    """Return this process's environment and what ranks on few cores, and Open MPI as root, need besides.
+
+    What is there of the job that this process runs in is left out: it is not who the ranks are.
+    """
     return {
         "OMP_NUM_THREADS": str(threads_per_rank(nproc)),
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        **os.environ,
+        **without_launcher(os.environ),
     }
 
 

@@ -36,6 +36,6 @@ class SweepTable(Callback):
 
 
 def read_results(directory: Path) -> list[dict[str, Any]]:
-    """Return what the jobs of a sweep wrote, in their order."""
-    paths = sorted(directory.glob(f"*/{RESULTS}"), key=lambda path: (len(path.parent.name), path.parent.name))
-    return [json.loads(path.read_text()) for path in paths]
+    """Return what the jobs of a sweep wrote, in their order; a name with a slash is a directory in a directory."""
+    results = [json.loads(path.read_text()) for path in directory.rglob(RESULTS)]
+    return sorted(results, key=lambda job: job["number"])

@@ -14,9 +14,10 @@ from omegaconf import DictConfig
 from backends.algorithm import AlgorithmCommunicator
 from backends.traced import TracedCommunicator, timed
 from experiments.algorithms import schedule_of
-from experiments.compare import at_least, communicators
+from experiments.choices import at_least
+from experiments.compare import communicators
 from experiments.diagrams import draw_timeline
-from experiments.run import main
+from experiments.run import CONF, main
 from minidist.communicator import Communicator
 from minidist.network import Flat
 from minidist.schedule import Schedule, chunks_of
@@ -36,10 +37,10 @@ def trace(comm: Communicator, schedule: Schedule, nbytes: int, warmup: int) -> l
     return timed(simulate(schedule, comm.world_size, nbytes, Flat(1, 0), record=True).messages, logs)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="trace")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="trace")
 def experiment(cfg: DictConfig) -> None:
     """Run, and write trace.png and trace.svg."""
-    with communicators([cfg.transport]) as comms:
+    with communicators([cfg.transport], "transport") as comms:
         (comm,) = comms.values()
         schedule = schedule_of(cfg.algorithm, "all_reduce", comm.world_size)
         # A chunk without elements is not sent, and would be missing in the picture.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -143,6 +143,7 @@ def _write_results(directory: Path, summary: Summary, world_size: int, data_name
     job = HydraConfig.get().job
     results = {
         "job": job.override_dirname or job.name,
+        "number": OmegaConf.select(job, "num", throw_on_missing=False),
         "comm": comm_name(),
         "world_size": world_size,
         "data": data_name,

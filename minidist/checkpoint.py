@@ -21,14 +21,16 @@ import torch
 
 from minidist.communicator import Communicator
 from minidist.errors import CheckpointError
+from minidist.storable import original, storable
 
+_KEYS = {"step", "signature", "shared", "locals", "world_size"}
 Signature = dict[str, str]
 """What a checkpoint has to have in common with the training that it goes on in: name of a part, kind of it."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds, as one rank sees it: dicts, lists, tuples, numbers, strings and tensors only.
+    """What a checkpoint holds, as one rank sees it: what `minidist.storable` takes.
 
     Attributes:
         step: optimizer steps so far; names the file.
@@ -76,18 +78,17 @@ class Checkpoints:
         """Write ``state``, then delete the oldest files; returns the new one's path once it is safe on disk.
 
         Raises:
-            CheckpointError: it could not be written, on every rank; the older checkpoints are untouched.
+            CheckpointError: it could not be written, or holds what could not be read back; on every rank. The
+                older checkpoints are untouched.
         """
         path = self.directory / f"step_{state.step:08d}.pt"
-        content = {
-            "step": state.step,
-            "signature": state.signature,
-            "shared": state.shared,
-            "locals": self._comm.all_gather_object(state.local),
-            "world_size": self._comm.world_size,
-        }
+        content = self._content(state, "Checkpoints.save")
         self._on_rank_0("Checkpoints.save", lambda: self._write(path, content))
         return path
+
+    def check(self, state: State) -> None:
+        """Raise what `save` would raise of this state before it writes: now, instead of after an hour of training."""
+        self._content(state, "Checkpoints")
 
     def load(self, signature: Signature) -> State | None:
         """Return the newest state that is whole, if it has this ``signature``; None where there is none.
@@ -95,18 +96,40 @@ class Checkpoints:
         Files that were cut or damaged are passed over with a warning that names them.
 
         Raises:
-            CheckpointError: it is of another model, optimizer or world size, or cannot be read; on every rank.
+            CheckpointError: it is of another model, optimizer or world size, or cannot be read, or there are
+                files and all of them are damaged; on every rank.
         """
         data = self._on_rank_0("Checkpoints.load", self._read_newest)
         if data is None:
             return None
         content = _load(data)
         self._check_fits(content, signature)
-        return State(content["step"], signature, content["shared"], content["locals"][self._comm.rank])
+        local = content["locals"][self._comm.rank]
+        return State(content["step"], signature, original(content["shared"]), original(local))
 
     def refuse_existing(self) -> None:
         """Raise CheckpointError, on every rank, if the directory holds checkpoints of an earlier run."""
         self._on_rank_0("Checkpoints", self._refuse_existing)
+
+    def _content(self, state: State, operation: str) -> dict[str, Any]:
+        """Return what goes into the file, where every rank's part of it can be read back."""
+        shared, local, problem = None, None, ""
+        try:
+            shared = storable(state.shared) if self._comm.rank == 0 else None
+            local = storable(state.local)
+        except CheckpointError as error:
+            problem = str(error)
+        parts = self._comm.all_gather_object((local, problem))
+        for rank, (_, problem) in enumerate(parts):
+            if problem:
+                raise CheckpointError(f"{self._comm.who(operation)}: on rank {rank}, {problem}")
+        return {
+            "step": state.step,
+            "signature": state.signature,
+            "shared": shared,
+            "locals": [local for local, _ in parts],
+            "world_size": self._comm.world_size,
+        }
 
     def _check_fits(self, content: dict[str, Any], given: Signature) -> None:
         who = f"{self._comm.who('Checkpoints.load')}: the checkpoint of step {content['step']} in {self.directory}"
@@ -176,11 +199,19 @@ class Checkpoints:
             old.unlink()
 
     def _read_newest(self) -> bytes | None:
-        for path in reversed(self._paths()):
+        paths = self._paths()
+        for place, path in reversed(list(enumerate(paths))):
             data = path.read_bytes()
             if _is_whole(data):
+                _check_loads(data, path)
                 return data
-            warnings.warn(f"the checkpoint {path} is damaged or cut short; using the one before it", stacklevel=2)
+            if place:
+                warnings.warn(f"the checkpoint {path} is damaged or cut short; using the one before it", stacklevel=2)
+        if paths:
+            raise CheckpointError(
+                f"{paths[0]} is damaged or cut short, and there is no whole checkpoint in {self.directory} "
+                f"({len(paths)} damaged); bring one back, or move them away to begin again from step 0"
+            )
         return None
 
     def _refuse_existing(self) -> None:
@@ -192,15 +223,27 @@ class Checkpoints:
 
 
 def _is_whole(data: bytes) -> bool:
-    """Return whether ``data`` can be loaded and its checksums are right, which loading alone does not look at."""
+    """Return whether nothing of ``data`` was cut or changed, by its checksums, which loading does not look at."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if archive.testzip() is not None:
-                return False
-        _load(data)
+            return archive.testzip() is None
     except Exception:  # bytes can be wrong in many ways, and nearly each has its own exception
         return False
-    return True
+
+
+def _check_loads(data: bytes, path: Path) -> None:
+    """Say why a file that is whole cannot be used: it was written by something else, or by an older version."""
+    try:
+        missing = _KEYS - _load(data).keys()
+    except Exception as error:  # whatever a pickle may raise
+        found = re.search(r"WeightsUnpickler error: (.*?)(\. |$)", str(error), re.MULTILINE)
+        reason = found[1] if found else next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"{path} is whole, but cannot be loaded: {reason}; it was not written by this version of minidist. "
+            "Move it away to go on from the one before it"
+        ) from error
+    if missing:
+        raise CheckpointError(f"{path} is no checkpoint of minidist: it has no {min(missing)}; move it away")
 
 
 def _load(data: bytes) -> dict[str, Any]:

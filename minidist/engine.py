@@ -11,16 +11,16 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from minidist.checkpoint import Checkpoints
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
+from minidist.learning_rate import LearningRate, Scheduler
 from minidist.metrics import Metrics, MetricSums
 from minidist.position import Batch, Loader, Position
 from minidist.report import Report, Summary
 from minidist.resume import Resumption
-from minidist.settings import check_settings
+from minidist.settings import check_fit, check_settings
 from minidist.status import Status
 
 
@@ -34,7 +34,9 @@ class Engine:
         optimizer: over the model's parameters.
         loss_fn: ``loss_fn(outputs, targets)``, the mean over the samples of a batch.
         comm: the ranks that train.
-        scheduler: stepped once per optimizer step, not per epoch.
+        scheduler: stepped once per optimizer step, not per epoch: ``StepLR(optimizer, 30)`` means 30 steps, and 30
+            epochs are ``StepLR(optimizer, 30 * len(train_loader))``. ReduceLROnPlateau alone is stepped once per
+            epoch, with the loss of its evaluation.
         device: where batches are moved to.
         accumulation_steps: batches per optimizer step, each with the same weight; the last step of an epoch
             may have fewer. Only the last batch of a step communicates.
@@ -57,7 +59,7 @@ class Engine:
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         comm: Communicator,
         *,
-        scheduler: LRScheduler | None = None,
+        scheduler: Scheduler | None = None,
         device: torch.device | str = "cpu",
         accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
@@ -69,12 +71,14 @@ class Engine:
     ) -> None:
         check_settings(accumulation_steps, log_every, max_grad_norm, autocast_dtype)
         self.model, self.optimizer, self.loss_fn, self.comm = model, optimizer, loss_fn, comm
-        self.scheduler, self.device = scheduler, torch.device(device)
+        self.scheduler, self.learning_rate = scheduler, LearningRate(scheduler, optimizer)
+        self.device, self.autocast_dtype = torch.device(device), autocast_dtype
         self.accumulation_steps, self.max_grad_norm, self.log_every = accumulation_steps, max_grad_norm, log_every
-        self.autocast_dtype, self.report = autocast_dtype, report or Report(None, comm.rank, progress=False)
+        self.report = report or Report(None, comm.rank, progress=False)
         self.position, self.status = Position(), Status(comm)
-        parts = model.module, optimizer, scheduler, self.position, self.status
-        self.resumption = Resumption(checkpoints, resume, *parts)
+        self.resumption = Resumption(
+            checkpoints, resume, model.module, optimizer, scheduler, self.position, self.status
+        )
 
     def fit(self, train_loader: Loader, epochs: int, eval_loader: Iterable[Batch] | None = None) -> Summary:
         """Train until ``epochs`` epochs are complete, those before a resume included.
@@ -87,10 +91,13 @@ class Engine:
         begin anew. What worker processes draw is exact without ShardedSampler only (see `minidist.position`).
 
         Raises:
-            ValueError: the loaders differ in length.
+            ValueError: the loaders differ in length, have no batch, or other numbers of batches than they say; or
+                the scheduler wants an evaluation, and there is none.
             FloatingPointError: a loss is not finite.
             CheckpointError: a checkpoint cannot be written, or does not fit.
         """
+        check_fit(epochs, eval_loader, self.comm)
+        self.learning_rate.check(eval_loader)
         self.resumption.start()
         with self.status.stop_signal:
             while self.position.epoch < epochs and not self.status.stopping:
@@ -122,7 +129,8 @@ class Engine:
                 return
         self._exchange_if_due(at_end=True)
         if eval_loader is not None:
-            status.metrics = self.evaluate(eval_loader)
+            status.evaluated(self.evaluate(eval_loader))
+            self.learning_rate.end_epoch(status.metrics)
         self.report.end_epoch(position, status)
         position.end_epoch()
         self.resumption.save()
@@ -140,8 +148,7 @@ class Engine:
             # Every rank has the same gradients by now, and hence the same norm.
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
-        if self.scheduler is not None:
-            self.scheduler.step()
+        self.learning_rate.step()
 
     def _forward(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)

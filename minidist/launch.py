@@ -45,17 +45,38 @@ _VARIABLES = {
     "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
 
+# What of a world of one rank says that a launcher was used: RANK and WORLD_SIZE may be left over in a shell, Slurm's
+# PMI sets rank and size in each of its steps, and a step of one task is what `srun --pty bash` is.
+_STARTED_ON_PURPOSE: dict[str, tuple[str, ...]] = {
+    "torchrun": ("TORCHELASTIC_RUN_ID", "LOCAL_RANK"),
+    "openmpi": ("OMPI_COMM_WORLD_RANK",),
+    "mpich": ("MPI_LOCALRANKID",),
+    "slurm": (),
+}
+
 
 def detect(environ: Mapping[str, str] = os.environ) -> World:
-    """Return who this process is, from the environment that its launcher set; alone without one."""
+    """Return who this process is, from the environment that its launcher set; alone without one.
+
+    A shell or a notebook in a job looks like a world of one rank, though nobody launched ranks: of such a world the
+    launcher has to have left more than its rank and size.
+    """
     for launcher, (rank, size, *others) in _VARIABLES.items():
         if rank in environ and size in environ:
+            if _number(environ[size]) == 1 and not any(name in environ for name in _STARTED_ON_PURPOSE[launcher]):
+                continue
             fields = ("rank", "world_size", "local_rank", "local_world_size", "restarts")
             names = dict(zip(fields, (rank, size, *others), strict=False))
             return World(
                 launcher, **{field: _number(environ[name]) for field, name in names.items() if name in environ}
             )
     return World("alone")
+
+
+def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return ``environ`` without what `detect` reads: for ranks that are started anew from here."""
+    names = {name for names in _VARIABLES.values() for name in names}
+    return {name: value for name, value in environ.items() if name not in names}
 
 
 def _number(value: str) -> int:

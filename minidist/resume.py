@@ -46,6 +46,7 @@ class Resumption:
                 self._checkpoints.refuse_existing()
             elif (state := self._checkpoints.load(self._signature())) is not None:
                 self._restore(state)
+            self._checkpoints.check(self._state())
         self._status.start(self._position.step)
 
     def due(self, step: int) -> bool:
@@ -54,8 +55,11 @@ class Resumption:
 
     def save(self) -> None:
         """Save where training stands, right after a status exchange."""
-        if self._checkpoints is None:
-            return
+        if self._checkpoints is not None:
+            self._checkpoints.save(self._state())
+            self._status.restart_clock()
+
+    def _state(self) -> State:
         shared = {
             "model": self._module.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -65,8 +69,7 @@ class Resumption:
         # On the CPU, since another rank's GPU may not exist where rank 0 unpickles.
         buffers = {name: buffer.cpu() for name, buffer in self._module.named_buffers()}
         local = {"position": self._position.state(), "buffers": buffers}
-        self._checkpoints.save(State(self._position.step, self._signature(), shared, local))
-        self._status.restart_clock()
+        return State(self._position.step, self._signature(), shared, local)
 
     def _restore(self, state: State) -> None:
         self._module.load_state_dict(state.shared["model"])

@@ -143,6 +143,19 @@ class Status:
         self._first_bad_step = torch.where(loss.isfinite(), first_bad_step, first_bad_step.clamp(max=step))
         self._num_samples += num_samples
 
+    def evaluated(self, metrics: Metrics) -> None:
+        """Note an evaluation between epochs.
+
+        Raises:
+            ValueError: on every rank, if it saw no sample.
+        """
+        if not metrics.num_samples:
+            raise ValueError(
+                f"{self._comm.who('Engine.fit')}: the eval_loader gave no sample on any rank; "
+                "give one that can be read again in each epoch, such as a DataLoader or a list"
+            )
+        self.metrics = metrics
+
     def take_line(self) -> Tally:
         """Return the tally for a log line and begin the next one."""
         line, self.line = self.line, Tally()

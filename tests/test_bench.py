@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from backends.thread import ThreadCommunicator, run_threads
 from experiments.bench import check, sizes
+from experiments.choices import at_least, several
 from experiments.collectives import BUSBW, Collective
 from experiments.compare import communicators
 from experiments.pictures import draw_bandwidth, draw_steps
 from experiments.tables import table, write_csv, write_json
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
-from tests.test_commands import ROOT, only_run, run
+from tests.test_commands import ROOT, environment, only_run, run
 
 CONF = ROOT / "conf" / "bench.yaml"
 
@@ -82,6 +85,74 @@ def test_settings_that_mean_nothing_are_refused(changes: dict[str, object], mess
     check(config())
     with pytest.raises(ConfigError, match=message):
         check(config(**changes))
+
+
+ALLOWED = ["cnn", "mlp"]
+
+
+@pytest.mark.parametrize(("given", "names"), [(["mlp", "cnn"], ["mlp", "cnn"]), (["cnn"], ["cnn"]), ("cnn", ["cnn"])])
+def test_a_choice_of_several_is_a_list(given: object, names: list[str]) -> None:
+    assert several(DictConfig({"models": given}), "models", ALLOWED) == names
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], r"models must be a list of one or more values, got \[\]; write models=\[cnn,mlp\]"),
+        (None, "models must be a list of one or more values, got None"),
+        ({"cnn": 1}, "models must be a list of one or more values, got {'cnn': 1}"),
+        (["cnn", "vgg"], "models must be of cnn, mlp, got vgg"),
+        ("cnn mlp", "models must be of cnn, mlp, got cnn mlp"),
+        (["cnn", "cnn"], r"models has cnn twice: \[cnn, cnn\]"),
+    ],
+)
+def test_a_wrong_choice_is_refused_with_what_there_is(given: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        several(DictConfig({"models": given}), "models", ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([4, 0], "world_sizes must be at least 1, got 0"),
+        (0, "world_sizes must be at least 1, got 0"),
+        (["many"], "world_sizes must be a number of at least 1, got many"),
+        (True, "world_sizes must be a number of at least 1, got True"),
+    ],
+)
+def test_numbers_are_checked_alone_and_in_lists(given: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        at_least(DictConfig({"world_sizes": given}), world_sizes=1)
+
+
+@pytest.mark.timeout(300)
+def test_bench_step_measures_the_models_that_are_chosen(tmp_path: Path) -> None:
+    small = ("architectures.mlp.width=16", "architectures.cnn.width=2", "batch_size=2", "warmup=0", "iterations=1")
+    command = ("torchrun", "--nproc-per-node=2", str(ROOT / "experiments" / "bench_step.py"), "models=[cnn,mlp]")
+    done = run(tmp_path, *command, "comms=gloo", *small)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((only_run(tmp_path) / "bench_step.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["cnn"] * 3 + ["mlp"] * 3
+
+
+@pytest.mark.parametrize(
+    ("script", "setting", "message"),
+    [
+        ("bench", "comms=[gloo,telepathy]", "comms must be of auto, binomial, bruck,"),
+        ("calibrate", "transport=[gloo,shm]", "transport must be of auto, binomial, bruck,"),
+        ("predict", "model=[cnn,mlp]", "model must be one choice, got [cnn,mlp]"),
+        ("draw", "network=[flat,torus]", "network must be one choice, got [flat,torus]"),
+    ],
+)
+def test_every_program_says_what_there_is_to_choose(script: str, setting: str, message: str, tmp_path: Path) -> None:
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / f"{script}.py"), setting, f"hydra.run.dir={tmp_path}/run"],
+        cwd=tmp_path, env=environment() | alone, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"error: {message}" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_sizes_are_powers_of_the_factor() -> None:

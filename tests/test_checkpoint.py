@@ -1,11 +1,13 @@
 """Checkpoint files: whole or absent, the newest whole one is used, and what does not fit is refused everywhere."""
 
 import json
+import math
 import random
+import re
 import signal
 import subprocess
 import sys
-import warnings
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -102,13 +104,129 @@ def test_damaged_file_is_passed_over_with_a_warning(tmp_path, damage):
 def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
     checkpoints = Checkpoints(tmp_path, SerialCommunicator())
     path = checkpoints.save(state(3))
-    data = path.read_bytes()
+    data, noticed = path.read_bytes(), 0
     for place in random.Random(0).sample(range(len(data)), 200):
         path.write_bytes(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = checkpoints.load(SIGNATURE)
-        assert loaded is None or torch.equal(loaded.shared["weight"], torch.full((3,), 3.0))
+        try:
+            assert torch.equal(checkpoints.load(SIGNATURE).shared["weight"], torch.full((3,), 3.0))
+        except CheckpointError:
+            noticed += 1
+    assert noticed > 50
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_training_never_begins_again_where_all_checkpoints_are_damaged(tmp_path, world_size):
+    for step in (2, 3):
+        (tmp_path / f"step_{step:08d}.pt").write_bytes(b"half")
+    with pytest.warns(UserWarning, match=r"step_00000003\.pt is damaged or cut short; using the one before it"):
+        messages = on_every_rank(lambda comm: Checkpoints(tmp_path, comm).load(SIGNATURE), world_size)
+    for message in messages:
+        assert "step_00000002.pt is damaged or cut short, and there is no whole checkpoint" in message
+        assert "(2 damaged); bring one back, or move them away to begin again" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"lr": np.float64(0.1)}, r"Unsupported global: GLOBAL numpy._core.multiarray.scalar"),
+        ({"path": Path("there")}, r"Unsupported global: GLOBAL pathlib"),
+        ({"weight": torch.zeros(3)}, "is no checkpoint of minidist: it has no "),
+        ([1, 2], "cannot be loaded: "),
+    ],
+    ids=["numpy", "object", "weights", "list"],
+)
+def test_whole_file_that_cannot_be_loaded_is_not_called_damaged(tmp_path, content, reason):
+    """Nor is it passed over: what it holds may be days of training."""
+    checkpoints = Checkpoints(tmp_path, SerialCommunicator())
+    checkpoints.save(state(2))
+    torch.save(content, tmp_path / "step_00000003.pt")
+    for message in on_every_rank(lambda comm: Checkpoints(tmp_path, comm).load(SIGNATURE), 2):
+        assert "step_00000003.pt is " in message
+        assert "damaged" not in message
+        assert re.search(reason, message)
+
+
+# What can be stored -----------------------------------------------------------------------------
+
+
+NUMPY_VALUES = [
+    *(
+        np.array([1.1, 0, 3.7]).astype(dtype)[0]
+        for dtype in ("f2", "f4", "f8", "g", ">f8", "c16", "i1", "u4", "i8", "?")
+    ),
+    np.float64("nan"),
+    np.str_("word"),
+    np.datetime64("2026-01-02T03:04"),
+    np.arange(6.0, dtype=np.float32).reshape(2, 3),
+    np.arange(6).reshape(2, 3).T,
+    np.zeros((2, 0), np.int16),
+    np.array(3.0),
+]
+
+
+@pytest.mark.parametrize("value", NUMPY_VALUES, ids=lambda value: f"{type(value).__name__}-{value.dtype}")
+def test_values_of_numpy_come_back_as_they_were(tmp_path, value):
+    checkpoints = Checkpoints(tmp_path, SerialCommunicator())
+    shared = {"lr": value, "groups": [{"betas": (value, 0.999)}], "state": OrderedDict(x=value)}
+    path = checkpoints.save(State(3, SIGNATURE, shared, {"mine": value}))
+    loaded = checkpoints.load(SIGNATURE)
+    group = loaded.shared["groups"][0]
+    assert type(group["betas"]) is tuple
+    assert type(loaded.shared["state"]) is OrderedDict
+    for got in (loaded.shared["lr"], group["betas"][0], loaded.shared["state"]["x"], loaded.local["mine"]):
+        assert type(got) is type(value)
+        assert (got.dtype, got.shape, got.tobytes()) == (value.dtype, value.shape, value.tobytes())
+    assert torch.load(path, weights_only=True)["step"] == 3
+    assert shared["lr"] is value
+
+
+def test_what_torch_reads_back_comes_back_as_it_was(tmp_path):
+    weights = torch.nn.BatchNorm1d(2).state_dict()
+    shared = {
+        "weights": weights,
+        "milestones": Counter({np.int64(30): 2, 80: 1}),
+        "set": {1, 2},
+        "dtype": [torch.bfloat16, torch.device("cpu"), torch.Size([2]), None, True, 2**70, 1j, b"x", math.inf],
+        3: ((), [], {}),
+    }
+    checkpoints = Checkpoints(tmp_path, SerialCommunicator())
+    checkpoints.save(State(3, SIGNATURE, shared, {}))
+    loaded = checkpoints.load(SIGNATURE).shared
+    assert {key: loaded[key] for key in loaded if key != "weights"} == {
+        key: shared[key] for key in shared if key != "weights"
+    }
+    assert loaded["milestones"][30] == 2
+    assert loaded["weights"]._metadata == weights._metadata
+
+
+class Custom:
+    """Something that a user's scheduler keeps."""
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (lambda step: 1.0, "a function, which could not be read back"),
+        (Custom(), f"a {Custom.__module__}.Custom, which could not be read back"),
+        (np.cos, r"a numpy.ufunc, which could not be read back"),
+        (defaultdict(int), "a collections.defaultdict, which could not be read back"),
+        (np.array([None]), "a numpy.ndarray, of dtype object"),
+        (np.zeros(2, [("a", int)])[0], "a numpy.void, of dtype"),
+    ],
+    ids=["lambda", "object", "ufunc", "defaultdict", "objects", "record"],
+)
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_what_could_not_be_read_back_is_refused_by_name_before_anything_is_written(tmp_path, value, kind, world_size):
+    def save(comm, shared, local):
+        Checkpoints(tmp_path, comm).save(State(3, SIGNATURE, shared, local))
+
+    shared = {"optimizer": {"param_groups": [{"lr": 0.1}, {"lr": value}]}}
+    for message in on_every_rank(lambda comm: save(comm, shared, {}), world_size):
+        assert f"on rank 0, optimizer.param_groups.1.lr is {kind}" in message
+    last = world_size - 1
+    for message in on_every_rank(lambda comm: save(comm, {}, {"own": value if comm.rank == last else 1}), world_size):
+        assert f"on rank {last}, own is {kind}" in message
+    assert names(tmp_path) == []
 
 
 def test_left_over_temporary_is_no_checkpoint_and_goes(tmp_path):

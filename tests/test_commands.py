@@ -33,8 +33,7 @@ pytestmark = pytest.mark.timeout(300)
 
 def environment() -> dict[str, str]:
     """The environment of a shell in which the virtual environment is active."""
-    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return own | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def words(value: object) -> str | None:
@@ -111,6 +110,40 @@ def test_launch_threads(tmp_path: Path) -> None:
     check_run(only_run(tmp_path), "thread", 3, rank_files=1)
 
 
+IN_A_JOB = {
+    "SLURM_JOB_ID": "5",
+    "SLURM_JOBID": "5",
+    "SLURM_NODELIST": "node[1-2]",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_NNODES": "2",
+    "SLURM_TASKS_PER_NODE": "1(x2)",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "1",
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+}
+
+
+@pytest.mark.parametrize("comm", ["gloo", "mpi"])
+def test_a_shell_in_a_job_starts_ranks_on_its_own_machine(
+    comm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in IN_A_JOB.items():
+        monkeypatch.setenv(name, value)
+    done = run(tmp_path, "python", MNIST, f"comm={comm}", "launch.nproc=2", *TINY)
+    assert done.returncode == 0, done.stderr
+    check_run(only_run(tmp_path), comm, 2)
+
+
+def test_the_number_of_ranks_is_the_launchers_where_there_is_one(tmp_path: Path) -> None:
+    done = run(tmp_path, "torchrun", "--nproc-per-node=1", MNIST, "launch.nproc=2", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert "launch.nproc=2 has no effect: torchrun has started the ranks, and their number is 1; leave" in done.stderr
+    check_run(only_run(tmp_path), "gloo", 1)
+
+
 def test_the_other_experiment(tmp_path: Path) -> None:
     done = run(tmp_path, "python", str(ROOT / "experiments" / "cifar10.py"), *TINY, "optim.nesterov=false")
     assert done.returncode == 0, done.stderr
@@ -157,6 +190,13 @@ def check_sweep(directory: Path, stdout: str, jobs: list[tuple[str, int]]) -> No
         (("engine.epoch=1",), "error: engine.epoch is not a setting; engine has epochs, accumulation_steps"),
         (("engine.epochs=two",), "error: engine.epochs: Value 'two' of type 'str' could not be converted to Integer"),
         (("comm=telepathy",), "error: comm=telepathy is not there to choose; comm is one of auto, binomial,"),
+        (
+            ("comm=[gloo,ring]",),
+            "error: comm must be one choice, got [gloo,ring]; to run each of them: -m comm=gloo,ring",
+        ),
+        (("model=[mlp]",), "error: model must be one choice, got [mlp]"),
+        (("comm=ring", "comm/transport=[gloo,mpi]"), "error: comm/transport must be one choice, got [gloo,mpi]"),
+        (("comm=gloo,ring",), "error: Ambiguous value for argument 'comm=gloo,ring'; add -m to run each of them"),
         (("comm=serial",), "error: launch.nproc=2: backends.serial.SerialCommunicator is one rank alone;"),
         (("comm.colour=red",), "error: comm.colour is not a setting; comm has timeout_s, segment_bytes"),
         (("model._target_=no.such.model",), "error: model._target_=no.such.model cannot be imported: "),
@@ -205,6 +245,18 @@ def test_ranks_die_with_the_one_who_started_them(comm: str, tmp_path: Path) -> N
     with started(tmp_path, "python", MNIST, f"comm={comm}", *LONG) as process:
         process.kill()
         process.communicate(timeout=60)  # ends once the last of them has closed its standard output
+
+
+def test_a_job_of_a_sweep_goes_on_from_itself_and_not_from_the_job_before(tmp_path: Path) -> None:
+    sweep = ("python", MNIST, "-m", "optim.lr=0.1,0.2", "engine.resume=true", *TINY)
+    first = run(tmp_path, *sweep)
+    assert first.returncode == 0, first.stderr
+    assert first.stderr.count("no earlier run has a checkpoint; starting anew") == 2
+    directory = only_run(tmp_path, "multirun/*")
+    again = run(tmp_path, *sweep, "engine.epochs=2")
+    assert again.returncode == 0, again.stderr
+    for number in range(2):
+        assert f"going on from {directory / str(number) / 'checkpoints'}" in again.stderr
 
 
 @pytest.mark.slow

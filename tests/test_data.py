@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from backends.serial import SerialCommunicator
 from backends.thread import run_threads
 from experiments import data
 from experiments.datasets import Images, Synthetic, loader
+from minidist.communicator import Communicator
 from minidist.config import DataConfig, SyntheticConfig
 from minidist.errors import ConfigError
+from minidist.position import Position
 
 
 @pytest.fixture
@@ -150,3 +153,49 @@ def test_loaders_leave_the_global_generator_alone() -> None:
     for _ in loader(Synthetic((1,), 2, range(4), seed=0), 0, 1, 2, 0, train=True, seed=0):
         continue
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# The middle of an epoch -------------------------------------------------------------------------
+
+
+class Counted(Images):
+    """Notes which samples it is asked for."""
+
+    asked: list[int]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        self.asked += indices
+        return super().__getitems__(indices)
+
+
+def counted() -> Counted:
+    pixels = torch.arange(30 * 8 * 8).remainder(251).to(torch.uint8).view(30, 1, 8, 8)
+    samples = Counted(pixels, torch.arange(30), (0.5,), (0.5,), augment_seed=7)
+    samples.asked = []
+    return samples
+
+
+def batches_of(loader: Any, comm: Communicator, epoch: int, first_batch: int) -> list[tuple[torch.Tensor, ...]]:
+    """What training takes from a loader when it goes on there."""
+    return [batch for (batch,) in Position(epoch, first_batch).steps(loader, 1, comm)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(("epoch", "first_batch"), [(0, 2), (1, 3), (1, 5)])
+def test_a_loader_begins_where_training_goes_on_and_asks_for_no_sample_before(
+    num_workers: int, epoch: int, first_batch: int
+) -> None:
+    def job(comm: Communicator) -> None:
+        def run(first_batch: int) -> tuple[list[tuple[torch.Tensor, ...]], list[int]]:
+            samples = counted()
+            train = loader(samples, comm.rank, 2, 3, num_workers, train=True, seed=1)
+            return batches_of(train, comm, epoch, first_batch), samples.asked
+
+        (whole, all_asked), (rest, asked) = run(0), run(first_batch)
+        assert len(rest) == 5 - first_batch
+        for (images, labels), (expected, names) in zip(rest, whole[first_batch:], strict=True):
+            assert torch.equal(images, expected)
+            assert torch.equal(labels, names)
+        assert num_workers or asked == all_asked[3 * first_batch :]
+
+    run_threads(job, 2)

@@ -5,6 +5,7 @@ import math
 import re
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -262,6 +263,25 @@ def test_one_rank_asked_to_stop_stops_all_after_the_same_step(tmp_path, world_si
         assert all(map(torch.equal, left, right))
 
 
+def test_what_no_checkpoint_can_hold_is_refused_before_training(tmp_path):
+    class Schedule:
+        def __init__(self):
+            self.wave = np.cos
+
+        def __call__(self, step):
+            return self.wave(step)
+
+    def job(comm):
+        model = DistributedDataParallel(make_model(), comm)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule())
+        options = {"scheduler": scheduler, "checkpoints": Checkpoints(tmp_path, comm)}
+        Engine(model, optimizer, nn.functional.cross_entropy, comm, **options).fit(shard(comm, samples()), epochs=1)
+
+    for message in failures(job, 2, CheckpointError):
+        assert "on rank 0, scheduler.lr_lambdas.0.wave is a numpy.ufunc, which could not be read back" in message
+
+
 def test_handler_of_sigterm_is_put_back():
     seen = []
 
@@ -299,22 +319,6 @@ def test_checkpoint_of_another_optimizer_or_model_is_refused(tmp_path):
     other = nn.Sequential(nn.Linear(NUM_FEATURES, 4)).double()
     for message in failures(lambda comm: job(comm, other, torch.optim.SGD), 2, CheckpointError):
         assert "0.weight is float64[8, 5] there and float64[4, 5] here" in message
-
-
-def test_loaders_of_different_lengths_are_refused():
-    def job(comm):
-        batch = samples().tensors
-        make_engine(comm).fit([batch] * (2 + comm.rank), epochs=1)
-
-    for message in failures(job, 2, ValueError):
-        assert "same number of batches, got [2, 3]; use ShardedSampler with pad=True" in message
-
-
-def test_batch_size_of_loader_and_sampler_must_agree():
-    sampler = ShardedSampler(NUM_SAMPLES, 0, 1, 5, shuffle=False)
-    engine = make_engine(SerialCommunicator())
-    with pytest.raises(ValueError, match="the loader's batch_size is 6, its sampler's 5; give both the same"):
-        engine.fit(DataLoader(samples(), 6, sampler=sampler), epochs=1)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
+from backends.serial import SerialCommunicator
+from minidist.position import Position
 from minidist.sampler import ShardedSampler
 
 SIZES = [1, 2, 3, 7, 8, 9, 100]
@@ -91,3 +93,115 @@ def test_all_ranks_together_take_the_joined_batches_of_one_process():
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         ShardedSampler(*arguments, shuffle=True)
+
+
+# Where the order of a loader comes from -----------------------------------------------------------
+
+
+class Asked(Dataset):
+    """Notes which samples it is asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return index
+
+
+class Batches:
+    """A batch sampler of one's own, without a batch size."""
+
+    def __init__(self, sampler):
+        self.own = sampler
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        return iter(BatchSampler(self.own, 3, drop_last=False))
+
+    def set_epoch(self, epoch):
+        self.own.set_epoch(epoch)
+
+
+class SeekableBatches(Batches):
+    """One that can begin anywhere."""
+
+    batch_size = 3
+    first_batch = 0
+
+    def set_epoch(self, epoch, first_batch=0):
+        self.first_batch = first_batch
+        self.own.set_epoch(epoch, first_batch)
+
+
+class Wrapper:
+    """What is put around a loader, such as a prefetcher."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
+class Delegating(Wrapper):
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+
+class Telling(Wrapper):
+    def set_epoch(self, epoch):
+        self.loader.sampler.set_epoch(epoch)
+
+
+def order():
+    return ShardedSampler(24, 0, 1, 3, shuffle=True, seed=2)
+
+
+def distributed():
+    return DistributedSampler(range(24), 1, 0, seed=2)
+
+
+LOADERS = {
+    "sampler": (lambda data: DataLoader(data, 3, sampler=order()), True),
+    "batch-sampler": (lambda data: DataLoader(data, batch_sampler=BatchSampler(order(), 3, False)), True),
+    "seekable-batches": (lambda data: DataLoader(data, batch_sampler=SeekableBatches(order())), True),
+    "batches-of-ones-own": (lambda data: DataLoader(data, batch_sampler=Batches(order())), False),
+    "torchs-sampler": (lambda data: DataLoader(data, 3, sampler=distributed()), False),
+    "torchs-in-batch-sampler": (
+        lambda data: DataLoader(data, batch_sampler=BatchSampler(distributed(), 3, False)),
+        False,
+    ),
+    "delegating": (lambda data: Delegating(DataLoader(data, 3, sampler=order())), False),
+    "telling": (lambda data: Telling(DataLoader(data, 3, sampler=order())), False),
+}
+
+
+@pytest.mark.parametrize(("make", "seeks"), LOADERS.values(), ids=LOADERS)
+def test_every_loader_has_an_order_per_epoch_and_goes_on_in_its_middle(make, seeks):
+    def taken(epoch, first_batch):
+        data = Asked()
+        steps = Position(epoch, first_batch).steps(make(data), 1, SerialCommunicator())
+        return [batch.tolist() for (batch,) in steps], data.asked
+
+    whole, _ = taken(1, 0)
+    assert sorted(joined(whole)) == list(range(24))
+    assert whole != taken(0, 0)[0]
+    rest, asked = taken(1, 5)
+    assert rest == whole[5:]
+    assert asked == joined(whole[5:] if seeks else whole)
+
+
+def test_a_loader_without_batches_takes_one_sample_of_its_sampler_at_a_time():
+    steps = Position(0, 20).steps(
+        DataLoader(Asked(), None, sampler=ShardedSampler(24, 0, 1, 1, False)), 1, SerialCommunicator()
+    )
+    assert [batch for (batch,) in steps] == [20, 21, 22, 23]
