@@ -19,6 +19,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from minidist.errors import CommTimeoutError
+from minidist.forks import closed_in_forks
 
 DIED = "its process ended"
 OVERTAKEN_S = 0.5
@@ -135,7 +136,7 @@ class _Line:
     """One connection: a JSON object per line."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
+        self.socket = closed_in_forks(connection)
         self._unread = b""
         connection.settimeout(SEND_TIMEOUT_S)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for a host that vanishes
@@ -166,7 +167,7 @@ def _serve(store: dist.Store, world_size: int, timeout_s: float) -> dict[int, _L
     lines: dict[int, _Line] = {}
     if world_size == 1:
         return lines
-    with socket.create_server(("", 0), backlog=world_size) as server:
+    with closed_in_forks(socket.create_server(("", 0), backlog=world_size)) as server:
         server.settimeout(timeout_s)
         secret = secrets.token_hex(16)
         store.set("lifeline", json.dumps([server.getsockname()[1], secret]))

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from minidist import launch
 from minidist.errors import BackendUnavailableError
+from minidist.forks import Maker, kept_in_forks
 
 CONNECT_TIMEOUT = timedelta(seconds=300)
 
@@ -36,6 +37,7 @@ class Meeting:
     world: launch.World
     host: str
     store: dist.Store
+    maker: Maker = field(default_factory=Maker, init=False)
     _num_jobs: int = field(default=0, init=False)
 
     @property
@@ -57,10 +59,28 @@ class Meeting:
         return dist.PrefixStore(f"attempt{self.world.restarts}/job{self._num_jobs}", self.store)
 
 
-@functools.cache
 def meet() -> Meeting:
-    """Return the meeting of this process's world; the first call connects."""
-    world = launch.detect()
+    """Return the meeting of this process's world; the first call connects.
+
+    Raises:
+        CommError: this process is a fork of one of that world, which holds the one place and the one connection.
+    """
+    meeting = _meeting()
+    if not meeting.maker.is_here:
+        if meeting.world == launch.detect() and meeting.world.launcher != "alone":
+            meeting.maker.ensure_here(f"[rank {meeting.world.rank}/{meeting.world.world_size}] rendezvous")
+        _meeting.cache_clear()  # the fork is alone, or was told to be another rank
+    return _meeting()
+
+
+@functools.cache
+def _meeting() -> Meeting:
+    meeting = _met(launch.detect())
+    kept_in_forks(meeting.store)
+    return meeting
+
+
+def _met(world: launch.World) -> Meeting:
     if world.launcher == "alone":
         return Meeting(world, "127.0.0.1", dist.HashStore())
     if world.by_mpi:

@@ -21,6 +21,7 @@ from backends.processes import Place, ProcessCommunicator
 from minidist import launch
 from minidist.communicator import ReduceOp, Work
 from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError
+from minidist.forks import kept_in_forks
 
 OPS = {
     ReduceOp.SUM: dist.ReduceOp.SUM,
@@ -38,7 +39,7 @@ class TorchDistCommunicator(ProcessCommunicator):
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
         self._group: Any = None  # a rank can be lost before it is made
         super().__init__(timeout_s, segment_bytes, place)
-        self._group = self._make_group(dist.PrefixStore("group", self._store))
+        self._group = kept_in_forks(self._make_group(dist.PrefixStore("group", self._store)))
 
     def _make_group(self, store: dist.Store) -> Any:
         raise NotImplementedError
