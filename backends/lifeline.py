@@ -78,10 +78,14 @@ class Lifeline:
         self.report(self.rank, why)
         self._hang_up()
 
-    def wait_for_news(self, timeout_s: float) -> None:
-        """Wait until some rank is known to be gone; a farewell may have been overtaken by worse news."""
+    def wait_for_news(self, timeout_s: float, peer: int | None = None) -> None:
+        """Wait until ``peer``, or any rank, is known to be gone; a farewell may have been overtaken by worse news."""
+
+        def is_known() -> bool:
+            return bool(self.lost) or (bool(self.left) if peer is None else peer in self.left)
+
         with self._news:
-            if self._news.wait_for(lambda: bool(self.lost or self.left), timeout_s):
+            if self._news.wait_for(is_known, timeout_s):
                 self._news.wait_for(lambda: bool(self.lost), OVERTAKEN_S)
 
     def _hang_up(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from backends.contact import LEFT
 from backends.lifeline import Lifeline
 from backends.rendezvous import meet, own_address
 from backends.scheduled import ScheduledCommunicator
@@ -74,7 +75,12 @@ class ProcessCommunicator(ScheduledCommunicator):
     def _gone(self) -> Mapping[int, str]:
         return self._lifeline.lost
 
-    def _report_left(self) -> None:
-        """Tell all that a rank which said farewell was still needed, if that is all that is known."""
-        if self._lifeline.left and not self._lifeline.lost:
-            self._lifeline.report(min(self._lifeline.left), "it left the group while it was needed")
+    def _report_left(self, peer: int | None) -> None:
+        """Tell all that a rank which said farewell was still needed, if that is all that is known.
+
+        Args:
+            peer: the one that was waited for; None where all were.
+        """
+        left = self._lifeline.left & ({peer} if peer is not None else self._lifeline.left)
+        if left and not self._lifeline.lost:
+            self._lifeline.report(min(left), LEFT)

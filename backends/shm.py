@@ -32,6 +32,7 @@ from torch import Tensor
 
 from backends import doorbell
 from backends.arena import INLINE_BYTES, NOWHERE, STAGE_BYTES, Arena
+from backends.contact import ContactLostError
 from backends.mailbox import Letter
 from backends.processes import Place, ProcessCommunicator
 from backends.reductions import combine
@@ -296,14 +297,14 @@ class ShmCommunicator(ProcessCommunicator):
         if self._lifeline.lost:
             return self._lost()
         if peer in self._lifeline.left:
-            return ConnectionError(f"rank {peer} left the group")
+            return ContactLostError(peer)
         if time.monotonic() > deadline:
             return CommTimeoutError(f"no answer from rank {peer} in time; it did not take part")
         return None
 
     def _translate(self, error: Exception) -> CommError:
-        if isinstance(error, ConnectionError):
-            self._report_left()
+        if isinstance(error, ContactLostError):
+            self._report_left(error.peer)
             return self._lost()
         return super()._translate(error)
 
@@ -313,7 +314,7 @@ class ShmCommunicator(ProcessCommunicator):
     def _close(self) -> None:
         arena, deadline = self._shared, time.monotonic() + self.timeout_s
         for peer in range(self.world_size):
-            with contextlib.suppress(CommError, ConnectionError):  # a message that nobody takes any more
+            with contextlib.suppress(CommError, ContactLostError):  # a message that nobody takes any more
                 arena.wait_until(functools.partial(arena.mail.has_sent, peer), peer, deadline, self._outer_obstacle)
         super()._close()
         self._let_go()

@@ -254,6 +254,25 @@ def check_leaving_rank_is_named(comm: Communicator, meet: Meet) -> None:
     meet()
 
 
+@needs(fresh=True, ranks=3)
+def check_leaving_rank_that_is_waited_for_is_named(comm: Communicator, meet: Meet) -> None:
+    """Rank 1 waits for the second one to leave, not for the first."""
+    last = comm.world_size - 1
+    comm.barrier()
+    works = [comm.irecv(torch.ones(10), last)] if comm.rank == 1 else []
+    meet()
+    if comm.rank == 0:
+        comm.close()
+    meet()
+    if comm.rank == last:
+        comm.close()
+    for work in works:
+        with expected(PeerLostError, f"rank {last} is gone") as errors:
+            work.wait()
+        assert errors[0].peers == (last,), f"peers {errors[0].peers}: {errors[0]}"
+    meet()
+
+
 @needs(fresh=True, ranks=2)
 def check_abort_ends_own_pending_operation(comm: Communicator, meet: Meet) -> None:
     """A rank that gives up, from its main thread, gets its waiting operation back."""
