@@ -40,7 +40,7 @@ class ProcessCommunicator(ScheduledCommunicator):
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
         self.check_available()
         checks.group(0, 1, timeout_s)
-        self._meeting = meet()
+        self._meeting = meet(timeout_s)
         world = self._meeting.world
         if place is None:
             place = Place(world.rank, world.world_size, self._meeting.job_store(), self._meeting.host)

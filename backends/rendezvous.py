@@ -18,10 +18,12 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from minidist import launch
-from minidist.errors import BackendUnavailableError
+from minidist.errors import BackendUnavailableError, CommTimeoutError
 from minidist.forks import Maker, kept_in_forks
 
-CONNECT_TIMEOUT = timedelta(seconds=300)
+CONNECT_S = 300.0
+CONNECT_TIMEOUT = timedelta(seconds=CONNECT_S)
+POLL_S = 0.005
 
 
 @dataclass
@@ -53,24 +55,43 @@ class Meeting:
             return self.store.compare_set("run_id", "", name).decode()
         return self.store.get("run_id").decode()
 
+    def locate(self, timeout_s: float) -> None:
+        """Find out which ranks share a host; all ranks call it."""
+        store, deadline = dist.PrefixStore("hosts", self.store), time.monotonic() + timeout_s
+        keys = [str(rank) for rank in range(self.world.world_size)]
+        store.set(keys[self.world.rank], launch.host_id())
+        while not store.check(keys):
+            if time.monotonic() > deadline:
+                missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+                raise CommTimeoutError(f"[rank {self.world.rank}] ranks {missing} did not come within {timeout_s:g} s")
+            time.sleep(POLL_S)
+        self.world = launch.located(self.world, [store.get(key).decode() for key in keys])
+
     def job_store(self) -> dist.Store:
         """Return an empty store for one communicator; all ranks call it in the same order."""
         self._num_jobs += 1
         return dist.PrefixStore(f"attempt{self.world.restarts}/job{self._num_jobs}", self.store)
 
 
-def meet() -> Meeting:
+def meet(timeout_s: float = CONNECT_S) -> Meeting:
     """Return the meeting of this process's world; the first call connects.
 
+    Args:
+        timeout_s: for all ranks to say which host they are on, where their launcher does not.
+
     Raises:
+        CommTimeoutError: not all ranks said so in time.
         CommError: this process is a fork of one of that world, which holds the one place and the one connection.
     """
-    meeting = _meeting()
+    meeting, now = _meeting(), launch.detect()
     if not meeting.maker.is_here:
-        if meeting.world == launch.detect() and meeting.world.launcher != "alone":
-            meeting.maker.ensure_here(f"[rank {meeting.world.rank}/{meeting.world.world_size}] rendezvous")
+        if now.launcher != "alone" and (now.rank, now.world_size) == (meeting.world.rank, meeting.world.world_size):
+            meeting.maker.ensure_here(f"[rank {now.rank}/{now.world_size}] rendezvous")
         _meeting.cache_clear()  # the fork is alone, or was told to be another rank
-    return _meeting()
+        meeting = _meeting()
+    if not meeting.world.knows_host:
+        meeting.locate(timeout_s)
+    return meeting
 
 
 @functools.cache

@@ -66,8 +66,12 @@ class ShmCommunicator(ProcessCommunicator):
         self._inline_parts: Any = None
         self._blocks: Any = None
         try:
+            world = self._meeting.world
+            _ensure_one_host(world)
             deadline = time.monotonic() + timeout_s
-            self._arena = Arena(self.rank, self.world_size, self._store, self.obstacle, deadline)
+            self._arena = Arena(
+                self.rank, self.world_size, self._store, self.obstacle, deadline, world.local_world_size
+            )
         except BaseException as error:
             self.abort(f"{type(error).__name__}: {error}")
             raise
@@ -79,12 +83,7 @@ class ShmCommunicator(ProcessCommunicator):
     @classmethod
     def check_available(cls) -> None:
         doorbell.check_available()
-        world = launch.detect()
-        if world.local_world_size != world.world_size:
-            raise BackendUnavailableError(
-                f"shm joins the ranks of one host, but of these {world.world_size} ranks only "
-                f"{world.local_world_size} are on this one; use comm=ring or comm=gloo"
-            )
+        _ensure_one_host(launch.detect())
 
     def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:
         if device is not None and torch.device(device).type != "cpu":
@@ -328,6 +327,14 @@ class ShmCommunicator(ProcessCommunicator):
         if self._arena is not None:
             self._arena.close()
             self._arena = self._inline_parts = self._blocks = None
+
+
+def _ensure_one_host(world: launch.World) -> None:
+    if world.knows_host and world.local_world_size != world.world_size:
+        raise BackendUnavailableError(
+            f"shm joins the ranks of one host, but of these {world.world_size} ranks only "
+            f"{world.local_world_size} are on this one; use comm=ring or comm=gloo"
+        )
 
 
 class _Stage:

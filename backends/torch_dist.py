@@ -19,6 +19,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from backends.contact import ContactLostError
 from backends.processes import Place, ProcessCommunicator
+from backends.rendezvous import meet
 from minidist import launch
 from minidist.communicator import ReduceOp, Work
 from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError
@@ -188,7 +189,7 @@ class NcclCommunicator(TorchDistCommunicator):
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
         self.check_available()
-        torch.cuda.set_device(launch.detect().local_rank)
+        torch.cuda.set_device(meet(timeout_s).world.local_rank)
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._running: list[Any] = []
         self._batch = _Batch(self)
