@@ -203,7 +203,7 @@ def _serve(store: dist.Store, world_size: int, timeout_s: float) -> dict[int, _L
     lines: dict[int, _Line] = {}
     if world_size == 1:
         return lines
-    with contextlib.ExitStack() as opened, closed_in_forks(socket.create_server(("", 0), backlog=world_size)) as server:
+    with contextlib.ExitStack() as opened, closed_in_forks(_server(world_size)) as server:
         server.settimeout(timeout_s)
         secret = secrets.token_hex(16)
         store.set("lifeline", json.dumps([server.getsockname()[1], secret]))
@@ -222,6 +222,13 @@ def _serve(store: dist.Store, world_size: int, timeout_s: float) -> dict[int, _L
     for line in lines.values():
         line.send({"rank": 0, "complete": world_size})
     return lines
+
+
+def _server(backlog: int) -> socket.socket:
+    """Listen on all addresses, of IPv6 too: the others come to whichever their launcher calls rank 0 by."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=backlog)
 
 
 def _accepted_rank(line: _Line, secret: str) -> int | None:

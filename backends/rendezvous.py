@@ -119,14 +119,15 @@ def run_id() -> str:
 
 def own_address(host: str) -> str:
     """Return the address of this host by which it reaches ``host``."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # sends nothing: it only chooses a route
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing: it only chooses a route
         return str(probe.getsockname()[0])
 
 
 def _meet_at_master(world: launch.World) -> Meeting:
     try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host, port = os.environ["MASTER_ADDR"].strip("[]"), int(os.environ["MASTER_PORT"])  # [::1] as in a URL
     except KeyError as error:
         raise BackendUnavailableError(
             f"RANK and WORLD_SIZE are set but {error} is not; start with torchrun, or set it to rank 0's"
