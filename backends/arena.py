@@ -45,6 +45,7 @@ class Arena:
         store: a store for the ranks of this group alone.
         obstacle: called with a rank that is waited for and a deadline; returns why that is hopeless, if it is.
         deadline: for all ranks to come, on the clock of ``time.monotonic()``.
+        local_world_size: how many ranks of the whole job share this host.
 
     Attributes:
         heap: where this rank takes memory from.
@@ -52,7 +53,15 @@ class Arena:
         cores_per_rank: how many cores there are for each rank of the host.
     """
 
-    def __init__(self, rank: int, world_size: int, store: dist.Store, obstacle: Obstacle, deadline: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        store: dist.Store,
+        obstacle: Obstacle,
+        deadline: float,
+        local_world_size: int,
+    ) -> None:
         self.rank, self.world_size, self._obstacle = rank, world_size, obstacle
         self.heap = OwnHeap()
         # The first memory of every heap, so that it lies at the same place in all of them.
@@ -65,7 +74,7 @@ class Arena:
                 mailbox.num_bytes(world_size),
             )
         )
-        self.heaps = self._map_heaps(store, control, deadline)
+        self.heaps = self._map_heaps(store, control, deadline, local_world_size)
         words = [heap.words(control, NUM_WORDS) for heap in self.heaps]
         self._own, self._count = words[rank], 0
         self._others = [(peer, words[peer]) for peer in range(world_size) if peer != rank]
@@ -80,7 +89,7 @@ class Arena:
         self.view = functools.lru_cache(4096)(functools.partial(_view, self.heaps))
         self.meet(MEETING, NOWHERE, deadline)  # a rank that closed at once would take the address of its heap along
 
-    def _map_heaps(self, store: dist.Store, control: int, deadline: float) -> list[Heap]:
+    def _map_heaps(self, store: dist.Store, control: int, deadline: float, local_world_size: int) -> list[Heap]:
         self.heap.words(control, NUM_WORDS)[SECRET] = secret = secrets.randbits(62)
         store.set(f"shm{self.rank}", json.dumps((self.heap.address, secret, cores.here())))
         heaps, places = list[Heap](), list[cores.Cores]()
@@ -95,7 +104,7 @@ class Arena:
                 raise unreachable("it belongs to somebody else")
             heaps.append(heap)
             places.append(place)
-        self.cores_per_rank = cores.per_rank(places, self.rank)
+        self.cores_per_rank = cores.per_rank(places, self.rank, local_world_size)
         return heaps
 
     @property

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from backends.contact import LEFT, ContactLostError
 from backends.scheduled import ScheduledCommunicator
 from minidist.communicator import Work
-from minidist.errors import CommError
+from minidist.errors import CommError, PeerLostError
 
 
 class GroupCommunicator(ScheduledCommunicator):
@@ -36,7 +37,11 @@ class GroupCommunicator(ScheduledCommunicator):
         return {self._ranks.index(rank): why for rank, why in gone.items() if rank in self._ranks}
 
     def _translate(self, error: Exception) -> CommError:
-        return self._parent._translate(error)
+        failure = self._parent._translate(error)
+        if isinstance(error, ContactLostError) and isinstance(failure, PeerLostError):
+            peers = tuple(self._ranks.index(rank) for rank in failure.peers if rank in self._ranks)
+            return PeerLostError(f"rank {peers[0]} is gone: {LEFT}", peers) if peers else failure
+        return failure
 
 
 def group_of(parent: ScheduledCommunicator, groups: list[list[int]]) -> GroupCommunicator | None:

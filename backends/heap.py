@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minidist.errors import BackendUnavailableError, CommError
+from minidist.forks import only_here
 
 ALIGNMENT = mmap.PAGESIZE
 
@@ -58,7 +59,7 @@ class OwnHeap(Heap):
 
     def __init__(self) -> None:
         self._file = os.memfd_create("minidist", os.MFD_CLOEXEC)
-        self._closing = weakref.finalize(self, os.close, self._file)
+        self._closing = weakref.finalize(self, only_here(os.close), self._file)
         os.fchmod(self._file, 0o600)
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         try:
@@ -84,7 +85,7 @@ class OwnHeap(Heap):
             return torch.empty(0, dtype=dtype, device="cpu")
         start, length = self.reserve(numel * dtype.itemsize, purpose)
         view = memoryview(self._map)[start : start + numel * dtype.itemsize]
-        weakref.finalize(view, _give_back, self._map, start, length, self._returned).atexit = False
+        weakref.finalize(view, only_here(_give_back), self._map, start, length, self._returned).atexit = False
         return torch.frombuffer(view, dtype=dtype)
 
     def close(self) -> None:

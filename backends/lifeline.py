@@ -13,16 +13,20 @@ import secrets
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from minidist.errors import CommTimeoutError
+from minidist.errors import CommTimeoutError, PeerLostError
+from minidist.forks import closed_in_forks
 
 DIED = "its process ended"
 OVERTAKEN_S = 0.5
 SEND_TIMEOUT_S = 5.0
+READ_BYTES = 2**16
+Message = dict[str, str | int]
 
 
 class Lifeline:
@@ -74,10 +78,14 @@ class Lifeline:
         self.report(self.rank, why)
         self._hang_up()
 
-    def wait_for_news(self, timeout_s: float) -> None:
-        """Wait until some rank is known to be gone; a farewell may have been overtaken by worse news."""
+    def wait_for_news(self, timeout_s: float, peer: int | None = None) -> None:
+        """Wait until ``peer``, or any rank, is known to be gone; a farewell may have been overtaken by worse news."""
+
+        def is_known() -> bool:
+            return bool(self.lost) or (bool(self.left) if peer is None else peer in self.left)
+
         with self._news:
-            if self._news.wait_for(lambda: bool(self.lost or self.left), timeout_s):
+            if self._news.wait_for(is_known, timeout_s):
                 self._news.wait_for(lambda: bool(self.lost), OVERTAKEN_S)
 
     def _hang_up(self) -> None:
@@ -92,6 +100,9 @@ class Lifeline:
         with selectors.DefaultSelector() as selector:
             for rank, line in self._lines.items():
                 selector.register(line.socket, selectors.EVENT_READ, rank)
+            for rank, line in self._lines.items():
+                for message in line.complete():  # came together with what was read while the ranks met
+                    self._learn(message, came_from=rank)
             while selector.get_map() and not self._leaving:
                 for key, _ in selector.select(timeout=1.0):
                     self._read(selector, key.data)
@@ -112,7 +123,7 @@ class Lifeline:
                 if rank not in self.left:
                     self._learn({"rank": rank, "lost": DIED}, came_from=rank)
 
-    def _learn(self, message: dict[str, str | int], came_from: int | None) -> None:
+    def _learn(self, message: Message, came_from: int | None) -> None:
         """Take in a message, and pass it on if this is rank 0 or its source."""
         rank, why = int(message["rank"]), message.get("lost")
         with self._news:
@@ -135,26 +146,52 @@ class _Line:
     """One connection: a JSON object per line."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
+        self.socket = closed_in_forks(connection)
         self._unread = b""
         connection.settimeout(SEND_TIMEOUT_S)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for a host that vanishes
         for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3)):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
-    def send(self, message: dict[str, str | int]) -> None:
+    def send(self, message: Message) -> None:
         try:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
             return  # the other end is gone, and its line says so to whoever reads it
 
-    def messages(self) -> Iterator[dict[str, str | int] | None]:
+    def messages(self) -> Iterator[Message | None]:
         """Read once and yield the complete messages; None where the other end hung up."""
-        data = self.socket.recv(65536)
-        *lines, self._unread = (self._unread + data).split(b"\n")
-        yield from map(json.loads, lines)
+        data = self.socket.recv(READ_BYTES)
+        self._unread += data
+        yield from self.complete()
         if not data:
             yield None
+
+    def complete(self) -> Iterator[Message]:
+        """Yield the complete messages among what was read."""
+        *lines, self._unread = self._unread.split(b"\n")
+        yield from map(json.loads, lines)
+
+    def first(self, timeout_s: float) -> Message | None:
+        """Wait for the first message, and keep what comes with it; None where the other end hung up.
+
+        Raises:
+            OSError: it does not come in time.
+            ValueError: something longer than any first message came.
+        """
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._unread:
+            self.socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+            data = self.socket.recv(READ_BYTES)
+            if not data:
+                return None
+            self._unread += data
+            if len(self._unread) > READ_BYTES:
+                raise ValueError(f"more than {READ_BYTES} bytes without an end")
+        self.socket.settimeout(SEND_TIMEOUT_S)
+        first, _, self._unread = self._unread.partition(b"\n")
+        message: Message = json.loads(first)
+        return message
 
     def shut_down(self) -> None:
         with contextlib.suppress(OSError):  # the other end may have been faster
@@ -166,13 +203,13 @@ def _serve(store: dist.Store, world_size: int, timeout_s: float) -> dict[int, _L
     lines: dict[int, _Line] = {}
     if world_size == 1:
         return lines
-    with socket.create_server(("", 0), backlog=world_size) as server:
+    with contextlib.ExitStack() as opened, closed_in_forks(_server(world_size)) as server:
         server.settimeout(timeout_s)
         secret = secrets.token_hex(16)
         store.set("lifeline", json.dumps([server.getsockname()[1], secret]))
         while len(lines) < world_size - 1:
             try:
-                line = _Line(server.accept()[0])
+                line = _Line(opened.enter_context(server.accept()[0]))
             except TimeoutError as error:
                 missing = sorted(set(range(1, world_size)) - set(lines))
                 raise CommTimeoutError(f"[rank 0] ranks {missing} did not come within {timeout_s:g} s") from error
@@ -181,30 +218,39 @@ def _serve(store: dist.Store, world_size: int, timeout_s: float) -> dict[int, _L
                 line.socket.close()
             else:
                 lines[rank] = line
+        opened.pop_all()
     for line in lines.values():
         line.send({"rank": 0, "complete": world_size})
     return lines
 
 
+def _server(backlog: int) -> socket.socket:
+    """Listen on all addresses, of IPv6 too: the others come to whichever their launcher calls rank 0 by."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=backlog)
+
+
 def _accepted_rank(line: _Line, secret: str) -> int | None:
     try:
-        hello = next(line.messages(), None)
-    except (OSError, ValueError):
+        hello = line.first(SEND_TIMEOUT_S)
+    except (OSError, ValueError, RecursionError):
         return None
-    return int(hello["rank"]) if hello and hello.get("secret") == secret else None
+    return int(hello["rank"]) if isinstance(hello, dict) and hello.get("secret") == secret else None
 
 
 def _connect(store: dist.Store, host: str, rank: int, timeout_s: float) -> _Line:
     """Connect to rank 0, and wait until it has heard from everybody."""
-    missing = CommTimeoutError(f"[rank {rank}] not every rank came within {timeout_s:g} s")
-    try:
-        port, secret = json.loads(store.get("lifeline"))
-        line = _Line(socket.create_connection((host, port), timeout_s))
-        line.send({"rank": rank, "secret": secret})
-        line.socket.settimeout(timeout_s)
-        if next(line.messages(), None) is None:
-            raise missing
-    except (dist.DistStoreError, TimeoutError) as error:
-        raise missing from error
-    line.socket.settimeout(SEND_TIMEOUT_S)
-    return line
+    with contextlib.ExitStack() as opened:
+        try:
+            port, secret = json.loads(store.get("lifeline"))
+            line = _Line(opened.enter_context(socket.create_connection((host, port), timeout_s)))
+            line.send({"rank": rank, "secret": secret})
+            if line.first(timeout_s) is not None:
+                opened.pop_all()
+                return line
+        except (dist.DistStoreError, TimeoutError) as error:
+            raise CommTimeoutError(f"[rank {rank}] not every rank came within {timeout_s:g} s") from error
+        except ConnectionResetError:
+            pass  # as if it had hung up in order
+    raise PeerLostError(f"[rank {rank}] rank 0 is gone: it hung up before all ranks had come", (0,))

@@ -12,7 +12,6 @@ Messages of one pair leave in order, and those whose tag nobody expects yet are 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minidist.errors import MismatchError
+from minidist.forks import Living
 
 NUM_SLOTS = 4
 SLOT_BYTES = 2**17
@@ -27,9 +27,8 @@ LINE = 8
 """Words in a cache line; a word that is waited for has one of its own."""
 
 
-_mailboxes: weakref.WeakSet[Mailbox] = weakref.WeakSet()
+_mailboxes: Living[Mailbox] = Living()
 """All mailboxes of this process: a rank that waits on one communicator moves the messages of the others too."""
-_mailboxes_lock = threading.Lock()
 
 
 def num_words(world_size: int) -> int:
@@ -44,9 +43,7 @@ def num_bytes(world_size: int) -> int:
 
 def advance_all() -> None:
     """Move what can be moved in every mailbox of this process."""
-    with _mailboxes_lock:
-        mailboxes = list(_mailboxes)
-    for each in mailboxes:
+    for each in _mailboxes.all():
         each.advance()
 
 
@@ -122,8 +119,7 @@ class Mailbox:
         self._exchanges = [_Exchange() for _ in words]
         self._lock = threading.Lock()
         self._num_open = 0
-        with _mailboxes_lock:
-            _mailboxes.add(self)
+        _mailboxes.add(self)
 
     def has_sent(self, dst: int) -> bool:
         """Whether all that was to go to ``dst`` is in its slots or taken; moves what can be moved."""

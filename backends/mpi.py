@@ -106,7 +106,7 @@ class MpiCommunicator(ScheduledCommunicator):
         self._comm = MPI.COMM_WORLD.Dup() if mpi_comm is None else mpi_comm
         _check_world(MPI.COMM_WORLD.size)
         super().__init__(self._comm.rank, self._comm.size, timeout_s, segment_bytes)
-        self._spin_s = cores.SPIN_S if cores.per_rank(self._comm.allgather(cores.here()), self.rank) else 0.0
+        self._spin_s = cores.SPIN_S if self._cores_per_rank() else 0.0
         self._notices = notices()
         self._key = self._comm.bcast(secrets.token_hex(8))
         world_group = MPI.COMM_WORLD.Get_group()
@@ -127,6 +127,9 @@ class MpiCommunicator(ScheduledCommunicator):
         }
         self._types_by_size = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T}
         _open.add(self)
+
+    def _cores_per_rank(self) -> int:
+        return cores.per_rank(self._comm.allgather(cores.here()), self.rank, launch.detect().local_world_size)
 
     @classmethod
     def check_available(cls) -> None:

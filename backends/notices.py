@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
-LEFT = "it left the group while it was needed"
+from backends.contact import LEFT
 
 
 class Notices:

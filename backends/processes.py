@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from backends.contact import LEFT
 from backends.lifeline import Lifeline
 from backends.rendezvous import meet, own_address
 from backends.scheduled import ScheduledCommunicator
@@ -39,7 +40,7 @@ class ProcessCommunicator(ScheduledCommunicator):
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
         self.check_available()
         checks.group(0, 1, timeout_s)
-        self._meeting = meet()
+        self._meeting = meet(timeout_s)
         world = self._meeting.world
         if place is None:
             place = Place(world.rank, world.world_size, self._meeting.job_store(), self._meeting.host)
@@ -74,7 +75,12 @@ class ProcessCommunicator(ScheduledCommunicator):
     def _gone(self) -> Mapping[int, str]:
         return self._lifeline.lost
 
-    def _report_left(self) -> None:
-        """Tell all that a rank which said farewell was still needed, if that is all that is known."""
-        if self._lifeline.left and not self._lifeline.lost:
-            self._lifeline.report(min(self._lifeline.left), "it left the group while it was needed")
+    def _report_left(self, peer: int | None) -> None:
+        """Tell all that a rank which said farewell was still needed, if that is all that is known.
+
+        Args:
+            peer: the one that was waited for; None where all were.
+        """
+        left = self._lifeline.left & ({peer} if peer is not None else self._lifeline.left)
+        if left and not self._lifeline.lost:
+            self._lifeline.report(min(left), LEFT)

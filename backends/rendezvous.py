@@ -18,9 +18,12 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from minidist import launch
-from minidist.errors import BackendUnavailableError
+from minidist.errors import BackendUnavailableError, CommTimeoutError
+from minidist.forks import Maker, kept_in_forks
 
-CONNECT_TIMEOUT = timedelta(seconds=300)
+CONNECT_S = 300.0
+CONNECT_TIMEOUT = timedelta(seconds=CONNECT_S)
+POLL_S = 0.005
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Meeting:
     world: launch.World
     host: str
     store: dist.Store
+    maker: Maker = field(default_factory=Maker, init=False)
     _num_jobs: int = field(default=0, init=False)
 
     @property
@@ -51,16 +55,53 @@ class Meeting:
             return self.store.compare_set("run_id", "", name).decode()
         return self.store.get("run_id").decode()
 
+    def locate(self, timeout_s: float) -> None:
+        """Find out which ranks share a host; all ranks call it."""
+        store, deadline = dist.PrefixStore("hosts", self.store), time.monotonic() + timeout_s
+        keys = [str(rank) for rank in range(self.world.world_size)]
+        store.set(keys[self.world.rank], launch.host_id())
+        while not store.check(keys):
+            if time.monotonic() > deadline:
+                missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+                raise CommTimeoutError(f"[rank {self.world.rank}] ranks {missing} did not come within {timeout_s:g} s")
+            time.sleep(POLL_S)
+        self.world = launch.located(self.world, [store.get(key).decode() for key in keys])
+
     def job_store(self) -> dist.Store:
         """Return an empty store for one communicator; all ranks call it in the same order."""
         self._num_jobs += 1
         return dist.PrefixStore(f"attempt{self.world.restarts}/job{self._num_jobs}", self.store)
 
 
+def meet(timeout_s: float = CONNECT_S) -> Meeting:
+    """Return the meeting of this process's world; the first call connects.
+
+    Args:
+        timeout_s: for all ranks to say which host they are on, where their launcher does not.
+
+    Raises:
+        CommTimeoutError: not all ranks said so in time.
+        CommError: this process is a fork of one of that world, which holds the one place and the one connection.
+    """
+    meeting, now = _meeting(), launch.detect()
+    if not meeting.maker.is_here:
+        if now.launcher != "alone" and (now.rank, now.world_size) == (meeting.world.rank, meeting.world.world_size):
+            meeting.maker.ensure_here(f"[rank {now.rank}/{now.world_size}] rendezvous")
+        _meeting.cache_clear()  # the fork is alone, or was told to be another rank
+        meeting = _meeting()
+    if not meeting.world.knows_host:
+        meeting.locate(timeout_s)
+    return meeting
+
+
 @functools.cache
-def meet() -> Meeting:
-    """Return the meeting of this process's world; the first call connects."""
-    world = launch.detect()
+def _meeting() -> Meeting:
+    meeting = _met(launch.detect())
+    kept_in_forks(meeting.store)
+    return meeting
+
+
+def _met(world: launch.World) -> Meeting:
     if world.launcher == "alone":
         return Meeting(world, "127.0.0.1", dist.HashStore())
     if world.by_mpi:
@@ -78,14 +119,15 @@ def run_id() -> str:
 
 def own_address(host: str) -> str:
     """Return the address of this host by which it reaches ``host``."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # sends nothing: it only chooses a route
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing: it only chooses a route
         return str(probe.getsockname()[0])
 
 
 def _meet_at_master(world: launch.World) -> Meeting:
     try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host, port = os.environ["MASTER_ADDR"].strip("[]"), int(os.environ["MASTER_PORT"])  # [::1] as in a URL
     except KeyError as error:
         raise BackendUnavailableError(
             f"RANK and WORLD_SIZE are set but {error} is not; start with torchrun, or set it to rank 0's"

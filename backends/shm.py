@@ -32,6 +32,7 @@ from torch import Tensor
 
 from backends import doorbell
 from backends.arena import INLINE_BYTES, NOWHERE, STAGE_BYTES, Arena
+from backends.contact import ContactLostError
 from backends.mailbox import Letter
 from backends.processes import Place, ProcessCommunicator
 from backends.reductions import combine
@@ -65,8 +66,12 @@ class ShmCommunicator(ProcessCommunicator):
         self._inline_parts: Any = None
         self._blocks: Any = None
         try:
+            world = self._meeting.world
+            _ensure_one_host(world)
             deadline = time.monotonic() + timeout_s
-            self._arena = Arena(self.rank, self.world_size, self._store, self.obstacle, deadline)
+            self._arena = Arena(
+                self.rank, self.world_size, self._store, self.obstacle, deadline, world.local_world_size
+            )
         except BaseException as error:
             self.abort(f"{type(error).__name__}: {error}")
             raise
@@ -78,12 +83,7 @@ class ShmCommunicator(ProcessCommunicator):
     @classmethod
     def check_available(cls) -> None:
         doorbell.check_available()
-        world = launch.detect()
-        if world.local_world_size != world.world_size:
-            raise BackendUnavailableError(
-                f"shm joins the ranks of one host, but of these {world.world_size} ranks only "
-                f"{world.local_world_size} are on this one; use comm=ring or comm=gloo"
-            )
+        _ensure_one_host(launch.detect())
 
     def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:
         if device is not None and torch.device(device).type != "cpu":
@@ -296,14 +296,14 @@ class ShmCommunicator(ProcessCommunicator):
         if self._lifeline.lost:
             return self._lost()
         if peer in self._lifeline.left:
-            return ConnectionError(f"rank {peer} left the group")
+            return ContactLostError(peer)
         if time.monotonic() > deadline:
             return CommTimeoutError(f"no answer from rank {peer} in time; it did not take part")
         return None
 
     def _translate(self, error: Exception) -> CommError:
-        if isinstance(error, ConnectionError):
-            self._report_left()
+        if isinstance(error, ContactLostError):
+            self._report_left(error.peer)
             return self._lost()
         return super()._translate(error)
 
@@ -313,7 +313,7 @@ class ShmCommunicator(ProcessCommunicator):
     def _close(self) -> None:
         arena, deadline = self._shared, time.monotonic() + self.timeout_s
         for peer in range(self.world_size):
-            with contextlib.suppress(CommError, ConnectionError):  # a message that nobody takes any more
+            with contextlib.suppress(CommError, ContactLostError):  # a message that nobody takes any more
                 arena.wait_until(functools.partial(arena.mail.has_sent, peer), peer, deadline, self._outer_obstacle)
         super()._close()
         self._let_go()
@@ -327,6 +327,14 @@ class ShmCommunicator(ProcessCommunicator):
         if self._arena is not None:
             self._arena.close()
             self._arena = self._inline_parts = self._blocks = None
+
+
+def _ensure_one_host(world: launch.World) -> None:
+    if world.knows_host and world.local_world_size != world.world_size:
+        raise BackendUnavailableError(
+            f"shm joins the ranks of one host, but of these {world.world_size} ranks only "
+            f"{world.local_world_size} are on this one; use comm=ring or comm=gloo"
+        )
 
 
 class _Stage:

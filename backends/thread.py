@@ -23,6 +23,7 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
+from backends.contact import LEFT, ContactLostError
 from backends.scheduled import ScheduledCommunicator
 from minidist.communicator import Work
 from minidist.errors import CommError, CommTimeoutError, MismatchError, PeerLostError
@@ -117,13 +118,13 @@ class _Half(Work):
         if self.error is not None:
             raise self.error
 
-    def _obstacle(self) -> CommError | None:
+    def _obstacle(self) -> Exception | None:
         """Return why it is hopeless to wait, if it is."""
         exchange = self._comm.exchange
         if exchange.lost:
             return self._comm._lost()
         if self._peer in exchange.left:
-            return PeerLostError(f"rank {self._peer} is gone: it left the group", (self._peer,))
+            return ContactLostError(self._peer)
         if time.monotonic() >= self._deadline:
             return CommTimeoutError(f"no answer from rank {self._peer} within {self._timeout_s:.1f} s")
         return None
@@ -167,6 +168,11 @@ class ThreadCommunicator(ScheduledCommunicator):
 
     def _gone(self) -> Mapping[int, str]:
         return self.exchange.lost
+
+    def _translate(self, error: Exception) -> CommError:
+        if isinstance(error, ContactLostError):
+            return PeerLostError(f"rank {error.peer} is gone: {LEFT}", (error.peer,))
+        return super()._translate(error)
 
 
 def run_threads(job: Callable[[ThreadCommunicator], T], world_size: int, timeout_s: float = 300.0) -> list[T]:

@@ -17,10 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from backends.contact import ContactLostError
 from backends.processes import Place, ProcessCommunicator
+from backends.rendezvous import meet
 from minidist import launch
 from minidist.communicator import ReduceOp, Work
 from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError
+from minidist.forks import kept_in_forks
 
 OPS = {
     ReduceOp.SUM: dist.ReduceOp.SUM,
@@ -38,7 +41,7 @@ class TorchDistCommunicator(ProcessCommunicator):
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
         self._group: Any = None  # a rank can be lost before it is made
         super().__init__(timeout_s, segment_bytes, place)
-        self._group = self._make_group(dist.PrefixStore("group", self._store))
+        self._group = kept_in_forks(self._make_group(dist.PrefixStore("group", self._store)))
 
     def _make_group(self, store: dist.Store) -> Any:
         raise NotImplementedError
@@ -100,10 +103,11 @@ class TorchDistCommunicator(ProcessCommunicator):
 
     def _translate(self, error: Exception) -> CommError:
         """Name the rank behind a broken connection; the lifeline hears of it within moments."""
-        if not isinstance(error, RuntimeError):
+        if not isinstance(error, RuntimeError | ContactLostError):
             return super()._translate(error)
-        self._lifeline.wait_for_news(NEWS_S)
-        self._report_left()
+        peer = error.peer if isinstance(error, ContactLostError) else None
+        self._lifeline.wait_for_news(NEWS_S, peer)
+        self._report_left(peer)
         if self._lifeline.lost:
             return self._lost()
         return super()._translate(error)
@@ -123,10 +127,10 @@ class GlooCommunicator(TorchDistCommunicator):
         return gloo(store, self.rank, self.world_size, options)
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
-        return _GlooMessage(self, self._group.send([_bytes(tensor)], dst, tag), tensor, timeout_s)
+        return _GlooMessage(self, self._group.send([_bytes(tensor)], dst, tag), tensor, dst, timeout_s)
 
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        return _GlooMessage(self, self._group.recv([_bytes(tensor)], src, tag), tensor, timeout_s)
+        return _GlooMessage(self, self._group.recv([_bytes(tensor)], src, tag), tensor, src, timeout_s)
 
     def _wait(self, work: Any, timeout_s: float) -> None:
         started = time.monotonic()
@@ -150,8 +154,8 @@ class GlooCommunicator(TorchDistCommunicator):
 
 
 class _GlooMessage(Work):
-    def __init__(self, comm: GlooCommunicator, work: Any, tensor: Tensor, timeout_s: float) -> None:
-        self._comm, self._work, self._tensor = comm, work, tensor
+    def __init__(self, comm: GlooCommunicator, work: Any, tensor: Tensor, peer: int, timeout_s: float) -> None:
+        self._comm, self._work, self._tensor, self._peer = comm, work, tensor, peer
         self._deadline, self._timeout_s = time.monotonic() + timeout_s, timeout_s
         self._done = False
 
@@ -159,7 +163,12 @@ class _GlooMessage(Work):
         if self._done:
             return
         remaining = max(self._deadline - time.monotonic(), 1e-3)
-        self._comm._wait(self._work, remaining)
+        try:
+            self._comm._wait(self._work, remaining)
+        except CommError:
+            raise
+        except RuntimeError as error:
+            raise ContactLostError(self._peer) from error
         self._done = True
 
     def is_done(self) -> bool:
@@ -180,7 +189,7 @@ class NcclCommunicator(TorchDistCommunicator):
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
         self.check_available()
-        torch.cuda.set_device(launch.detect().local_rank)
+        torch.cuda.set_device(meet(timeout_s).world.local_rank)
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._running: list[Any] = []
         self._batch = _Batch(self)

@@ -25,8 +25,8 @@ from functools import partial
 
 from backends.algorithm import AlgorithmCommunicator
 from backends.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
+from minidist import launch
 from minidist.communicator import Communicator
-from minidist.launch import detect
 from minidist.schedule import Step, among
 
 
@@ -60,7 +60,7 @@ class TwoLevelCommunicator(AlgorithmCommunicator):
         timeout_s: float | None = None,
         segment_bytes: int = 2**22,
     ) -> None:
-        size = detect().local_world_size if ranks_per_host is None else ranks_per_host
+        size = _ranks_per_host(transport) if ranks_per_host is None else ranks_per_host
         if size < 1 or transport.world_size % size:
             raise ValueError(
                 f"ranks_per_host must divide the {transport.world_size} ranks, got {size}; "
@@ -72,3 +72,12 @@ class TwoLevelCommunicator(AlgorithmCommunicator):
     def _split(self, groups: list[list[int]]) -> Communicator | None:
         """The ranks of a group need not be those of whole hosts, so it is left to the transport."""
         return self.transport._split(groups)
+
+
+def _ranks_per_host(transport: Communicator) -> int:
+    """Return how many ranks this host has; where the launcher does not say so, every rank calls it."""
+    world = launch.detect()
+    if world.knows_host:
+        return world.local_world_size
+    hosts = transport.all_gather_object(launch.host_id())
+    return hosts.count(hosts[transport.rank])

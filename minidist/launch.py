@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,8 @@ class World:
         rank, world_size: place and number of all processes.
         local_rank, local_world_size: place and number of the processes on this host.
         restarts: how often the launcher has started this world again after a failure.
+        knows_host: whether local_rank and local_world_size are known; torch's mp.spawn, for one, says nothing of them,
+            and then the ranks have to find out when they meet.
     """
 
     launcher: str
@@ -24,6 +28,7 @@ class World:
     local_rank: int = 0
     local_world_size: int = 1
     restarts: int = 0
+    knows_host: bool = field(default=True, compare=False)
 
     @property
     def by_mpi(self) -> bool:
@@ -67,9 +72,9 @@ def detect(environ: Mapping[str, str] = os.environ) -> World:
                 continue
             fields = ("rank", "world_size", "local_rank", "local_world_size", "restarts")
             names = dict(zip(fields, (rank, size, *others), strict=False))
-            return World(
-                launcher, **{field: _number(environ[name]) for field, name in names.items() if name in environ}
-            )
+            values = {field: _number(environ[name]) for field, name in names.items() if name in environ}
+            knows_host = {"local_rank", "local_world_size"} <= values.keys() or values["world_size"] == 1
+            return World(launcher, **values, knows_host=knows_host)
     return World("alone")
 
 
@@ -77,6 +82,18 @@ def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
     """Return ``environ`` without what `detect` reads: for ranks that are started anew from here."""
     names = {name for names in _VARIABLES.values() for name in names}
     return {name: value for name, value in environ.items() if name not in names}
+
+
+def host_id() -> str:
+    """Return what is the same for processes that share a host, and another for those of two hosts or containers."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot_id.read_text().strip() if boot_id.exists() else ''}"
+
+
+def located(world: World, hosts: Sequence[str]) -> World:
+    """Return ``world`` with its place on its host, by the hosts of all ranks."""
+    here = [rank for rank, host in enumerate(hosts) if host == hosts[world.rank]]
+    return replace(world, local_rank=here.index(world.rank), local_world_size=len(here), knows_host=True)
 
 
 def _number(value: str) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minidist import checks
 from minidist.errors import CommClosedError, CommError, PeerLostError
+from minidist.forks import Maker
 from minidist.opaque import opaque_methods
 from minidist.staging import Staged, staged
 from minidist.traffic import Traffic
@@ -31,8 +32,8 @@ class Membership:
     def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0) -> None:
         checks.group(rank, world_size, timeout_s)
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
-        self.traffic = Traffic()
-        self._progress = Progress(f"minidist-rank{rank}", self.traffic)
+        self.traffic, self._maker = Traffic(), Maker(f"[rank {rank}/{world_size}] ")
+        self._progress = Progress(f"minidist-rank{rank}", self.traffic, self._maker)
         self._closed = ""
         self._failure: CommError | None = None
         self._channel = self._num_channels = 0
@@ -48,16 +49,16 @@ class Membership:
 
     @final
     def close(self) -> None:
-        """Wait for what was started, then leave the group. A second close does nothing."""
-        if not self._closed:
+        """Wait for what was started, then leave the group. A second close does nothing, nor one in a fork."""
+        if not self._closed and self._maker.is_here:
             self._progress.finish()
             self._closed = "it is closed"
             self._close()
 
     @final
     def abort(self, reason: str) -> None:
-        """Leave at once and make the other ranks raise PeerLostError with ``reason``."""
-        if not self._closed:
+        """Leave at once and make the other ranks raise PeerLostError with ``reason``; in a fork, do nothing."""
+        if not self._closed and self._maker.is_here:
             self._closed = f"it was aborted: {reason}"
             self._progress.stop()
             self._abort(reason)
@@ -102,6 +103,7 @@ class Membership:
             self._fail(operation, self._lost())
 
     def _ensure_sound(self, operation: str) -> None:
+        self._maker.ensure_here(operation)
         if self._closed:
             raise CommClosedError(f"{self.who(operation)}: the communicator cannot be used, {self._closed}")
         if self._failure is not None:
@@ -225,6 +227,7 @@ class _Message(Work):
     def wait(self) -> None:
         if self._staged is None:
             return
+        self._comm._maker.ensure_here(self._operation)
         started = time.perf_counter()
         try:
             self._work.wait()
@@ -241,7 +244,8 @@ class _Message(Work):
         self._staged = None
 
     def is_done(self) -> bool:
-        return self._staged is None or self._work.is_done() or bool(self._comm._gone())
+        would_raise = not self._comm._maker.is_here or bool(self._comm._gone())
+        return self._staged is None or would_raise or self._work.is_done()
 
     def exception(self) -> BaseException | None:
         return self._error or self._work.exception()

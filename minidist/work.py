@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import final
 
+from minidist.forks import Maker, only_here
 from minidist.opaque import opaque_methods
 from minidist.traffic import Traffic
 
@@ -80,10 +81,12 @@ class _Then(Work):
 class Pending(Work):
     """An operation in the hands of a `Progress` thread."""
 
-    def __init__(self, future: Future[None], traffic: Traffic) -> None:
-        self._future, self._traffic = future, traffic
+    def __init__(self, future: Future[None], traffic: Traffic, maker: Maker) -> None:
+        self._future, self._traffic, self._maker = future, traffic, maker
 
     def wait(self) -> None:
+        if not self._future.done():
+            self._maker.ensure_here("wait")
         started = time.perf_counter()
         try:
             self._future.result()
@@ -91,7 +94,7 @@ class Pending(Work):
             self._traffic.blocked_seconds += time.perf_counter() - started
 
     def is_done(self) -> bool:
-        return self._future.done()
+        return self._future.done() or not self._maker.is_here
 
     def exception(self) -> BaseException | None:
         return self._future.exception() if self._future.done() else None
@@ -103,8 +106,9 @@ class Progress:
     A daemon thread, unlike an executor's: a process whose last collective hangs can still end.
     """
 
-    def __init__(self, name: str, traffic: Traffic) -> None:
-        self._name, self._traffic = name, traffic
+    def __init__(self, name: str, traffic: Traffic, maker: Maker) -> None:
+        self._name, self._traffic, self._maker = name, traffic, maker
+        self._at_exit = only_here(self.finish)
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._last: Future[None] | None = None
@@ -124,17 +128,17 @@ class Progress:
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
             self._thread.start()
-            atexit.register(self.finish, EXIT_S)
+            atexit.register(self._at_exit, EXIT_S)
         self._last = Future()
         self._jobs.put((job, self._last))
-        return Pending(self._last, self._traffic)
+        return Pending(self._last, self._traffic, self._maker)
 
     def finish(self, timeout_s: float | None = None) -> None:
         """Let the jobs finish, well or not, and end the thread; wait for that no longer than ``timeout_s``."""
         if self._thread is not None:
             self.stop()
             self._thread.join(timeout_s)
-            atexit.unregister(self.finish)
+            atexit.unregister(self._at_exit)
             self._thread = None
 
     def stop(self) -> None:

@@ -5,9 +5,11 @@ Every check has a communicator of its own; ``meet()`` joins the ranks without it
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -67,6 +69,55 @@ def check_context_manager_closes(comm: Communicator, meet: Meet) -> None:
         comm.barrier()
     with expected(CommClosedError, "barrier"):
         comm.barrier()
+
+
+# A fork of a rank ------------------------------------------------------------------------------
+
+
+@needs(fresh=True)
+def check_a_fork_leaves_what_it_inherits_alone(comm: Communicator, meet: Meet) -> None:
+    """To use it there is an error; to end, close or drop it there changes nothing for anybody."""
+    held = [comm.empty(1000).fill_(1)]
+    comm.all_reduce(held[0], async_op=True).wait()
+    works = [comm.barrier(async_op=True)] if comm.rank > 0 else []  # it waits for rank 0, whose fork it does not
+
+    def use_and_leave() -> None:
+        operations = [comm.barrier, lambda: comm.all_reduce(torch.ones(3), async_op=True), *(w.wait for w in works)]
+        if comm.world_size > 1:
+            operations += [lambda: comm.isend(torch.ones(1), 1 - min(comm.rank, 1)), lambda: comm.split(0)]
+        for operation in operations:
+            with expected(CommError, f"[rank {comm.rank}/", "was forked from"):
+                operation()
+        assert all(work.is_done() for work in works), "polling never ends"
+        comm.abort("a fork fails")
+        comm.close()
+        held.clear()
+        gc.collect()
+
+    assert _in_a_fork(use_and_leave) == 0
+    if comm.rank == 0:
+        works = [comm.barrier(async_op=True)]
+    works[0].wait()
+    comm.all_reduce(held[0])
+    assert held[0].tolist() == [comm.world_size**2] * 1000
+
+
+def _in_a_fork(act: Callable[[], None]) -> int:
+    """Return how a fork ended in which ``act`` runs; it is killed after LIMIT_S."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    until = time.monotonic() + LIMIT_S
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 # A rank that does not come --------------------------------------------------------------------
@@ -200,6 +251,25 @@ def check_leaving_rank_is_named(comm: Communicator, meet: Meet) -> None:
     else:
         with expected(PeerLostError, "rank 0"):
             _until_it_fails(comm)
+    meet()
+
+
+@needs(fresh=True, ranks=3)
+def check_leaving_rank_that_is_waited_for_is_named(comm: Communicator, meet: Meet) -> None:
+    """Rank 1 waits for the second one to leave, not for the first."""
+    last = comm.world_size - 1
+    comm.barrier()
+    works = [comm.irecv(torch.ones(10), last)] if comm.rank == 1 else []
+    meet()
+    if comm.rank == 0:
+        comm.close()
+    meet()
+    if comm.rank == last:
+        comm.close()
+    for work in works:
+        with expected(PeerLostError, f"rank {last} is gone") as errors:
+            work.wait()
+        assert errors[0].peers == (last,), f"peers {errors[0].peers}: {errors[0]}"
     meet()
 
 

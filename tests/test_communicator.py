@@ -203,3 +203,23 @@ def test_an_interrupted_operation_leaves_the_communicator_unusable() -> None:
         comm.barrier()
     with pytest.raises(CommError, match=r"unusable since .* barrier: interrupted by KeyboardInterrupt"):
         comm.all_reduce(torch.ones(2))
+
+
+def test_a_rank_that_left_has_its_number_of_the_group_that_waits_for_it() -> None:
+    """Rank 2 is rank 0 of the group, and rank 2 again of a group of the group."""
+
+    def job(comm: Communicator) -> list[tuple[int, ...]]:
+        group = comm.split(0, key=-comm.rank)
+        assert group is not None
+        nested = group.split(0, key=(group.rank - 1) % 3)
+        assert nested is not None
+        if comm.rank != 1:
+            return []
+        peers = []
+        for each, number in ((group, 0), (nested, 2)):
+            with pytest.raises(PeerLostError, match=f"rank {number} is gone: it left the group while") as error:
+                each.recv(torch.ones(1), number)
+            peers.append(error.value.peers)
+        return peers
+
+    assert run_threads(job, 3, timeout_s=10)[1] == [(0,), (2,)]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+from pathlib import Path
+
 import pytest
 
-from minidist.launch import World, detect, without_launcher
+from backends.rendezvous import own_address
+from minidist.launch import World, detect, host_id, located, without_launcher
+from tests.harness import command, run_command
 
 TORCHRUN = {
     "RANK": "5",
@@ -75,3 +81,87 @@ def test_only_an_mpirun_brings_mpi() -> None:
 @pytest.mark.parametrize("environ", [TORCHRUN, OPENMPI, MPICH, SLURM, SHELL_OF_SLURM])
 def test_ranks_started_from_here_see_nothing_of_this_world(environ: dict[str, str]) -> None:
     assert without_launcher({**environ, "SLURM_JOB_ID": "7"}) == {"SLURM_JOB_ID": "7"}
+
+
+# What the launcher leaves out ---------------------------------------------------------------------
+
+
+def spawned(what: str, address: str, tmp_path: Path) -> str:
+    arguments = command("none", 1, "-m", "tests.spawned_ranks", what, address)
+    returncode, output = run_command(arguments, tmp_path / "output.txt", 60)
+    assert returncode == 0, output
+    return output
+
+
+def test_what_the_launcher_says_of_the_host_is_known() -> None:
+    by_hand = {"RANK": "1", "WORLD_SIZE": "2"}
+    for environ, known in (({}, True), (TORCHRUN, True), (OPENMPI, True), (MPICH, True), (SLURM, True)):
+        assert detect(environ).knows_host is known
+    for given in ({}, {"LOCAL_RANK": "1"}, {"LOCAL_WORLD_SIZE": "2"}):
+        assert not detect({**by_hand, **given}).knows_host
+    assert detect({"RANK": "0", "WORLD_SIZE": "1"}).knows_host
+
+
+def test_ranks_are_located_by_their_hosts() -> None:
+    world = located(World("torchrun", 3, 5, knows_host=False), ["a", "b", "a", "b", "b"])
+    assert (world.local_rank, world.local_world_size, world.knows_host) == (1, 3, True)
+    assert host_id() == host_id() != ""
+
+
+@pytest.mark.parametrize("what", ["shm", "gloo", "two_level"])
+def test_spawned_ranks_find_out_that_they_share_a_host(what: str, tmp_path: Path) -> None:
+    output = spawned(what, "127.0.0.1", tmp_path)
+    for rank in range(2):
+        assert f"sum 4.0 rank {rank} of 2 here" in output, output
+
+
+def test_spawned_ranks_of_several_hosts_are_refused_by_shm(tmp_path: Path) -> None:
+    output = spawned("apart", "127.0.0.1", tmp_path)
+    for rank in range(2):
+        assert f"rank {rank}: shm joins the ranks of one host, but of these 2 ranks only 1 are on this one" in output
+
+
+def test_a_spawned_rank_that_does_not_come_is_named_in_time(tmp_path: Path) -> None:
+    assert "rank 0: [rank 0] ranks [1] did not come within 1 s" in spawned("one_missing", "127.0.0.1", tmp_path)
+
+
+# IPv6 ---------------------------------------------------------------------------------------------
+
+
+def has_ipv6_loopback() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+ipv6 = pytest.mark.skipif(not has_ipv6_loopback(), reason="this machine has no IPv6 loopback address, ::1")
+
+
+@ipv6
+@pytest.mark.parametrize(("what", "address"), [("shm", "::1"), ("gloo", "[::1]")])
+def test_ranks_meet_at_an_ipv6_address(what: str, address: str, tmp_path: Path) -> None:
+    assert spawned(what, address, tmp_path).count("sum 4.0") == 2
+
+
+@ipv6
+@pytest.mark.parametrize(
+    "options",
+    [["--master-addr=::1", "--master-port={port}"], ["--rdzv-backend=c10d", "--rdzv-endpoint=[::1]:{port}"]],
+    ids=["master-addr", "rdzv-endpoint"],
+)
+def test_torchrun_meets_at_an_ipv6_address(options: list[str], tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    start += [option.format(port=port) for option in options]
+    arguments = [*start, "-m", "tests.fork_ranks", "gloo", "exit_in_a_fork"]
+    returncode, output = run_command(arguments, tmp_path / "output.txt", 60)
+    assert returncode == 0, output
+    assert output.count("untouched") == 2, output
+
+
+@ipv6
+def test_the_own_address_is_of_the_kind_of_the_other() -> None:
+    assert [own_address(host) for host in ("::1", "127.0.0.1")] == ["::1", "127.0.0.1"]

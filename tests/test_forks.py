@@ -1,0 +1,109 @@
+"""Processes that a rank forks, such as the workers of a DataLoader: what is its own they leave alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from minidist.errors import CommError
+from minidist.forks import Living, Maker, only_here
+from tests.harness import command, run_command
+
+
+def run_ranks(kind: str, what: str, tmp_path: Path, world_size: int = 2) -> tuple[int | None, str]:
+    """Run a function of tests/fork_ranks.py on every rank; return how torchrun ended, and what they wrote."""
+    arguments = command("torchrun", world_size, "-m", "tests.fork_ranks", kind, what)
+    return run_command(arguments, tmp_path / "output.txt", 100, {"REPORT": str(tmp_path)})
+
+
+def in_a_fork(check: Callable[[], None]) -> int:
+    """Return the exit status of a fork in which ``check`` runs."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            check()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_what_is_registered_acts_in_its_own_process_only(tmp_path: Path) -> None:
+    touch = only_here(lambda name: (tmp_path / name).touch())
+    assert in_a_fork(lambda: touch("fork")) == 0
+    touch("here")
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_maker_knows_its_forks() -> None:
+    maker = Maker("[rank 0/2] ")
+    maker.ensure_here("barrier")
+
+    def refused() -> None:
+        assert not maker.is_here
+        with pytest.raises(
+            CommError, match=r"\[rank 0/2\] barrier: this process \(\d+\) was forked from the rank's own"
+        ):
+            maker.ensure_here("barrier")
+
+    assert in_a_fork(refused) == 0
+
+
+def test_a_fork_begins_without_what_lives_in_its_parent() -> None:
+    inherited: list[torch.Tensor] = []
+    living, things = Living(inherited.append), [torch.ones(1), torch.ones(2)]
+    for thing in things:
+        living.add(thing)
+
+    def begins_anew() -> None:
+        assert living.all() == []
+        assert len(inherited) == 2
+        living.add(things[0])
+        assert len(living.all()) == 1
+
+    assert in_a_fork(begins_anew) == 0
+    assert len(living.all()) == 2
+    assert inherited == []
+
+
+@pytest.mark.parametrize("kind", ["shm", "gloo"])
+def test_a_fork_that_drops_all_and_ends_leaves_its_parent_as_it_was(kind: str, tmp_path: Path) -> None:
+    returncode, output = run_ranks(kind, "exit_in_a_fork", tmp_path)
+    assert returncode == 0, output
+    assert output.count("untouched") == 2, output
+
+
+def test_a_fork_of_one_rank_alone_ends(tmp_path: Path) -> None:
+    arguments = command("none", 1, "-m", "tests.fork_ranks", "gloo", "exit_in_a_fork")
+    returncode, output = run_command(arguments, tmp_path / "output.txt", 100)
+    assert (returncode, output.count("untouched")) == (0, 1), output
+
+
+def test_a_fork_cannot_join_in_the_place_of_its_parent(tmp_path: Path) -> None:
+    returncode, output = run_ranks("gloo", "join_from_a_fork", tmp_path)
+    assert returncode == 0, output
+    assert output.count("was forked from the rank's own") == 2, output
+    assert output.count("statuses [0]") == 2, output
+
+
+def test_forks_that_are_ranks_of_another_world_meet(tmp_path: Path) -> None:
+    arguments = command("none", 1, "-m", "tests.fork_ranks", "gloo", "found_a_world_of_forks")
+    returncode, output = run_command(arguments, tmp_path / "output.txt", 100)
+    assert returncode == 0, output
+    assert output.count("sum of two") == 2, output
+    assert "statuses [0, 0]" in output, output
+
+
+@pytest.mark.parametrize("kind", ["shm", "gloo"])
+def test_a_killed_rank_is_named_while_its_workers_are_busy(kind: str, tmp_path: Path) -> None:
+    try:
+        _, output = run_ranks(kind, "die_with_busy_workers", tmp_path, world_size=3)
+    finally:
+        for busy in tmp_path.glob("busy-*"):
+            os.kill(int(busy.name.removeprefix("busy-")), signal.SIGKILL)
+    assert output.count("named rank 1") == 2, output
