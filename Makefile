@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # Two test files at a time: most start processes and wait for them.
-WORKERS := -n 2 --dist loadfile
+WORKERS := -n 2 --dist loadfile --durations=10
 INSTALLED := .venv/installed
 
 .PHONY: mnist test test-slow check clean
