@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from minidist.reduce_op import ReduceOp
+
 if TYPE_CHECKING:
-    from minidist.communicator import ReduceOp
     from minidist.membership import Membership
 
 DTYPES = (
@@ -101,16 +101,16 @@ def reduction(comm: Membership, operation: str, op: ReduceOp, timeout_s: float |
     """Check tensors that are to be combined with ``op``, and all else: an average changes them at once."""
     if timeout_s is not None:
         timeout(comm, operation, timeout_s)
-    if not isinstance(op, Enum):
+    if not isinstance(op, ReduceOp):
         raise TypeError(f"{comm.who(operation)}: op must be a ReduceOp, got {op!r}; use ReduceOp.SUM")
     tensors(comm, operation, **named)
     dtype = next(iter(named.values())).dtype
     if dtype.is_floating_point:
         return
-    if op.name == "AVG":
+    if op is ReduceOp.AVG:
         name = str(dtype).removeprefix("torch.")
         raise TypeError(f"{comm.who(operation)}: op AVG needs a floating-point tensor, got {name}; use SUM")
-    if dtype == torch.bool and op.name not in ("MIN", "MAX"):
+    if dtype == torch.bool and op not in (ReduceOp.MIN, ReduceOp.MAX):
         raise TypeError(f"{comm.who(operation)}: op {op.name} is not defined for bool; use MAX (or), MIN (and)")
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from enum import Enum
 from typing import Any, final
 
 import torch
@@ -23,21 +22,11 @@ from torch import Tensor
 
 from minidist import checks
 from minidist.membership import Membership
+from minidist.reduce_op import ReduceOp
 from minidist.traffic import Traffic
 from minidist.work import Work
 
 __all__ = ["Communicator", "ReduceOp", "Traffic", "Work"]
-
-
-class ReduceOp(Enum):
-    """How the values of the ranks are combined. AVG needs floating point; bool only MIN and MAX."""
-
-    SUM = "sum"
-    AVG = "avg"
-    MIN = "min"
-    MAX = "max"
-    PRODUCT = "product"
-
 
 SUM = ReduceOp.SUM
 Seconds = float | None

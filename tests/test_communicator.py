@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 
 import pytest
 import torch
@@ -14,6 +15,12 @@ from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, MismatchError, PeerLostError
 
 ONES = torch.ones(4)
+
+
+class OtherOp(Enum):
+    """An operation as another library names it."""
+
+    SUM = "sum"
 
 
 def _refused(call: Callable[[Communicator], object]) -> tuple[type[Exception], str]:
@@ -55,6 +62,7 @@ def _refused(call: Callable[[Communicator], object]) -> tuple[type[Exception], s
         (lambda c: c.all_reduce(torch.ones(2, dtype=torch.int64), ReduceOp.AVG), TypeError, "got int64; use SUM"),
         (lambda c: c.all_reduce(torch.ones(2, dtype=torch.bool)), TypeError, "op SUM is not defined for bool"),
         (lambda c: c.all_reduce(ONES, "sum"), TypeError, "op must be a ReduceOp, got 'sum'"),
+        (lambda c: c.all_reduce(ONES, OtherOp.SUM), TypeError, "op must be a ReduceOp, got <OtherOp.SUM: 'sum'>"),
         (lambda c: c.all_reduce(ONES, timeout_s=0), ValueError, "timeout_s must be greater than 0"),
         (lambda c: c.all_reduce(ONES, timeout_s=-1), ValueError, "got -1"),
         (lambda c: c.all_gather(torch.ones(7), ONES), ValueError, "2 x 4 = 8 elements, got 7"),
