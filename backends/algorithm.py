@@ -55,6 +55,7 @@ class AlgorithmCommunicator(ScheduledCommunicator):
         self.traffic, self._progress = transport.traffic, transport._progress
         self.device_type = transport.device_type  # type: ignore[misc]  # the class's is only the default
         self.overlaps = transport.overlaps
+        self.checks_sizes, self.checks_dtypes = transport.checks_sizes, transport.checks_dtypes
         self._root, self._channel = transport._root, transport._new_channel()
 
     def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:

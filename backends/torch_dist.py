@@ -7,8 +7,10 @@ waiting for ranks that wait for the dead one; which rank is gone the lifeline of
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -150,23 +152,35 @@ class GlooCommunicator(TorchDistCommunicator):
 
 
 class _GlooMessage(Work):
+    """A send or receive. Gloo says only to one who waits whether it has ended, so who polls has a thread that waits."""
+
     def __init__(self, comm: GlooCommunicator, work: Any, tensor: Tensor, timeout_s: float) -> None:
         self._comm, self._work, self._tensor = comm, work, tensor
         self._deadline, self._timeout_s = time.monotonic() + timeout_s, timeout_s
-        self._done = False
+        self._ended: Future[None] | None = None
 
     def wait(self) -> None:
-        if self._done:
-            return
-        remaining = max(self._deadline - time.monotonic(), 1e-3)
-        self._comm._wait(self._work, remaining)
-        self._done = True
+        if self._ended is None:
+            self._ended = Future()
+            self._await(self._ended)
+        self._ended.result()
+
+    def _await(self, ended: Future[None]) -> None:
+        try:
+            self._comm._wait(self._work, max(self._deadline - time.monotonic(), 1e-3))
+        except BaseException as error:  # whatever it is belongs to the one who waits
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
 
     def is_done(self) -> bool:
-        return self._done or bool(self._work.is_completed())
+        if self._ended is None:
+            self._ended = Future()
+            threading.Thread(target=self._await, args=(self._ended,), daemon=True).start()
+        return self._ended.done()
 
     def exception(self) -> BaseException | None:
-        return None
+        return self._ended.exception() if self._ended is not None and self._ended.done() else None
 
 
 class NcclCommunicator(TorchDistCommunicator):

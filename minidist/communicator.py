@@ -76,7 +76,11 @@ class Communicator(Membership, ABC):
 
     @final
     def recv(self, tensor: Tensor, src: int, tag: int = 0, timeout_s: Seconds = None) -> None:
-        """Receive into ``tensor`` what rank ``src`` sent with the same ``tag``, size and dtype."""
+        """Receive into ``tensor`` what rank ``src`` sent with the same ``tag``.
+
+        Raises:
+            MismatchError: it has another size or dtype; what is in ``tensor`` then means nothing.
+        """
         self.irecv(tensor, src, tag, timeout_s).wait()
 
     @final
@@ -84,14 +88,14 @@ class Communicator(Membership, ABC):
         """Start to send ``tensor`` to rank ``dst``.
 
         Messages between two ranks with one tag arrive in the order in which they were sent. A send
-        may wait for its receive. ``tag`` is 0 to 32766. A tensor of no elements sends nothing.
+        may wait for its receive. ``tag`` is 0 to 32766. A tensor of no elements is a message too.
         """
         checks.message(self, "isend", tensor, "dst", dst, tag)
         return self._transfer("isend", self._isend, tensor, dst, tag, timeout_s)
 
     @final
     def irecv(self, tensor: Tensor, src: int, tag: int = 0, timeout_s: Seconds = None) -> Work:
-        """Start to receive into ``tensor``, which holds the message once ``wait()`` returned."""
+        """Start to receive into ``tensor``, which holds the message once ``wait()`` returned; see `recv`."""
         checks.message(self, "irecv", tensor, "src", src, tag)
         return self._transfer("irecv", self._irecv, tensor, src, tag, timeout_s)
 

@@ -10,7 +10,7 @@ from typing import ClassVar, NoReturn, Self, final
 
 from torch import Tensor
 
-from minidist import checks
+from minidist import checks, envelope
 from minidist.errors import CommClosedError, CommError, PeerLostError
 from minidist.staging import Staged, staged
 from minidist.traffic import Traffic
@@ -26,6 +26,10 @@ class Membership:
     """What starts several ranks of it: torchrun, mpirun, thread, or none."""
     overlaps: bool = True
     """Whether an operation that runs beside computation gains time; not where both would need the same core."""
+    checks_sizes: bool = False
+    """Whether a message of another size than its receive expects makes the receive raise MismatchError."""
+    checks_dtypes: bool = False
+    """Whether that holds for a message of another dtype too. Where not, `minidist.envelope` sees to both."""
 
     def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0) -> None:
         checks.group(rank, world_size, timeout_s)
@@ -152,14 +156,17 @@ class Membership:
         timeout_s: float | None,
     ) -> Work:
         timeout_s = checks.timeout(self, operation, timeout_s)
-        if tensor.numel() == 0:
-            return DONE
         staged_tensor = Staged(tensor.detach(), self.device_type)
         if operation == "isend":
             staged_tensor.load()
-            self.traffic.count(tensor.nbytes)
+            if tensor.numel():
+                self.traffic.count(tensor.nbytes)
+        post = envelope.send if operation == "isend" else envelope.receive
         try:
-            work = hook(staged_tensor.memory, peer, self._tag(tag), timeout_s)
+            if self.checks_dtypes:
+                work = hook(staged_tensor.memory, peer, self._tag(tag), timeout_s)
+            else:
+                work = post(self, hook, staged_tensor.memory, peer, tag, timeout_s)
         except Exception as error:
             self._fail(operation, error)
         return _Message(self, operation, work, staged_tensor)
@@ -208,9 +215,11 @@ class _Message(Work):
     def __init__(self, comm: Membership, operation: str, work: Work, staged_tensor: Staged) -> None:
         self._comm, self._operation, self._work = comm, operation, work
         self._staged: Staged | None = staged_tensor
-        self._error: BaseException | None = None
+        self._error: CommError | None = None
 
     def wait(self) -> None:
+        if self._error is not None:
+            raise self._error
         if self._staged is None:
             return
         started = time.perf_counter()
@@ -232,4 +241,9 @@ class _Message(Work):
         return self._staged is None or self._work.is_done() or bool(self._comm._gone())
 
     def exception(self) -> BaseException | None:
-        return self._error or self._work.exception()
+        if self._error is None and self._staged is not None and self.is_done():
+            try:
+                self.wait()
+            except CommError as error:
+                return error
+        return self._error
