@@ -43,10 +43,10 @@ def send(comm: Membership, hook: Hook, tensor: Tensor, dst: int, tag: int, timeo
     """Start to send the contiguous ``tensor`` by ``hook``, the transport's."""
     data = tensor.view(-1).view(torch.uint8)
     body, end = _cut(data)
-    envelope = torch.empty(ENVELOPE_BYTES, dtype=torch.uint8, device=data.device)
-    header = HEADER.pack(DTYPES.index(tensor.dtype), tensor.numel())
-    envelope[: HEADER.size].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+    envelope = torch.empty(ENVELOPE_BYTES, dtype=torch.uint8, device="cpu")
+    HEADER.pack_into(envelope.numpy().data, 0, DTYPES.index(tensor.dtype), tensor.numel())
     envelope[HEADER.size : HEADER.size + end.numel()].copy_(end)
+    envelope = envelope.to(data.device)
     first = hook(envelope, dst, comm._tag(tag), timeout_s)
     return _Letter(first, [hook(piece, dst, tag, timeout_s) for piece, tag in _pieces(comm, body, tag)], envelope)
 
@@ -58,7 +58,7 @@ def receive(comm: Membership, hook: Hook, tensor: Tensor, src: int, tag: int, ti
     envelope = torch.empty(ENVELOPE_BYTES, dtype=torch.uint8, device=data.device)
 
     def take() -> None:
-        code, numel = HEADER.unpack(envelope[: HEADER.size].cpu().numpy().tobytes())
+        code, numel = HEADER.unpack_from(envelope.cpu().numpy().data)
         if (numel, DTYPES[code]) != (tensor.numel(), tensor.dtype):
             raise MismatchError(received(src, numel, DTYPES[code], tensor.numel(), tensor.dtype))
         end.copy_(envelope[HEADER.size : HEADER.size + end.numel()])
@@ -91,7 +91,9 @@ def spell(dtype: torch.dtype) -> str:
 
 def _cut(data: Tensor) -> tuple[Tensor, Tensor]:
     """Return what travels in pieces, and what in the envelope."""
-    size = 0 if data.numel() <= END_BYTES else data.numel() - data.numel() % END_BYTES
+    if data.numel() <= END_BYTES:
+        return data[:0], data
+    size = data.numel() - data.numel() % END_BYTES
     return data[:size], data[size:]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minidist import checks, envelope
 from minidist.errors import CommClosedError, CommError, PeerLostError
+from minidist.reduce_op import ReduceOp
 from minidist.staging import Staged, staged
 from minidist.traffic import Traffic
 from minidist.work import DONE, Progress, Work
@@ -203,6 +204,15 @@ class Membership:
     def _gone(self) -> Mapping[int, str]:
         """Return the ranks that are known to be gone and why, the first to go first."""
         return {}
+
+    def _agree(
+        self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: Sequence[int], timeout_s: float
+    ) -> float:
+        """Compare what all ranks are about to run as a schedule over this transport; return the seconds left for it.
+
+        For a transport that takes messages of other sizes than it expects badly; it raises MismatchError.
+        """
+        return timeout_s
 
     def _translate(self, error: Exception) -> CommError:
         """Return what an error of the backend's library means; the one place where they are mapped."""

@@ -135,7 +135,9 @@ def test_tensors_of_other_sizes_are_a_mismatch() -> None:
     def job(comm: Communicator) -> None:
         comm.broadcast(torch.ones(3 + comm.rank), 0)
 
-    with pytest.raises((MismatchError, PeerLostError), match=r"rank.* sends 3 elements of float32, .*rank.* receives 4"):
+    with pytest.raises(
+        (MismatchError, PeerLostError), match=r"rank.* sends 3 elements of float32, .*rank.* receives 4"
+    ):
         run_threads(job, 2, timeout_s=10)
 
 
