@@ -169,8 +169,12 @@ class MpiCommunicator(ScheduledCommunicator):
         self._finish(self._comm.Ibcast(self._moved(tensor), src), tensor, timeout_s)
 
     def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        if output.numel() > MAX_COUNT or _same_memory(output, input, self.rank):
+        if output.numel() > MAX_COUNT:
             return super()._all_gather(output, input, timeout_s)
+        if output.data_ptr() + self.rank * input.nbytes == input.data_ptr():
+            input = self._scratch.copy_of(
+                "input", input
+            )  # MPI takes no shared memory, and IN_PLACE only from all ranks
         request = self._comm.Iallgather(self._moved(input), self._moved(output, input.numel()))
         self._finish(request, input, timeout_s)
 
@@ -333,11 +337,6 @@ class _MpiMessage(Work):
 
 def _parts(tensor: Tensor) -> list[Tensor]:
     return [tensor] if tensor.numel() <= MAX_COUNT else list(torch.split(tensor.view(-1), 2**30))
-
-
-def _same_memory(output: Tensor, input: Tensor, rank: int) -> bool:
-    """Whether ``input`` is this rank's block of ``output``, which MPI wants to be told in another way."""
-    return output.data_ptr() + rank * input.nbytes == input.data_ptr()
 
 
 def _check_world(mpi_size: int) -> None:

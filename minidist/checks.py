@@ -49,6 +49,11 @@ def tensors(comm: Membership, operation: str, **named: Tensor) -> None:
     first = None
     for name, tensor in named.items():
         _tensor(comm, operation, name, tensor)
+        if name != "input" and operation != "isend" and _overlaps_itself(tensor):
+            raise ValueError(
+                f"{comm.who(operation)}: elements of {name} share memory (is it expanded, or made of windows that "
+                "overlap?), so it cannot be written into; use .clone()"
+            )
         if first is None:
             first = tensor
         elif tensor.dtype != first.dtype or tensor.device != first.device:
@@ -73,10 +78,24 @@ def _tensor(comm: Membership, operation: str, name: str, tensor: Tensor) -> None
             f"{comm.who(operation)}: {type(comm).__name__} moves {comm.device_type} tensors, "
             f"but {name} is on {tensor.device}; move it with .to('{comm.device_type}')"
         )
-    if tensor.is_contiguous():
-        return
-    if 0 in tensor.stride() and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise ValueError(f"{comm.who(operation)}: elements of {name} share memory (is it expanded?); use .clone()")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return False
+    reach, dims = 0, sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    if dims[0][0] == 0:
+        return True
+    for stride, n in dims:
+        if stride <= reach:
+            break
+        reach += stride * (n - 1)
+    else:
+        return False
+    places = torch.zeros(1, dtype=torch.int64, device="cpu")  # interleaved in an unusual way: look at each element
+    for stride, n in dims:
+        places = (places[:, None] + stride * torch.arange(n, device="cpu")).view(-1)
+    return len(set(places.tolist())) < places.numel()
 
 
 def peer(comm: Membership, operation: str, name: str, rank: int) -> None:

@@ -114,10 +114,15 @@ class Membership:
         args: Sequence[object],
         async_op: bool,
         timeout_s: float | None,
+        keep: bool = False,
     ) -> Work:
+        """Run ``hook`` on ``tensors``, which it only reads with ``keep``, and then on ``args``."""
         self.ensure_usable(operation)
         timeout_s = checks.timeout(self, operation, timeout_s)
-        job = staged(hook, tensors, self.device_type)
+        divisor = self.world_size if ReduceOp.AVG in args else 1  # before the sum, which could overflow float16
+        args = [ReduceOp.SUM if arg is ReduceOp.AVG else arg for arg in args]
+        own_block = self.rank if operation == "all_gather" else None
+        job = staged(hook, tensors, self.device_type, divisor, keep, own_block)
         if job is None:
             return DONE
 

@@ -58,6 +58,11 @@ def _refused(call: Callable[[Communicator], object]) -> tuple[type[Exception], s
         (lambda c: c.all_reduce(torch.ones(2, dtype=torch.complex64)), TypeError, "dtype torch.complex64"),
         (lambda c: c.all_reduce(torch.eye(2).to_sparse()), TypeError, "use to_dense()"),
         (lambda c: c.all_reduce(torch.ones(1).expand(3)), ValueError, "use .clone()"),
+        (lambda c: c.all_reduce(torch.ones(5).as_strided((3, 3), (1, 1))), ValueError, "tensor share memory"),
+        (lambda c: c.all_reduce(torch.ones(5).as_strided((2, 3), (2, 1))), ValueError, "use .clone()"),
+        (lambda c: c.broadcast(torch.ones(1, 3).expand(3, 3), 0), ValueError, "tensor share memory"),
+        (lambda c: c.all_gather(torch.ones(4).expand(2, 4), ONES), ValueError, "elements of output share memory"),
+        (lambda c: c.recv(torch.ones(1).expand(3), 0), ValueError, "irecv: elements of tensor share memory"),
         (lambda c: c.all_reduce(torch.ones(2, device="meta")), ValueError, "moves cpu tensors"),
         (lambda c: c.all_reduce(torch.ones(2, dtype=torch.int64), ReduceOp.AVG), TypeError, "got int64; use SUM"),
         (lambda c: c.all_reduce(torch.ones(2, dtype=torch.bool)), TypeError, "op SUM is not defined for bool"),
@@ -79,6 +84,15 @@ def test_wrong_arguments_are_refused_before_anything_is_sent(
     assert refused is kind
     assert message.startswith("[rank 1/2] ")
     assert words in message
+
+
+def test_an_unusual_view_that_does_not_overlap_itself_is_taken() -> None:
+    def job(comm: Communicator) -> list[float]:
+        memory = torch.zeros(6)
+        comm.all_reduce(memory.as_strided((2, 2), (3, 2)).fill_(1))  # places 0, 2, 3 and 5
+        return memory.tolist()
+
+    assert run_threads(job, 2) == [[2.0, 0, 2, 2, 0, 2]] * 2
 
 
 @pytest.mark.parametrize("operation", ["all_reduce", "reduce"])
