@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class AlgorithmCommunicator(ScheduledCommunicator):
         self.traffic, self._progress = transport.traffic, transport._progress
         self.device_type = transport.device_type  # type: ignore[misc]  # the class's is only the default
         self.overlaps = transport.overlaps
+        self.checks_sizes, self.checks_dtypes = transport.checks_sizes, transport.checks_dtypes
         self._root, self._channel = transport._root, transport._new_channel()
 
     def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:
@@ -78,6 +79,14 @@ class AlgorithmCommunicator(ScheduledCommunicator):
             prove(self.schedules[collective], collective, self.world_size, root=next(iter(root), 0))
         except ScheduleError as error:
             raise ScheduleError(f"the schedule is wrong on {self.world_size} ranks; {error}") from None
+
+    def _execute(self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, timeout_s: float, *root: int) -> None:
+        super()._execute(collective, chunks, op, self._agree(collective, chunks, op, root, timeout_s), *root)
+
+    def _agree(
+        self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: Sequence[int], timeout_s: float
+    ) -> float:
+        return self.transport._agree(collective, chunks, op, root, timeout_s)
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
         return self.transport._isend(tensor, dst, tag, timeout_s)

@@ -22,6 +22,7 @@ class GroupCommunicator(ScheduledCommunicator):
         super().__init__(ranks.index(parent.rank), len(ranks), parent.timeout_s, parent.segment_bytes)
         self._parent, self._ranks = parent, ranks
         self._root, self._channel = parent._root, channel
+        self.checks_sizes = parent.checks_sizes  # not the dtypes: its errors would name the ranks of the parent
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
         return self._parent._isend(tensor, self._ranks[dst], tag, timeout_s)

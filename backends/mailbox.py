@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from minidist.checks import DTYPES
+from minidist.envelope import received
 from minidist.errors import MismatchError
 from minidist.forks import Living
 
@@ -53,39 +55,49 @@ class Letter:
     Attributes:
         memory: 1-d, bytes: what is sent, or where it goes.
         tag: as the user of the mailbox chose it.
+        dtype: what the bytes are.
+        done: whether all of it has been copied out of, or into, its memory.
         error: what was wrong with it, once it is done.
     """
 
-    def __init__(self, memory: Tensor, tag: int, heir: Letter | None = None) -> None:
-        self.memory, self.tag, self.nbytes = memory, tag, memory.numel()
+    def __init__(self, memory: Tensor, tag: int, dtype: torch.dtype) -> None:
+        self.memory, self.tag, self.dtype, self.nbytes = memory, tag, dtype, memory.numel()
+        self.done, self.num_moved = False, 0
         self.error: MismatchError | None = None
-        self.num_moved = 0
-        self.heir = heir  # the receive whose memory this message could not go into at once
+        self.heir: Letter | None = None  # the receive whose memory this message could not go into at once
 
     @property
-    def done(self) -> bool:
-        """Whether all of it has been copied out of, or into, its memory."""
-        return self.num_moved == self.nbytes
+    def kind(self) -> tuple[int, torch.dtype]:
+        """How many elements of which dtype it is."""
+        return self.nbytes // self.dtype.itemsize, self.dtype
 
     def take_from(self, slot: Tensor, length: int) -> None:
         """Copy the next ``length`` bytes from a slot."""
         self.memory[self.num_moved : self.num_moved + length].copy_(slot[:length])
-        self.num_moved += length  # after the copy: another thread may ask whether it is done
+        self._moved(length)
 
     def put_into(self, slot: Tensor, length: int) -> None:
         """Copy the next ``length`` bytes into a slot."""
         slot[:length].copy_(self.memory[self.num_moved : self.num_moved + length])
+        self._moved(length)
+
+    def _moved(self, length: int) -> None:
         self.num_moved += length
+        self.done = self.num_moved == self.nbytes  # after the copy: another thread may ask
+
+    def is_for(self, heir: Letter, src: int) -> None:
+        """Remember the receive that gets it once it is complete; tell it at once where it is another one's kind."""
+        if heir.kind == self.kind:
+            self.heir = heir
+        else:
+            heir.error = MismatchError(received(src, *self.kind, *heir.kind))
+            heir.done = True
 
     def deliver(self) -> None:
         """Hand what is complete over to its heir."""
         if self.heir is not None:
-            if self.heir.nbytes == self.nbytes:
-                self.heir.memory.copy_(self.memory)
-            else:
-                sizes = f"the message has {self.nbytes} bytes, its receive expects {self.heir.nbytes}"
-                self.heir.error = MismatchError(sizes)
-            self.heir.num_moved = self.heir.nbytes
+            self.heir.memory.copy_(self.memory)
+            self.heir.done = True
 
 
 class _Exchange:
@@ -114,7 +126,7 @@ class Mailbox:
     ) -> None:
         self._rank, self._words, self._ring = rank, words, ring
         self._slots = [list(slot.view(len(words) * NUM_SLOTS, SLOT_BYTES)) for slot in slots]
-        # Words: what was sent to each rank, what was taken from each, and (tag, bytes, bytes in it) of each slot.
+        # Words: what was sent to each rank, what was taken from each, and (tag, bytes, bytes in it, dtype) of a slot.
         self._taken, self._headers = LINE * len(words), 2 * LINE * len(words)
         self._exchanges = [_Exchange() for _ in words]
         self._lock = threading.Lock()
@@ -126,25 +138,25 @@ class Mailbox:
         self.advance()
         return not self._exchanges[dst].outgoing
 
-    def send(self, memory: Tensor, dst: int, tag: int) -> Letter:
-        """Start to send bytes."""
-        letter = Letter(memory, tag)
+    def send(self, memory: Tensor, dst: int, tag: int, dtype: torch.dtype = torch.uint8) -> Letter:
+        """Start to send bytes, which are elements of ``dtype``."""
+        letter = Letter(memory, tag, dtype)
         with self._lock:
             self._exchanges[dst].outgoing.append(letter)
             self._num_open += 1
         self.advance()
         return letter
 
-    def receive(self, memory: Tensor, src: int, tag: int) -> Letter:
-        """Start to receive bytes."""
-        letter, exchange = Letter(memory, tag), self._exchanges[src]
+    def receive(self, memory: Tensor, src: int, tag: int, dtype: torch.dtype = torch.uint8) -> Letter:
+        """Start to receive bytes, which are elements of ``dtype``."""
+        letter, exchange = Letter(memory, tag, dtype), self._exchanges[src]
         with self._lock:
             if not exchange.early[tag]:
                 exchange.expected[tag].append(letter)
                 self._expect(exchange, 1)
             else:
                 early = exchange.early[tag].popleft()
-                early.heir = letter
+                early.is_for(letter, src)
                 if early.done:
                     early.deliver()
                 else:
@@ -173,6 +185,7 @@ class Mailbox:
         letter.put_into(self._slots[self._rank][slot], length)
         header = self._headers + LINE * slot
         own[header], own[header + 1], own[header + 2] = letter.tag, letter.nbytes, length
+        own[header + 3] = DTYPES.index(letter.dtype)
         own[LINE * dst] = sent + 1
         self._ring(dst)
         if letter.done:
@@ -189,7 +202,7 @@ class Mailbox:
         slot = self._rank * NUM_SLOTS + taken % NUM_SLOTS
         header = self._headers + LINE * slot
         if exchange.opened is None:
-            exchange.opened = _open(exchange, theirs[header], theirs[header + 1])
+            exchange.opened = _open(exchange, src, theirs[header], theirs[header + 1], DTYPES[theirs[header + 3]])
         letter, length = exchange.opened, theirs[header + 2]
         letter.take_from(self._slots[src][slot], length)
         own[self._taken + LINE * src] = taken + 1
@@ -206,12 +219,14 @@ class Mailbox:
         self._num_open += change
 
 
-def _open(exchange: _Exchange, tag: int, nbytes: int) -> Letter:
+def _open(exchange: _Exchange, src: int, tag: int, nbytes: int, dtype: torch.dtype) -> Letter:
     """Return where the message that begins now goes."""
     heir = exchange.expected[tag].popleft() if exchange.expected[tag] else None
-    if heir is not None and heir.nbytes == nbytes:
+    if heir is not None and (heir.nbytes, heir.dtype) == (nbytes, dtype):
         return heir
-    letter = Letter(torch.empty(nbytes, dtype=torch.uint8, device="cpu"), tag, heir)
+    letter = Letter(torch.empty(nbytes, dtype=torch.uint8, device="cpu"), tag, dtype)
     if heir is None:
         exchange.early[tag].append(letter)
+    else:
+        letter.is_for(heir, src)
     return letter

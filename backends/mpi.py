@@ -28,7 +28,7 @@ from backends.notices import Notices
 from backends.scheduled import ScheduledCommunicator
 from minidist import launch
 from minidist.communicator import Communicator, ReduceOp, Work
-from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, PeerLostError
+from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, MismatchError, PeerLostError
 
 MAX_COUNT = 2**31 - 1
 BACKGROUND_SPIN_S = 1e-4
@@ -99,6 +99,7 @@ class MpiCommunicator(ScheduledCommunicator):
     """
 
     launcher: ClassVar[str] = "mpirun"
+    checks_sizes = True
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, mpi_comm: Any = None) -> None:
         self.check_available()
@@ -147,7 +148,7 @@ class MpiCommunicator(ScheduledCommunicator):
         return _MpiMessage(self, requests, tensor, dst, timeout_s)
 
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        requests = [self._comm.Irecv(self._moved(part), src, tag) for part in _parts(tensor)]
+        requests = [_Receive(self, part, src, tag) for part in _parts(tensor)]
         return _MpiMessage(self, requests, tensor, src, timeout_s)
 
     # Collectives ------------------------------------------------------------------------------
@@ -171,8 +172,12 @@ class MpiCommunicator(ScheduledCommunicator):
         self._finish(self._comm.Ibcast(self._moved(tensor), src), tensor, timeout_s)
 
     def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        if output.numel() > MAX_COUNT or _same_memory(output, input, self.rank):
+        if output.numel() > MAX_COUNT:
             return super()._all_gather(output, input, timeout_s)
+        if output.data_ptr() + self.rank * input.nbytes == input.data_ptr():
+            input = self._scratch.copy_of(
+                "input", input
+            )  # MPI takes no shared memory, and IN_PLACE only from all ranks
         request = self._comm.Iallgather(self._moved(input), self._moved(output, input.numel()))
         self._finish(request, input, timeout_s)
 
@@ -278,33 +283,63 @@ class MpiCommunicator(ScheduledCommunicator):
         self._tell(self.rank, reason)
 
 
+class _Receive:
+    """The request of a receive that minds the size of what has come."""
+
+    def __init__(self, comm: MpiCommunicator, tensor: Tensor, src: int, tag: int) -> None:
+        self._MPI, self._numel, self._src = comm._MPI, tensor.numel(), src
+        self._buffer = comm._moved(tensor)
+        self._request, self._status = comm._comm.Irecv(self._buffer, src, tag), comm._MPI.Status()
+        self._is_done = False
+
+    def Test(self) -> bool:
+        """Return whether it has come."""
+        if not self._is_done:
+            try:
+                self._is_done = self._request.Test(self._status)
+            except self._MPI.Exception as error:
+                if error.Get_error_class() != self._MPI.ERR_TRUNCATE:
+                    raise
+                raise self._mismatch("more") from error
+            if self._is_done and self._status.Get_count(self._buffer[2]) != self._numel:
+                raise self._mismatch("less")
+        return self._is_done
+
+    def _mismatch(self, what: str) -> MismatchError:
+        return MismatchError(f"rank {self._src} sends {what} than the {self._numel} elements that this rank receives")
+
+
 class _MpiMessage(Work):
     def __init__(
         self, comm: MpiCommunicator, requests: list[Request], tensor: Tensor, peer: int, timeout_s: float
     ) -> None:
         self._comm, self._requests, self._tensor, self._peer = comm, requests, tensor, peer
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
+        self._error: Exception | None = None
 
     def wait(self) -> None:
+        if self._error is not None:
+            raise self._error
         for request in self._requests:
             self._comm._wait(request, self._deadline, self._timeout_s, self._peer)
         self._requests = []
 
     def is_done(self) -> bool:
-        arrived = all(request.Test() for request in self._requests)
-        return arrived or self._comm.obstacle(self._deadline, self._timeout_s, self._peer) is not None
+        return self._has_ended() or self._comm.obstacle(self._deadline, self._timeout_s, self._peer) is not None
+
+    def _has_ended(self) -> bool:
+        try:
+            return all(request.Test() for request in self._requests)
+        except (MismatchError, self._comm._MPI.Exception) as error:  # kept for who waits
+            self._error = error
+            return True
 
     def exception(self) -> BaseException | None:
-        return None
+        return self._error
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
     return [tensor] if tensor.numel() <= MAX_COUNT else list(torch.split(tensor.view(-1), 2**30))
-
-
-def _same_memory(output: Tensor, input: Tensor, rank: int) -> bool:
-    """Whether ``input`` is this rank's block of ``output``, which MPI wants to be told in another way."""
-    return output.data_ptr() + rank * input.nbytes == input.data_ptr()
 
 
 def _check_world(mpi_size: int) -> None:

@@ -60,6 +60,8 @@ class ShmCommunicator(ProcessCommunicator):
     large one does not move while both compute.
     """
 
+    checks_sizes = checks_dtypes = True
+
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
         super().__init__(timeout_s, segment_bytes, place)
         self._arena: Arena | None = None
@@ -279,11 +281,11 @@ class ShmCommunicator(ProcessCommunicator):
     # Point to point ---------------------------------------------------------------------------
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
-        letter = self._shared.mail.send(tensor.view(-1).view(torch.uint8), dst, tag)
+        letter = self._shared.mail.send(tensor.view(-1).view(torch.uint8), dst, tag, tensor.dtype)
         return _ShmMessage(self, self._shared, letter, dst, timeout_s)
 
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        letter = self._shared.mail.receive(tensor.view(-1).view(torch.uint8), src, tag)
+        letter = self._shared.mail.receive(tensor.view(-1).view(torch.uint8), src, tag, tensor.dtype)
         return _ShmMessage(self, self._shared, letter, src, timeout_s)
 
     # Life -------------------------------------------------------------------------------------

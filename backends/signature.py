@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from minidist.checks import DTYPES
@@ -27,8 +28,13 @@ _OP_CODES = {op: code for code, op in enumerate(OPS)}
 
 
 def signature(kind: str, like: Tensor, op: ReduceOp, root: int) -> int:
-    """Pack a collective: 4 bits of kind, 3 of dtype, 3 of op, 12 of root, 40 of ``like.numel()``."""
-    return _KIND_CODES[kind] << 58 | _DTYPE_CODES[like.dtype] << 55 | _OP_CODES[op] << 52 | root << 40 | like.numel()
+    """Pack a collective on tensors like this one; see `pack`."""
+    return pack(kind, like.numel(), like.dtype, op, root)
+
+
+def pack(kind: str, numel: int, dtype: torch.dtype, op: ReduceOp, root: int) -> int:
+    """Pack a collective: 4 bits of kind, 4 of dtype, 3 of op, 12 of root, 40 of ``numel``; 63 fit into a word."""
+    return _KIND_CODES[kind] << 59 | _DTYPE_CODES[dtype] << 55 | _OP_CODES[op] << 52 | root << 40 | numel
 
 
 def difference(rank: int, mine: int, peer: int, theirs: int) -> str:
@@ -37,8 +43,8 @@ def difference(rank: int, mine: int, peer: int, theirs: int) -> str:
 
 
 def _spell(word: int) -> str:
-    kind = KINDS[word >> 58]
+    kind = KINDS[word >> 59]
     if kind == "barrier":
         return kind
-    dtype, op, root, numel = DTYPES[word >> 55 & 7], OPS[word >> 52 & 7], word >> 40 & 0xFFF, word & (1 << 40) - 1
+    dtype, op, root, numel = DTYPES[word >> 55 & 15], OPS[word >> 52 & 7], word >> 40 & 0xFFF, word & (1 << 40) - 1
     return f"{kind} of {numel} {str(dtype).removeprefix('torch.')} with op {op.name} and root {root}"

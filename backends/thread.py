@@ -26,6 +26,7 @@ from torch import Tensor
 from backends.contact import LEFT, ContactLostError
 from backends.scheduled import ScheduledCommunicator
 from minidist.communicator import Work
+from minidist.envelope import received, to
 from minidist.errors import CommError, CommTimeoutError, MismatchError, PeerLostError
 
 T = TypeVar("T")
@@ -82,21 +83,19 @@ class _Exchange:
                 return
             other = others.popleft()
         send, recv = (half, other) if is_send else (other, half)
-        error = _copy(send.tensor, recv.tensor, src, dst)
+        if send.tensor.numel() == recv.tensor.numel() and send.tensor.dtype == recv.tensor.dtype:
+            recv.tensor.view(-1).copy_(send.tensor.view(-1))
+        else:
+            send.error, recv.error = _mismatch(send.tensor, recv.tensor, src, dst)
         with self.changed:
-            half.error = other.error = error
             half.done = other.done = True
             self.changed.notify_all()
 
 
-def _copy(source: Tensor, target: Tensor, src: int, dst: int) -> MismatchError | None:
-    if source.numel() == target.numel() and source.dtype == target.dtype:
-        target.view(-1).copy_(source.view(-1))
-        return None
-    return MismatchError(
-        f"rank {src} sends {source.numel()} elements of {source.dtype}, "
-        f"rank {dst} receives {target.numel()} of {target.dtype}"
-    )
+def _mismatch(source: Tensor, target: Tensor, src: int, dst: int) -> tuple[MismatchError, MismatchError]:
+    """Return what the sender and what the receiver are told."""
+    sent, expected = (source.numel(), source.dtype), (target.numel(), target.dtype)
+    return MismatchError(to(dst, *sent, *expected)), MismatchError(received(src, *sent, *expected))
 
 
 class _Half(Work):
@@ -144,6 +143,7 @@ class ThreadCommunicator(ScheduledCommunicator):
     """
 
     launcher: ClassVar[str] = "thread"
+    checks_sizes = checks_dtypes = True
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22) -> None:
         world, rank = getattr(_this_thread, "place", None) or (ThreadWorld(1), 0)

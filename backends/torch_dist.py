@@ -1,4 +1,4 @@
-"""Gloo and NCCL through torch.distributed's process groups, with their native collectives.
+"""torch.distributed's process groups with their native collectives, and Gloo; NCCL is in nccl.py.
 
 The process groups are made directly, without torch's global default group, so that several can exist
 one after the other in one process. Gloo itself reports at most that some connection closed, and goes on
@@ -7,22 +7,24 @@ waiting for ranks that wait for the dead one; which rank is gone the lifeline of
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from backends.agreement import Agreement, Read
 from backends.contact import ContactLostError
 from backends.processes import Place, ProcessCommunicator
-from backends.rendezvous import meet
-from minidist import launch
+from backends.signature import MEETING, pack
 from minidist.communicator import ReduceOp, Work
-from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError
+from minidist.errors import CommError, CommTimeoutError
 from minidist.forks import kept_in_forks
 
 OPS = {
@@ -31,6 +33,8 @@ OPS = {
     ReduceOp.MAX: dist.ReduceOp.MAX,
     ReduceOp.PRODUCT: dist.ReduceOp.PRODUCT,
 }
+IN_PLACE = ("all_reduce", "reduce", "broadcast")
+"""The collectives on one tensor; the others have blocks."""
 NEWS_S = 3.0
 """How long to wait for the name of the rank that is gone, after the data path broke."""
 
@@ -66,11 +70,11 @@ class TorchDistCommunicator(ProcessCommunicator):
 
     def _broadcast(self, tensor: Tensor, src: int, timeout_s: float) -> None:
         options = _options(c10d.BroadcastOptions(), timeout_s, rootRank=src)
-        self._finish(self._group.broadcast([_bytes(tensor)], options), tensor, timeout_s)
+        self._finish(self._group.broadcast([bytes_of(tensor)], options), tensor, timeout_s)
 
     def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
         options = _options(c10d.AllgatherOptions(), timeout_s)
-        self._finish(self._group._allgather_base(_bytes(output), _bytes(input), options), input, timeout_s)
+        self._finish(self._group._allgather_base(bytes_of(output), bytes_of(input), options), input, timeout_s)
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
         options = _options(c10d.ReduceScatterOptions(), timeout_s, reduceOp=OPS[op])
@@ -79,17 +83,17 @@ class TorchDistCommunicator(ProcessCommunicator):
 
     def _gather(self, output: Tensor | None, input: Tensor, dst: int, timeout_s: float) -> None:
         options = _options(c10d.GatherOptions(), timeout_s, rootRank=dst)
-        outputs = [] if output is None else [list(_bytes(output).view(self.world_size, -1))]
-        self._finish(self._group.gather(outputs, [_bytes(input)], options), input, timeout_s)
+        outputs = [] if output is None else [list(bytes_of(output).view(self.world_size, -1))]
+        self._finish(self._group.gather(outputs, [bytes_of(input)], options), input, timeout_s)
 
     def _scatter(self, output: Tensor, input: Tensor | None, src: int, timeout_s: float) -> None:
         options = _options(c10d.ScatterOptions(), timeout_s, rootRank=src)
-        inputs = [] if input is None else [list(_bytes(input).view(self.world_size, -1))]
-        self._finish(self._group.scatter([_bytes(output)], inputs, options), input, timeout_s)
+        inputs = [] if input is None else [list(bytes_of(input).view(self.world_size, -1))]
+        self._finish(self._group.scatter([bytes_of(output)], inputs, options), input, timeout_s)
 
     def _all_to_all(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
         options = _options(c10d.AllToAllOptions(), timeout_s)
-        work = self._group.alltoall_base(_bytes(output), _bytes(input), [], [], options)
+        work = self._group.alltoall_base(bytes_of(output), bytes_of(input), [], [], options)
         self._finish(work, input, timeout_s)
 
     def _barrier(self, timeout_s: float) -> None:
@@ -114,7 +118,15 @@ class TorchDistCommunicator(ProcessCommunicator):
 
 
 class GlooCommunicator(TorchDistCommunicator):
-    """Gloo over TCP, for tensors in host memory."""
+    """Gloo over TCP, for tensors in host memory.
+
+    Gloo ends the process where ranks disagree, so that they compare first what they mean to do; see `Agreement`.
+    """
+
+    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
+        super().__init__(timeout_s, segment_bytes, place)
+        self._agreement = Agreement(self)
+        self._everyone = [(rank, 0) for rank in range(self.world_size)]
 
     def _make_group(self, store: dist.Store) -> Any:
         gloo: Any = dist.ProcessGroupGloo
@@ -127,10 +139,10 @@ class GlooCommunicator(TorchDistCommunicator):
         return gloo(store, self.rank, self.world_size, options)
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
-        return _GlooMessage(self, self._group.send([_bytes(tensor)], dst, tag), tensor, dst, timeout_s)
+        return _GlooMessage(self, self._group.send([bytes_of(tensor)], dst, tag), tensor, dst, timeout_s)
 
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        return _GlooMessage(self, self._group.recv([_bytes(tensor)], src, tag), tensor, src, timeout_s)
+        return _GlooMessage(self, self._group.recv([bytes_of(tensor)], src, tag), tensor, src, timeout_s)
 
     def _wait(self, work: Any, timeout_s: float) -> None:
         started = time.monotonic()
@@ -141,6 +153,81 @@ class GlooCommunicator(TorchDistCommunicator):
             if time.monotonic() - started > 0.8 * timeout_s:
                 raise CommTimeoutError(f"no answer within {timeout_s:g} s; a rank did not take part") from error
             raise
+
+    # Collectives ------------------------------------------------------------------------------
+
+    def _agree(
+        self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: Sequence[int], timeout_s: float
+    ) -> float:
+        numel = sum(chunk.numel() for chunk in chunks) if collective in IN_PLACE else chunks[0].numel()
+        started = time.monotonic()
+        self._agreement.compare(pack(collective, numel, chunks[0].dtype, op, next(iter(root), 0)), timeout_s)
+        return max(timeout_s - (time.monotonic() - started), 1e-3)
+
+    def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:
+        reads = [(tensor, self._everyone)]
+        if left := self._settle("all_reduce", tensor, tensor, reads, timeout_s, op=op):
+            super()._all_reduce(tensor, op, left)
+
+    def _reduce(self, tensor: Tensor, dst: int, op: ReduceOp, timeout_s: float) -> None:
+        reads = [(tensor, self._everyone)] if self.rank == dst else []
+        if left := self._settle("reduce", tensor, tensor, reads, timeout_s, op=op, root=dst):
+            super()._reduce(tensor, dst, op, left)
+
+    def _broadcast(self, tensor: Tensor, src: int, timeout_s: float) -> None:
+        reads = [] if self.rank == src else [(tensor, [(src, 0)])]
+        if left := self._settle("broadcast", tensor, tensor, reads, timeout_s, root=src):
+            super()._broadcast(tensor, src, left)
+
+    def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
+        reads = zip(self._blocks_of(output), self._each(0), strict=True)
+        if left := self._settle("all_gather", input, input, reads, timeout_s):
+            super()._all_gather(output, input, left)
+
+    def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
+        reads = [(output, [(rank, self.rank) for rank in range(self.world_size)])]
+        if left := self._settle("reduce_scatter", output, input, reads, timeout_s, self.world_size, op):
+            super()._reduce_scatter(output, input, op, left)
+
+    def _gather(self, output: Tensor | None, input: Tensor, dst: int, timeout_s: float) -> None:
+        reads = [] if output is None else zip(self._blocks_of(output), self._each(0), strict=True)
+        if left := self._settle("gather", input, input, reads, timeout_s, root=dst):
+            super()._gather(output, input, dst, left)
+
+    def _scatter(self, output: Tensor, input: Tensor | None, src: int, timeout_s: float) -> None:
+        reads = [(output, [(src, self.rank)])]
+        if left := self._settle("scatter", output, input, reads, timeout_s, self.world_size, root=src):
+            super()._scatter(output, input, src, left)
+
+    def _all_to_all(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
+        chunks = self._blocks_of(output)
+        reads = zip(chunks, self._each(self.rank), strict=True)
+        if left := self._settle("all_to_all", chunks[0], input, reads, timeout_s, self.world_size):
+            super()._all_to_all(output, input, left)
+
+    def _barrier(self, timeout_s: float) -> None:
+        self.traffic.count(0)
+        self._agreement.compare(MEETING, timeout_s)
+
+    def _each(self, piece: int) -> list[list[tuple[int, int]]]:
+        """Return, for each rank, a piece of its tensor alone."""
+        return [[(rank, piece)] for rank in range(self.world_size)]
+
+    def _settle(
+        self,
+        kind: str,
+        like: Tensor,
+        source: Tensor | None,
+        reads: Iterable[Read],
+        timeout_s: float,
+        num_pieces: int = 1,
+        op: ReduceOp = ReduceOp.SUM,
+        root: int = 0,
+    ) -> float | None:
+        left = self._agreement.settle(kind, like, source, reads, timeout_s, num_pieces, op, root)
+        if left is None:
+            self.traffic.count(0 if source is None else source.nbytes)
+        return left
 
     def _interrupt(self) -> None:
         """Break this rank's connections: a receive that times out is all that makes Gloo do so."""
@@ -154,164 +241,41 @@ class GlooCommunicator(TorchDistCommunicator):
 
 
 class _GlooMessage(Work):
+    """A send or receive. Gloo says only to one who waits whether it has ended, so who polls has a thread that waits."""
+
     def __init__(self, comm: GlooCommunicator, work: Any, tensor: Tensor, peer: int, timeout_s: float) -> None:
         self._comm, self._work, self._tensor, self._peer = comm, work, tensor, peer
         self._deadline, self._timeout_s = time.monotonic() + timeout_s, timeout_s
-        self._done = False
+        self._ended: Future[None] | None = None
 
     def wait(self) -> None:
-        if self._done:
-            return
-        remaining = max(self._deadline - time.monotonic(), 1e-3)
+        if self._ended is None:
+            self._ended = Future()
+            self._await(self._ended)
+        self._ended.result()
+
+    def _await(self, ended: Future[None]) -> None:
         try:
-            self._comm._wait(self._work, remaining)
-        except CommError:
-            raise
+            self._comm._wait(self._work, max(self._deadline - time.monotonic(), 1e-3))
+        except CommError as error:
+            ended.set_exception(error)
         except RuntimeError as error:
-            raise ContactLostError(self._peer) from error
-        self._done = True
+            lost = ContactLostError(self._peer)
+            lost.__cause__ = error
+            ended.set_exception(lost)
+        except BaseException as error:  # whatever it is belongs to the one who waits
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
 
     def is_done(self) -> bool:
-        return self._done or bool(self._work.is_completed())
+        if self._ended is None:
+            self._ended = Future()
+            threading.Thread(target=self._await, args=(self._ended,), daemon=True).start()
+        return self._ended.done()
 
     def exception(self) -> BaseException | None:
-        return None
-
-
-class NcclCommunicator(TorchDistCommunicator):
-    """NCCL, for CUDA tensors, one GPU per rank.
-
-    Operations run on streams of their own. ``wait()`` blocks the host until the result is there, because only
-    the host can tell that an operation failed; until then the host is free.
-    """
-
-    device_type: ClassVar[str] = "cuda"
-
-    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
-        self.check_available()
-        torch.cuda.set_device(meet(timeout_s).world.local_rank)
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._running: list[Any] = []
-        self._batch = _Batch(self)
-        super().__init__(timeout_s, segment_bytes, place)
-
-    @classmethod
-    def check_available(cls) -> None:
-        num_gpus, num_ranks = torch.cuda.device_count(), launch.detect().local_world_size
-        if not torch.cuda.is_available() or not dist.is_nccl_available():
-            raise BackendUnavailableError(
-                "nccl needs an NVIDIA GPU that torch can use, and here is none; use comm=gloo"
-            )
-        if num_ranks > num_gpus:
-            raise BackendUnavailableError(
-                f"nccl needs one GPU per rank, but this host has {num_gpus} for {num_ranks} ranks; "
-                "start fewer, or use comm=gloo"
-            )
-
-    def _make_group(self, store: dist.Store) -> Any:
-        options = dist.ProcessGroupNCCL.Options()
-        # NCCL's watchdog ends the process; it is the last resort, behind the timeouts of _StreamWork.
-        options._timeout = timedelta(seconds=2 * self.timeout_s + 60)
-        return dist.ProcessGroupNCCL(store, self.rank, self.world_size, options)
-
-    def _dispatch(self, run: Callable[[], None], async_op: bool) -> Work:
-        caller = torch.cuda.current_stream()
-        self._stream.wait_stream(caller)
-        with torch.cuda.stream(self._stream):
-            run()
-            work = _StreamWork(self, run, self._running, self._stream.record_event())
-        self._running = []
-        if not async_op:
-            work.wait()
-        return work
-
-    def _wait(self, work: Any, timeout_s: float) -> None:
-        work.wait()  # only the current stream waits
-        self._running.append((work, timeout_s))
-
-    def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
-        return self._batch.add(self._group.send, tensor, dst, timeout_s)
-
-    def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        return self._batch.add(self._group.recv, tensor, src, timeout_s)
-
-    def _interrupt(self) -> None:
-        if self._group is not None:
-            self._group.abort()
-
-    def _close(self) -> None:
-        group = self._group
-        super()._close()
-        group.shutdown()
-
-
-class _StreamWork(Work):
-    """Operations that were handed to the GPU."""
-
-    def __init__(
-        self, comm: NcclCommunicator, run: Callable[[], None], works: list[tuple[Any, float]], done: torch.cuda.Event
-    ) -> None:
-        self._comm, self._run, self._works, self._event = comm, run, works, done
-        self._error: CommError | None = None
-
-    def wait(self) -> None:
-        started = time.perf_counter()
-        try:
-            while self._works:
-                work, timeout_s = self._works[0]
-                work.wait(timedelta(seconds=timeout_s))
-                del self._works[0]
-        except RuntimeError as error:
-            self._comm._fail("wait", error)
-        finally:
-            self._comm.traffic.add_blocked(time.perf_counter() - started)
-        torch.cuda.current_stream().wait_event(self._event)
-        self._run = _nothing
-
-    def is_done(self) -> bool:
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
-
-    def exception(self) -> BaseException | None:
-        return self._error
-
-
-class _Batch(Work):
-    """Messages that are posted together at the first wait.
-
-    NCCL runs the messages of a pair of ranks in the order in which they were posted, so two ranks that both
-    send first would wait for each other; in one group they do not. It matches by order, not by tag.
-    """
-
-    def __init__(self, comm: NcclCommunicator) -> None:
-        self._comm = comm
-        self._messages: list[tuple[Callable[..., Any], Tensor, int]] = []
-        self._posted = False
-        self._timeout_s = 0.0
-
-    def add(self, start: Callable[..., Any], tensor: Tensor, peer: int, timeout_s: float) -> Work:
-        self._messages.append((start, _bytes(tensor), peer))
-        self._timeout_s = max(self._timeout_s, timeout_s)
-        return self
-
-    def wait(self) -> None:
-        if self._posted:
-            return
-        self._posted = True
-        self._comm._batch = _Batch(self._comm)
-        group, device = self._comm._group, torch.device("cuda", torch.cuda.current_device())
-        group._start_coalescing(device)
-        for start, tensor, peer in self._messages:
-            start([tensor], peer, 0)
-        self._comm._wait(group._end_coalescing(device), self._timeout_s)
-
-    def is_done(self) -> bool:
-        return self._posted
-
-    def exception(self) -> BaseException | None:
-        return None
-
-
-def _nothing() -> None: ...
+        return self._ended.exception() if self._ended is not None and self._ended.done() else None
 
 
 def _options(options: Any, timeout_s: float, **values: object) -> Any:
@@ -321,7 +285,7 @@ def _options(options: Any, timeout_s: float, **values: object) -> Any:
     return options
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def bytes_of(tensor: Tensor) -> Tensor:
     """The memory of a tensor that is only moved, whatever its dtype is."""
     return tensor.view(-1).view(torch.uint8)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from minidist.reduce_op import ReduceOp
+
 if TYPE_CHECKING:
-    from minidist.communicator import ReduceOp
     from minidist.membership import Membership
 
 DTYPES = (
@@ -49,6 +49,11 @@ def tensors(comm: Membership, operation: str, **named: Tensor) -> None:
     first = None
     for name, tensor in named.items():
         _tensor(comm, operation, name, tensor)
+        if name != "input" and operation != "isend" and _overlaps_itself(tensor):
+            raise ValueError(
+                f"{comm.who(operation)}: elements of {name} share memory (is it expanded, or made of windows that "
+                "overlap?), so it cannot be written into; use .clone()"
+            )
         if first is None:
             first = tensor
         elif tensor.dtype != first.dtype or tensor.device != first.device:
@@ -73,10 +78,24 @@ def _tensor(comm: Membership, operation: str, name: str, tensor: Tensor) -> None
             f"{comm.who(operation)}: {type(comm).__name__} moves {comm.device_type} tensors, "
             f"but {name} is on {tensor.device}; move it with .to('{comm.device_type}')"
         )
-    if tensor.is_contiguous():
-        return
-    if 0 in tensor.stride() and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise ValueError(f"{comm.who(operation)}: elements of {name} share memory (is it expanded?); use .clone()")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return False
+    reach, dims = 0, sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    if dims[0][0] == 0:
+        return True
+    for stride, n in dims:
+        if stride <= reach:
+            break
+        reach += stride * (n - 1)
+    else:
+        return False
+    places = torch.zeros(1, dtype=torch.int64, device="cpu")  # interleaved in an unusual way: look at each element
+    for stride, n in dims:
+        places = (places[:, None] + stride * torch.arange(n, device="cpu")).view(-1)
+    return len(set(places.tolist())) < places.numel()
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -112,16 +131,16 @@ def reduction(comm: Membership, operation: str, op: ReduceOp, timeout_s: float |
     """Check tensors that are to be combined with ``op``, and all else: an average changes them at once."""
     if timeout_s is not None:
         timeout(comm, operation, timeout_s)
-    if not isinstance(op, Enum):
+    if not isinstance(op, ReduceOp):
         raise TypeError(f"{comm.who(operation)}: op must be a ReduceOp, got {op!r}; use ReduceOp.SUM")
     tensors(comm, operation, **named)
     dtype = next(iter(named.values())).dtype
     if dtype.is_floating_point:
         return
-    if op.name == "AVG":
+    if op is ReduceOp.AVG:
         name = str(dtype).removeprefix("torch.")
         raise TypeError(f"{comm.who(operation)}: op AVG needs a floating-point tensor, got {name}; use SUM")
-    if dtype == torch.bool and op.name not in ("MIN", "MAX"):
+    if dtype == torch.bool and op not in (ReduceOp.MIN, ReduceOp.MAX):
         raise TypeError(f"{comm.who(operation)}: op {op.name} is not defined for bool; use MAX (or), MIN (and)")
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from enum import Enum
 from typing import Any, final
 
 import torch
@@ -23,21 +22,11 @@ from torch import Tensor
 
 from minidist import checks
 from minidist.membership import Membership
+from minidist.reduce_op import ReduceOp
 from minidist.traffic import Traffic
 from minidist.work import Work
 
 __all__ = ["Communicator", "ReduceOp", "Traffic", "Work"]
-
-
-class ReduceOp(Enum):
-    """How the values of the ranks are combined. AVG needs floating point; bool only MIN and MAX."""
-
-    SUM = "sum"
-    AVG = "avg"
-    MIN = "min"
-    MAX = "max"
-    PRODUCT = "product"
-
 
 SUM = ReduceOp.SUM
 Seconds = float | None
@@ -53,12 +42,14 @@ class Communicator(Membership, ABC):
 
     All collectives take ``async_op`` and ``timeout_s`` and return a `Work`. With ``async_op=False``
     it is finished on return; with ``async_op=True`` the operation goes on in the background, its
-    tensors must be left alone until ``wait()``, and operations of one communicator run and finish
-    in the order in which they were started. ``timeout_s`` (seconds, None for the communicator's
+    tensors must be left alone until ``wait()``, and operations of one communicator, also on one tensor,
+    run and finish in the order in which they were started. ``timeout_s`` (seconds, None for the communicator's
     own) bounds the operation from the moment it runs.
 
     dtypes: float64, float32, float16, bfloat16, int64, int32, uint8, and bool with MIN and MAX.
     Any shape works, numel 0 and non-contiguous included; only the number of elements has to fit.
+    ``output`` and ``input`` may share memory: what is sent are the values from before. What is written
+    into must not overlap itself.
     CUDA tensors are staged through pinned host memory where the backend does not take them.
 
     A communicator is a context manager: leaving it closes it, leaving it with an exception aborts
@@ -87,7 +78,11 @@ class Communicator(Membership, ABC):
 
     @final
     def recv(self, tensor: Tensor, src: int, tag: int = 0, timeout_s: Seconds = None) -> None:
-        """Receive into ``tensor`` what rank ``src`` sent with the same ``tag``, size and dtype."""
+        """Receive into ``tensor`` what rank ``src`` sent with the same ``tag``.
+
+        Raises:
+            MismatchError: it has another size or dtype; what is in ``tensor`` then means nothing.
+        """
         self.irecv(tensor, src, tag, timeout_s).wait()
 
     @final
@@ -95,14 +90,14 @@ class Communicator(Membership, ABC):
         """Start to send ``tensor`` to rank ``dst``.
 
         Messages between two ranks with one tag arrive in the order in which they were sent. A send
-        may wait for its receive. ``tag`` is 0 to 32766. A tensor of no elements sends nothing.
+        may wait for its receive. ``tag`` is 0 to 32766. A tensor of no elements is a message too.
         """
         checks.message(self, "isend", tensor, "dst", dst, tag)
         return self._transfer("isend", self._isend, tensor, dst, tag, timeout_s)
 
     @final
     def irecv(self, tensor: Tensor, src: int, tag: int = 0, timeout_s: Seconds = None) -> Work:
-        """Start to receive into ``tensor``, which holds the message once ``wait()`` returned."""
+        """Start to receive into ``tensor``, which holds the message once ``wait()`` returned; see `recv`."""
         checks.message(self, "irecv", tensor, "src", src, tag)
         return self._transfer("irecv", self._irecv, tensor, src, tag, timeout_s)
 
@@ -112,7 +107,6 @@ class Communicator(Membership, ABC):
     def all_reduce(self, tensor: Tensor, op: ReduceOp = SUM, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Combine ``tensor`` over all ranks, in place; every rank ends with identical bits."""
         checks.reduction(self, "all_reduce", op, timeout_s, tensor=tensor)
-        op = self._averaged(op, tensor)
         return self._run("all_reduce", self._all_reduce, (tensor,), (op,), async_op, timeout_s)
 
     @final
@@ -122,10 +116,7 @@ class Communicator(Membership, ABC):
         """Combine ``tensor`` over all ranks into rank ``dst``'s; the others keep theirs."""
         checks.reduction(self, "reduce", op, timeout_s, tensor=tensor)
         checks.peer(self, "reduce", "dst", dst)
-        if self.rank != dst:
-            tensor = tensor.detach().clone()
-        op = self._averaged(op, tensor)
-        return self._run("reduce", self._reduce, (tensor,), (dst, op), async_op, timeout_s)
+        return self._run("reduce", self._reduce, (tensor,), (dst, op), async_op, timeout_s, keep=self.rank != dst)
 
     @final
     def broadcast(self, tensor: Tensor, src: int, async_op: bool = False, timeout_s: Seconds = None) -> Work:
@@ -146,12 +137,10 @@ class Communicator(Membership, ABC):
     ) -> Work:
         """Combine ``input`` (world_size times output's numel); rank r's ``output`` is block r.
 
-        ``input`` keeps its values.
+        ``input`` keeps its values, but for those in the memory of ``output``.
         """
         checks.reduction(self, "reduce_scatter", op, timeout_s, output=output)
         checks.blocks(self, "reduce_scatter", "input", output=output, input=input)
-        if op is ReduceOp.AVG:  # before the sum, which could overflow float16
-            op, input = ReduceOp.SUM, input / self.world_size
         return self._run("reduce_scatter", self._reduce_scatter, (output, input), (op,), async_op, timeout_s)
 
     @final
@@ -229,13 +218,6 @@ class Communicator(Membership, ABC):
         used: list[int] = self.all_gather_object(self._root._num_channels)
         self._root._num_channels = channel = max(used) + 1
         return channel
-
-    def _averaged(self, op: ReduceOp, tensor: Tensor) -> ReduceOp:
-        """Turn an average into a sum; the division comes first, so that float16 does not overflow."""
-        if op is not ReduceOp.AVG:
-            return op
-        tensor.detach().div_(self.world_size)
-        return SUM
 
     # Hooks: what a backend implements ---------------------------------------------------------
 

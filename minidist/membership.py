@@ -10,10 +10,11 @@ from typing import Any, ClassVar, NoReturn, Self, final
 
 from torch import Tensor
 
-from minidist import checks
+from minidist import checks, envelope
 from minidist.errors import CommClosedError, CommError, PeerLostError
 from minidist.forks import Maker
 from minidist.opaque import opaque_methods
+from minidist.reduce_op import ReduceOp
 from minidist.staging import Staged, staged
 from minidist.traffic import Traffic
 from minidist.work import DONE, Progress, Work
@@ -28,6 +29,10 @@ class Membership:
     """What starts several ranks of it: torchrun, mpirun, thread, or none."""
     overlaps: bool = True
     """Whether an operation that runs beside computation gains time; not where both would need the same core."""
+    checks_sizes: bool = False
+    """Whether a message of another size than its receive expects makes the receive raise MismatchError."""
+    checks_dtypes: bool = False
+    """Whether that holds for a message of another dtype too. Where not, `minidist.envelope` sees to both."""
 
     def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0) -> None:
         checks.group(rank, world_size, timeout_s)
@@ -123,10 +128,15 @@ class Membership:
         args: Sequence[object],
         async_op: bool,
         timeout_s: float | None,
+        keep: bool = False,
     ) -> Work:
+        """Run ``hook`` on ``tensors``, which it only reads with ``keep``, and then on ``args``."""
         self.ensure_usable(operation)
         timeout_s = checks.timeout(self, operation, timeout_s)
-        job = staged(hook, tensors, self.device_type)
+        divisor = self.world_size if ReduceOp.AVG in args else 1  # before the sum, which could overflow float16
+        args = [ReduceOp.SUM if arg is ReduceOp.AVG else arg for arg in args]
+        own_block = self.rank if operation == "all_gather" else None
+        job = staged(hook, tensors, self.device_type, divisor, keep, own_block)
         if job is None:
             return DONE
 
@@ -166,14 +176,17 @@ class Membership:
         timeout_s: float | None,
     ) -> Work:
         timeout_s = checks.timeout(self, operation, timeout_s)
-        if tensor.numel() == 0:
-            return DONE
         staged_tensor = Staged(tensor.detach(), self.device_type)
         if operation == "isend":
             staged_tensor.load()
-            self.traffic.count(tensor.nbytes)
+            if tensor.numel():
+                self.traffic.count(tensor.nbytes)
+        post = envelope.send if operation == "isend" else envelope.receive
         try:
-            work = hook(staged_tensor.memory, peer, self._tag(tag), timeout_s)
+            if self.checks_dtypes:
+                work = hook(staged_tensor.memory, peer, self._tag(tag), timeout_s)
+            else:
+                work = post(self, hook, staged_tensor.memory, peer, tag, timeout_s)
         except Exception as error:
             self._fail(operation, error)
         return _Message(self, operation, work, staged_tensor)
@@ -211,6 +224,15 @@ class Membership:
         """Return the ranks that are known to be gone and why, the first to go first."""
         return {}
 
+    def _agree(
+        self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: Sequence[int], timeout_s: float
+    ) -> float:
+        """Compare what all ranks are about to run as a schedule over this transport; return the seconds left for it.
+
+        For a transport that takes messages of other sizes than it expects badly; it raises MismatchError.
+        """
+        return timeout_s
+
     def _translate(self, error: Exception) -> CommError:
         """Return what an error of the backend's library means; the one place where they are mapped."""
         return CommError(f"{type(error).__name__}: {error}")
@@ -222,9 +244,11 @@ class _Message(Work):
     def __init__(self, comm: Membership, operation: str, work: Work, staged_tensor: Staged) -> None:
         self._comm, self._operation, self._work = comm, operation, work
         self._staged: Staged | None = staged_tensor
-        self._error: BaseException | None = None
+        self._error: CommError | None = None
 
     def wait(self) -> None:
+        if self._error is not None:
+            raise self._error
         if self._staged is None:
             return
         self._comm._maker.ensure_here(self._operation)
@@ -248,4 +272,9 @@ class _Message(Work):
         return self._staged is None or would_raise or self._work.is_done()
 
     def exception(self) -> BaseException | None:
-        return self._error or self._work.exception()
+        if self._error is None and self._staged is not None and self.is_done():
+            try:
+                self.wait()
+            except CommError as error:
+                return error
+        return self._error

@@ -9,11 +9,27 @@ import torch
 from torch import Tensor
 
 
-def staged(hook: Callable[..., None], tensors: Sequence[Tensor | None], device_type: str) -> Callable[..., None] | None:
+def staged(
+    hook: Callable[..., None],
+    tensors: Sequence[Tensor | None],
+    device_type: str,
+    divisor: int = 1,
+    keep: bool = False,
+    own_block: int | None = None,
+) -> Callable[..., None] | None:
     """Return ``hook`` bound to ``tensors``, or to copies of them that the backend can take; None if all are empty.
 
-    ``tensors`` is ``(tensor,)``, read and written, or ``(output, input)``; None where this rank has
-    none. Copies are filled before the hook runs and written back after it, by the thread that runs it.
+    Copies are filled before the hook runs and written back after it, by the thread that runs it: an operation before
+    this one may still change what it reads.
+
+    Args:
+        hook: called with them.
+        tensors: ``(tensor,)``, read and written, or ``(output, input)``; None where this rank has none. An input that
+            shares memory with the output is copied too.
+        device_type: the kind of device that the hook takes.
+        divisor: what is read is divided by it first.
+        keep: the one tensor is only read; the hook writes into a copy.
+        own_block: the hook takes an input that is this block of the output as it is.
     """
     numel, native, detached = 0, True, list[Tensor | None]()
     for tensor in tensors:  # one plain loop: what is done here is paid for by every operation
@@ -24,15 +40,20 @@ def staged(hook: Callable[..., None], tensors: Sequence[Tensor | None], device_t
         detached.append(tensor)
     if tensors and numel == 0:
         return None
-    if native:
+    apart = keep or (len(tensors) > 1 and (divisor > 1 or _overlap(detached[0], detached[1], own_block)))
+    if native and not apart and divisor == 1:
         return functools.partial(hook, *detached)
     copies = [tensor if tensor is None else Staged(tensor, device_type) for tensor in detached]
+    if apart and copies[-1] is not None:
+        copies[-1].stand_apart()
 
     def copy_run_copy(*args: object) -> None:
         if copies[-1] is not None:
             copies[-1].load()
+            if divisor > 1:
+                copies[-1].memory.div_(divisor)
         hook(*(copy if copy is None else copy.memory for copy in copies), *args)
-        if copies[0] is not None:
+        if copies[0] is not None and not keep:
             copies[0].store()
 
     return copy_run_copy
@@ -41,7 +62,17 @@ def staged(hook: Callable[..., None], tensors: Sequence[Tensor | None], device_t
 def is_native(tensor: Tensor, device_type: str) -> bool:
     """Whether a backend that works on ``device_type`` can take ``tensor`` as it is."""
     on_device = tensor.is_cpu if device_type == "cpu" else tensor.device.type == device_type
-    return on_device and tensor.is_contiguous()
+    return on_device and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _overlap(output: Tensor | None, input: Tensor | None, own_block: int | None) -> bool:
+    """Whether two contiguous tensors have memory in common, and not as the hook takes it."""
+    if output is None or input is None:
+        return False
+    start, other = output.data_ptr(), input.data_ptr()
+    if own_block is not None and other == start + own_block * input.nbytes:
+        return False
+    return start < other + input.nbytes and other < start + output.nbytes
 
 
 class Staged:
@@ -55,6 +86,11 @@ class Staged:
             self.memory = torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=on_cuda)
         # Recorded in the thread that owns the tensor: the copy may run in another one.
         self._ready = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def stand_apart(self) -> None:
+        """Use memory of its own in any case."""
+        if self.memory is self.tensor:
+            self.memory = torch.empty_like(self.tensor, memory_format=torch.contiguous_format)
 
     def load(self) -> None:
         """Copy the tensor into the memory."""

@@ -308,3 +308,119 @@ def check_wrong_arguments_send_nothing(comm: Communicator) -> None:
         data = torch.ones(3)
         comm.all_reduce(data)
         assert (data == comm.world_size).all()
+
+
+# Tensors that share memory --------------------------------------------------------------------
+
+
+def _numbers(rank: int, numel: int) -> torch.Tensor:
+    return torch.arange(numel, dtype=torch.float32) + 10_000 * rank
+
+
+PLACES = {
+    "in its own block": lambda rank, n, size: rank * size,
+    "in the next block": lambda rank, n, size: (rank + 1) % n * size,
+    "in the first block": lambda rank, n, size: 0,
+    "between two blocks": lambda rank, n, size: rank * size + 1,
+    "half outside": lambda rank, n, size: n * size - size // 2,
+}
+"""Where in memory of n + 1 blocks the smaller tensor of a collective begins, whose larger one is the first n."""
+
+
+def check_all_to_all_of_overlapping_tensors(comm: Communicator) -> None:
+    n = comm.world_size
+    for size in (2, 3000):
+        before = [_numbers(rank, (n + 2) * size) for rank in range(n)]
+        for shift in (-size, -1, 0, 1, size):
+            memory = before[comm.rank].clone()
+            input, output = memory[size : (n + 1) * size], memory[size + shift : (n + 1) * size + shift]
+            comm.all_to_all(output, input)
+            expected = torch.cat([memory[size:].view(n + 1, size)[comm.rank] for memory in before])
+            assert_same(output, expected, "all_to_all,", shift, "elements behind an input of blocks of", size)
+
+
+def check_all_gather_of_overlapping_tensors(comm: Communicator) -> None:
+    n = comm.world_size
+    for size in (4, 3000):
+        before = [_numbers(rank, (n + 1) * size) for rank in range(n)]
+        for where, at in PLACES.items():
+            starts, memory = [at(rank, n, size) for rank in range(n)], before[comm.rank].clone()
+            comm.all_gather(memory[: n * size], memory[starts[comm.rank] : starts[comm.rank] + size])
+            expected = torch.cat([old[start : start + size] for old, start in zip(before, starts, strict=True)])
+            assert_same(memory[: n * size], expected, "all_gather of", size, where)
+
+
+def check_reduce_scatter_of_overlapping_tensors(comm: Communicator) -> None:
+    n = comm.world_size
+    for op in (ReduceOp.SUM, ReduceOp.AVG):
+        for size in (4, 3000):
+            before = [_numbers(rank, (n + 1) * size) * n for rank in range(n)]
+            sums = torch.stack([old[: n * size].view(n, size)[comm.rank] for old in before]).sum(0)
+            for where, at in PLACES.items():
+                start, memory = at(comm.rank, n, size), before[comm.rank].clone()
+                comm.reduce_scatter(memory[start : start + size], memory[: n * size], op)
+                expected = before[comm.rank].clone()
+                expected[start : start + size] = sums / n if op is ReduceOp.AVG else sums
+                assert_same(memory, expected, "reduce_scatter", op, "of", size, where)
+
+
+def check_rooted_of_overlapping_tensors(comm: Communicator) -> None:
+    n = comm.world_size
+    for size in (4, 3000):
+        before = [_numbers(rank, (n + 1) * size) for rank in range(n)]
+        for where, at in PLACES.items():
+            root = n - 1
+            start, memory = at(comm.rank, n, size), before[comm.rank].clone()
+            many, one = memory[: n * size] if comm.rank == root else None, memory[start : start + size]
+            comm.gather(many, one, root)
+            if many is not None:
+                starts = [at(rank, n, size) for rank in range(n)]
+                expected = torch.cat([old[at : at + size] for old, at in zip(before, starts, strict=True)])
+                assert_same(many, expected, "gather of", size, where)
+                many.copy_(before[root][: n * size])
+            comm.scatter(one, many, root)
+            assert_same(one, before[root][: n * size].view(n, size)[comm.rank], "scatter of", size, where)
+
+
+def check_views_of_overlapping_tensors(comm: Communicator) -> None:
+    """Input and output are neither contiguous nor apart, or share memory and no element."""
+    n = comm.world_size
+    before = [_numbers(rank, 4 * n * 50) for rank in range(n)]
+    for name, first, second in (("interleaved", 0, 1), ("shifted", 0, 2), ("same", 0, 0)):
+        memory = before[comm.rank].clone()
+        input, output = memory[first::2][: n * 50], memory[second::2][: n * 50]
+        comm.all_to_all(output, input)
+        expected = torch.cat([old[first::2][: n * 50].view(n, 50)[comm.rank] for old in before])
+        assert_same(output, expected, "all_to_all of", name, "views")
+        memory = before[comm.rank].clone()
+        output, input = memory[first::2][: n * 50], memory[second::2][:50]
+        comm.all_gather(output, input)
+        assert_same(output, torch.cat([old[second::2][:50] for old in before]), "all_gather of", name, "views")
+
+
+def check_input_may_overlap_itself(comm: Communicator) -> None:
+    n = comm.world_size
+    output, windows = torch.zeros(n * 12), (torch.arange(6.0) + comm.rank).as_strided((4, 3), (1, 1))
+    comm.all_gather(output, windows)
+    everyone = [(torch.arange(6.0) + rank).as_strided((4, 3), (1, 1)).reshape(-1) for rank in range(n)]
+    assert_same(output, torch.cat(everyone), "all_gather of overlapping windows")
+    one = torch.zeros(5)
+    comm.reduce_scatter(one, torch.full((1,), comm.rank + 1.0).expand(n * 5))
+    assert_same(one, torch.full((5,), n * (n + 1) / 2), "reduce_scatter of an expanded tensor")
+
+
+def check_async_operations_on_one_tensor(comm: Communicator) -> None:
+    """Each reads what the one before it has left, an average too."""
+    n = comm.world_size
+    for numel in (5, 70_000):
+        data, output = torch.full((numel,), comm.rank + 1.0), torch.zeros(numel)
+        works = [comm.all_reduce(data, async_op=True), comm.all_reduce(data, ReduceOp.AVG, async_op=True)]
+        works.append(comm.reduce(data, 0, async_op=True))
+        works.append(comm.broadcast(data, 0, async_op=True))
+        works.append(comm.reduce_scatter(output, torch.empty(0).new_empty(n * numel).fill_(n), ReduceOp.AVG, True))
+        works.append(comm.all_reduce(output, ReduceOp.AVG, async_op=True))
+        for work in works:
+            work.wait()
+        total = n * (n + 1) / 2
+        assert_same(data, torch.full((numel,), total * n), "four operations on", numel)
+        assert_same(output, torch.full((numel,), float(n)), "an average of an average of", numel)

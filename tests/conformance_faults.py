@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from minidist.communicator import Communicator
-from minidist.errors import CommClosedError, CommError, CommTimeoutError, PeerLostError
-from tests.inputs import needs
+from minidist.errors import CommClosedError, CommError, CommTimeoutError, MismatchError, PeerLostError
+from tests.inputs import assert_same, needs, tensor
 
 Meet = Callable[[], None]
 LIMIT_S = 10.0
@@ -200,6 +201,108 @@ def _others_time_out(comm: Communicator, meet: Meet, operation: str, run: Callab
         with expected(CommError, "barrier", "unusable"):
             comm.barrier()
     meet()
+
+
+# A message of another kind --------------------------------------------------------------------
+
+
+def _message_is_refused(comm: Communicator, meet: Meet, sent: Tensor, target: Tensor, *before: int) -> None:
+    """Rank 0 sends ``sent``, which rank 1 receives into ``target``, after right ones with the tags ``before``."""
+    right = [tensor(0, 700 * (1 + i), salt=i) for i in range(len(before))]
+    if comm.rank == 0:
+        works = [comm.isend(data, 1, tag) for data, tag in zip(right, before, strict=True)]
+        works.append(comm.isend(sent, 1, 3))
+        meet()
+        for work in works[:-1]:
+            work.wait()
+    if comm.rank == 1:
+        received = [torch.zeros_like(data) for data in right]
+        works = [comm.irecv(data, 0, tag) for data, tag in zip(received, before, strict=True)]
+        works.append(comm.irecv(target, 0, 3, timeout_s=30))
+        meet()
+        for work, data, wanted in zip(works, received, right, strict=False):
+            work.wait()
+            assert_same(data, wanted, "a message before the wrong one")
+        theirs = f"rank 0 sends {sent.numel()} elements of {str(sent.dtype).removeprefix('torch.')}, "
+        mine = f"this rank receives {target.numel()} of {str(target.dtype).removeprefix('torch.')};"
+        with expected(MismatchError, f"[rank 1/{comm.world_size}] irecv: ", theirs + mine) as errors:
+            works[-1].wait()
+        assert works[-1].is_done()
+        assert works[-1].exception() is errors[0]
+    if comm.rank > 1:
+        meet()
+    meet()
+
+
+@needs(fresh=True, ranks=2)
+def check_message_of_less_is_refused(comm: Communicator, meet: Meet) -> None:
+    _message_is_refused(comm, meet, torch.ones(50), torch.zeros(100))
+
+
+@needs(fresh=True, ranks=2)
+def check_message_of_more_is_refused(comm: Communicator, meet: Meet) -> None:
+    _message_is_refused(comm, meet, torch.ones(100), torch.zeros(50))
+
+
+@needs(fresh=True, ranks=2)
+def check_large_message_of_less_is_refused(comm: Communicator, meet: Meet) -> None:
+    _message_is_refused(comm, meet, torch.ones(300_000), torch.zeros(500_000))
+
+
+@needs(fresh=True, ranks=2)
+def check_large_message_of_more_is_refused(comm: Communicator, meet: Meet) -> None:
+    _message_is_refused(comm, meet, torch.ones(500_001), torch.zeros(300_000))
+
+
+@needs(fresh=True, ranks=2)
+def check_large_message_for_a_small_receive_is_refused(comm: Communicator, meet: Meet) -> None:
+    _message_is_refused(comm, meet, torch.ones(500_001), torch.zeros(3))
+
+
+@needs(fresh=True, ranks=2)
+def check_small_message_for_a_large_receive_is_refused(comm: Communicator, meet: Meet) -> None:
+    _message_is_refused(comm, meet, torch.ones(3), torch.zeros(500_001))
+
+
+@needs(fresh=True, ranks=2)
+def check_message_of_another_dtype_is_refused(comm: Communicator, meet: Meet) -> None:
+    _message_is_refused(comm, meet, torch.ones(100), torch.zeros(100, dtype=torch.int32))
+
+
+@needs(fresh=True, ranks=2)
+def check_large_message_of_another_dtype_is_refused(comm: Communicator, meet: Meet) -> None:
+    _message_is_refused(comm, meet, torch.ones(300_000, dtype=torch.float64), torch.zeros(600_000))
+
+
+@needs(fresh=True, ranks=2)
+def check_message_of_nothing_is_refused(comm: Communicator, meet: Meet) -> None:
+    _message_is_refused(comm, meet, torch.ones(0), torch.zeros(100))
+
+
+@needs(fresh=True, ranks=2)
+def check_message_for_nothing_is_refused(comm: Communicator, meet: Meet) -> None:
+    _message_is_refused(comm, meet, torch.ones(100), torch.zeros(0))
+
+
+@needs(fresh=True, ranks=2)
+def check_wrong_message_behind_others_is_refused(comm: Communicator, meet: Meet) -> None:
+    _message_is_refused(comm, meet, torch.ones(50), torch.zeros(100), 3, 7, 3)
+
+
+@needs(fresh=True, ranks=2)
+def check_wrong_message_is_seen_by_polling(comm: Communicator, meet: Meet) -> None:
+    sent = comm.isend(torch.ones(50), 1) if comm.rank == 0 else None
+    meet()
+    if comm.rank == 1:
+        work, until = comm.irecv(torch.zeros(100), 0), time.monotonic() + LIMIT_S
+        while not work.is_done():
+            assert time.monotonic() < until, "is_done() does not say that wait() would raise"
+            time.sleep(0.01)
+        assert isinstance(work.exception(), MismatchError)
+        with expected(MismatchError, "rank 0 sends 50"):
+            work.wait()
+    meet()
+    del sent
 
 
 # A rank that is gone --------------------------------------------------------------------------

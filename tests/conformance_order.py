@@ -133,6 +133,37 @@ def check_messages_beside_collectives(comm: Communicator) -> None:
 
 
 @needs(ranks=2)
+def check_messages_of_all_sizes_that_are_polled(comm: Communicator) -> None:
+    """Whoever asks is_done() often enough, and never waits, sees every message end."""
+    prev_rank, next_rank = (comm.rank - 1) % comm.world_size, (comm.rank + 1) % comm.world_size
+    numels = (0, 1, 512, 513, 70_001)
+    received = [torch.zeros(numel) for numel in numels]
+    works = [comm.irecv(data, prev_rank) for data in received]
+    works += [comm.isend(tensor(comm.rank, numel), next_rank) for numel in numels]
+    until = time.monotonic() + 20
+    while not all(work.is_done() for work in works):
+        assert time.monotonic() < until, f"is_done() of each: {[work.is_done() for work in works]}"
+    for work in works:
+        assert work.exception() is None
+        work.wait()
+    for numel, data in zip(numels, received, strict=True):
+        assert_same(data, tensor(prev_rank, numel), "polled message of", numel)
+
+
+@needs(fresh=True, ranks=2)
+def check_a_receive_posted_before_a_collective_takes_its_message(comm: Communicator, meet: Callable[[], None]) -> None:
+    """A send that waits for its receive does not need a receiver that looks."""
+    data = torch.zeros(70_001)
+    receive = comm.irecv(data, 0) if comm.rank == 1 else None
+    if comm.rank == 0:
+        comm.send(tensor(0, 70_001), 1, timeout_s=20)
+    comm.barrier(timeout_s=20)
+    if receive is not None:
+        receive.wait()
+        assert_same(data, tensor(0, 70_001), "received during a barrier")
+
+
+@needs(ranks=2)
 def check_messages_are_counted(comm: Communicator) -> None:
     prev_rank, next_rank = (comm.rank - 1) % comm.world_size, (comm.rank + 1) % comm.world_size
     messages, nbytes, seconds = comm.traffic.messages, comm.traffic.bytes, comm.traffic.seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 
 import pytest
 import torch
@@ -14,6 +15,12 @@ from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, MismatchError, PeerLostError
 
 ONES = torch.ones(4)
+
+
+class OtherOp(Enum):
+    """An operation as another library names it."""
+
+    SUM = "sum"
 
 
 def _refused(call: Callable[[Communicator], object]) -> tuple[type[Exception], str]:
@@ -51,10 +58,16 @@ def _refused(call: Callable[[Communicator], object]) -> tuple[type[Exception], s
         (lambda c: c.all_reduce(torch.ones(2, dtype=torch.complex64)), TypeError, "dtype torch.complex64"),
         (lambda c: c.all_reduce(torch.eye(2).to_sparse()), TypeError, "use to_dense()"),
         (lambda c: c.all_reduce(torch.ones(1).expand(3)), ValueError, "use .clone()"),
+        (lambda c: c.all_reduce(torch.ones(5).as_strided((3, 3), (1, 1))), ValueError, "tensor share memory"),
+        (lambda c: c.all_reduce(torch.ones(5).as_strided((2, 3), (2, 1))), ValueError, "use .clone()"),
+        (lambda c: c.broadcast(torch.ones(1, 3).expand(3, 3), 0), ValueError, "tensor share memory"),
+        (lambda c: c.all_gather(torch.ones(4).expand(2, 4), ONES), ValueError, "elements of output share memory"),
+        (lambda c: c.recv(torch.ones(1).expand(3), 0), ValueError, "irecv: elements of tensor share memory"),
         (lambda c: c.all_reduce(torch.ones(2, device="meta")), ValueError, "moves cpu tensors"),
         (lambda c: c.all_reduce(torch.ones(2, dtype=torch.int64), ReduceOp.AVG), TypeError, "got int64; use SUM"),
         (lambda c: c.all_reduce(torch.ones(2, dtype=torch.bool)), TypeError, "op SUM is not defined for bool"),
         (lambda c: c.all_reduce(ONES, "sum"), TypeError, "op must be a ReduceOp, got 'sum'"),
+        (lambda c: c.all_reduce(ONES, OtherOp.SUM), TypeError, "op must be a ReduceOp, got <OtherOp.SUM: 'sum'>"),
         (lambda c: c.all_reduce(ONES, timeout_s=0), ValueError, "timeout_s must be greater than 0"),
         (lambda c: c.all_reduce(ONES, timeout_s=-1), ValueError, "got -1"),
         (lambda c: c.all_gather(torch.ones(7), ONES), ValueError, "2 x 4 = 8 elements, got 7"),
@@ -71,6 +84,15 @@ def test_wrong_arguments_are_refused_before_anything_is_sent(
     assert refused is kind
     assert message.startswith("[rank 1/2] ")
     assert words in message
+
+
+def test_an_unusual_view_that_does_not_overlap_itself_is_taken() -> None:
+    def job(comm: Communicator) -> list[float]:
+        memory = torch.zeros(6)
+        comm.all_reduce(memory.as_strided((2, 2), (3, 2)).fill_(1))  # places 0, 2, 3 and 5
+        return memory.tolist()
+
+    assert run_threads(job, 2) == [[2.0, 0, 2, 2, 0, 2]] * 2
 
 
 @pytest.mark.parametrize("operation", ["all_reduce", "reduce"])
@@ -127,7 +149,9 @@ def test_tensors_of_other_sizes_are_a_mismatch() -> None:
     def job(comm: Communicator) -> None:
         comm.broadcast(torch.ones(3 + comm.rank), 0)
 
-    with pytest.raises((MismatchError, PeerLostError), match=r"rank 0 sends 3 elements of torch.float32"):
+    with pytest.raises(
+        (MismatchError, PeerLostError), match=r"rank.* sends 3 elements of float32, .*rank.* receives 4"
+    ):
         run_threads(job, 2, timeout_s=10)
 
 

@@ -156,7 +156,7 @@ def test_a_message_of_another_size_is_an_error_of_its_receive_alone() -> None:
     right = receiver.receive(target, 0, 0)
     receiver.advance()
     assert isinstance(wrong.error, MismatchError)
-    assert str(wrong.error) == "the message has 8 bytes, its receive expects 4"
+    assert "rank 0 sends 8 elements of uint8, this rank receives 4 of uint8" in str(wrong.error)
     assert right.error is None
     assert torch.equal(target, message(4, 1))
 

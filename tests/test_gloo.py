@@ -1,0 +1,39 @@
+"""What only Gloo can get wrong: it ends the process at a message that is longer than expected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.gloo_ranks import others
+from tests.harness import command, run_command
+
+
+def run_ranks(what: str, kind: str, tmp_path: Path, world_size: int) -> list[str]:
+    """Run a function of tests/gloo_ranks.py on every rank; return what they wrote. A signal that ends one fails."""
+    arguments = command("torchrun", world_size, "-m", "tests.gloo_ranks", what, kind)
+    returncode, output = run_command(arguments, tmp_path / "output.txt", 100)
+    assert returncode == 0, output
+    assert "Signal" not in output, output
+    return [line for line in output.splitlines() if line.endswith("named") or "rror" in line]
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size"),
+    [
+        ("gloo", 2),
+        ("ring", 2),
+        pytest.param("gloo", 4, marks=pytest.mark.slow),
+        pytest.param("halving_doubling", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_no_disagreement_ends_a_process(kind: str, world_size: int, tmp_path: Path) -> None:
+    lines = run_ranks("disagree", kind, tmp_path, world_size)
+    assert len(lines) == world_size * 2 * len(others(1))
+    assert [line for line in lines if not line.endswith(": named")] == []
+
+
+@pytest.mark.parametrize("kind", ["gloo", "ring"])
+def test_no_message_ends_a_process(kind: str, tmp_path: Path) -> None:
+    assert run_ranks("send_others", kind, tmp_path, 2) == ["named"] * 14
