@@ -86,6 +86,7 @@ class Arena:
             [heap.tensor(slots, mailbox.num_bytes(world_size), torch.uint8) for heap in self.heaps],
             self._bell.ring,
         )
+        self._bell.expects_mail = self.mail.has_open
         self.view = functools.lru_cache(4096)(functools.partial(_view, self.heaps))
         self.meet(MEETING, NOWHERE, deadline)  # a rank that closed at once would take the address of its heap along
 
@@ -158,6 +159,7 @@ class Arena:
     def close(self) -> None:
         """Give back the address of the heap; its memory goes when nothing in it is used any more."""
         self.heap.close()
+        self._bell.forget_mail()
 
 
 def _view(heaps: list[Heap], rank: int, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
