@@ -22,7 +22,8 @@ from backends.doorbell import Doorbell
 from backends.heap import Heap, OwnHeap, attach, unreachable
 from backends.mailbox import LINE, Mailbox
 from backends.signature import MEETING, difference
-from minidist.errors import MismatchError
+from minidist import launch
+from minidist.errors import BackendUnavailableError, MismatchError
 
 INLINE_BYTES = 2**14
 """What is so small that copying it costs less than a second meeting."""
@@ -86,6 +87,7 @@ class Arena:
             [heap.tensor(slots, mailbox.num_bytes(world_size), torch.uint8) for heap in self.heaps],
             self._bell.ring,
         )
+        self._bell.expects_mail = self.mail.has_open
         self.view = functools.lru_cache(4096)(functools.partial(_view, self.heaps))
         self.meet(MEETING, NOWHERE, deadline)  # a rank that closed at once would take the address of its heap along
 
@@ -158,6 +160,16 @@ class Arena:
     def close(self) -> None:
         """Give back the address of the heap; its memory goes when nothing in it is used any more."""
         self.heap.close()
+        self._bell.forget_mail()
+
+
+def ensure_one_host(world: launch.World) -> None:
+    """Raise BackendUnavailableError if the ranks are known to be on several hosts."""
+    if world.knows_host and world.local_world_size != world.world_size:
+        raise BackendUnavailableError(
+            f"shm joins the ranks of one host, but of these {world.world_size} ranks only "
+            f"{world.local_world_size} are on this one; use comm=ring or comm=gloo"
+        )
 
 
 def _view(heaps: list[Heap], rank: int, offset: int, numel: int, dtype: torch.dtype) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from backends.algorithm import AlgorithmCommunicator
-from backends.calibration import calibrate, slowest_median
+from backends.calibration import measured, slowest_median, tabled
 from minidist.communicator import Communicator
 from minidist.errors import ScheduleError
 from minidist.network import Network, interpolated
@@ -15,8 +16,11 @@ from minidist.schedule import Schedule
 from minidist.simulate import simulate
 
 log = logging.getLogger(__name__)
+Seconds = dict[str, float]
 SIZES = tuple(4096 * 4**power for power in range(7))
 """What is measured, in bytes: 4 KB to 16 MB."""
+LIMIT_S = 0.04
+"""How long one thing is measured at one size; 12 things at 7 sizes take 3.4 s, and the ranks start together."""
 MARGIN = 0.85
 """A schedule is taken if the model has it at this part of the transport's own time, as the model errs by some 15 %."""
 TIMED = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
@@ -35,11 +39,13 @@ class AutoCommunicator(AlgorithmCommunicator):
     Args:
         transport: see `AlgorithmCommunicator`.
         schedules: the schedules to choose from, or their dotted paths, by collective.
-        network: the model, rank 0's; None measures the transport, which takes some seconds.
+        network: the model, rank 0's; None measures the transport.
         timeout_s, segment_bytes: see `AlgorithmCommunicator`.
+        budget_s: how long measuring takes, in seconds. Where the machine is too busy for all sizes, what the others
+            take is interpolated, and extrapolated from two sizes at the least.
 
     Raises:
-        ValueError: there is no choice for one of the collectives.
+        ValueError: there is no choice for one of the collectives, or ``budget_s`` is not above 0.
     """
 
     def __init__(
@@ -49,18 +55,39 @@ class AutoCommunicator(AlgorithmCommunicator):
         network: Network | None = None,
         timeout_s: float | None = None,
         segment_bytes: int = 2**22,
+        budget_s: float = 5.0,
     ) -> None:
         super().__init__(transport, {}, timeout_s, segment_bytes)
+        if not budget_s > 0:
+            raise ValueError(f"budget_s must be greater than 0 seconds, got {budget_s}")
         if unknown := schedules.keys() - TIMED:
             raise ValueError(f"auto chooses between schedules of {', '.join(TIMED)}, not of {min(unknown)}")
         self._choices = {name: list(self._right(name, some)) for name, some in schedules.items()}
         self._fastest = functools.cache(self._find_fastest)
         self._own: dict[str, list[float]] = {}
         if self.world_size > 1:
-            model = network if network is not None else calibrate(transport, SIZES, iterations=3).network()
-            own = {name: [own_seconds(transport, name, nbytes) for nbytes in SIZES] for name in schedules}
+            rows, own = self._measured(network is None, budget_s)
+            model = network if network is not None else tabled(self.world_size, rows).network()
+            self._sizes = sorted(own)
+            times = {name: [own[nbytes][name] for nbytes in self._sizes] for name in schedules}
             # All ranks have to choose alike, so they have what rank 0 has.
-            self._network, self._own = transport.broadcast_object((model, own), 0)
+            self._network, self._own = transport.broadcast_object((model, times), 0)
+
+    def _measured(self, with_exchanges: bool, budget_s: float) -> tuple[dict[int, Seconds], dict[int, Seconds]]:
+        """Return what exchanges take at each size, and what the transport's own way of each collective takes."""
+        rows, own, took = dict[int, Seconds](), dict[int, Seconds](), dict[int, float]()
+        began = time.monotonic()
+        for nbytes in in_order(SIZES):
+            if not self.transport.broadcast_object(fits(took, nbytes, budget_s), 0):
+                if self.rank == 0:
+                    log.info("auto measured %d of %d sizes in %g s", len(own), len(SIZES), time.monotonic() - began)
+                break
+            started = time.monotonic()
+            if with_exchanges:
+                rows[nbytes] = measured(self.transport, nbytes, iterations=3, limit_s=LIMIT_S)
+            own[nbytes] = {name: own_seconds(self.transport, name, nbytes) for name in self._choices}
+            took[nbytes] = time.monotonic() - started
+        return rows, own
 
     def _right(self, collective: str, schedules: Sequence[Schedule | str]) -> Iterator[AlgorithmCommunicator]:
         """Yield what runs each of the schedules that are right on so many ranks."""
@@ -87,7 +114,7 @@ class AutoCommunicator(AlgorithmCommunicator):
         return self._fastest(collective, 1 << max(nbytes - 1, 0).bit_length())
 
     def _find_fastest(self, collective: str, nbytes: int) -> Communicator:
-        own = interpolated(SIZES, self._own[collective], nbytes) * MARGIN
+        own = interpolated(self._sizes, self._own[collective], nbytes) * MARGIN
         seconds: list[tuple[float, Communicator]] = [(own, self.transport)]
         for choice in self._choices[collective]:
             schedule = choice.schedules[collective]
@@ -108,4 +135,19 @@ def own_seconds(transport: Communicator, collective: str, nbytes: int) -> float:
         "reduce_scatter": lambda: transport.reduce_scatter(other[:block], large),
         "all_to_all": lambda: transport.all_to_all(other, large),
     }
-    return slowest_median(transport, calls[collective], nbytes, iterations=5)
+    return slowest_median(transport, calls[collective], nbytes, iterations=5, limit_s=LIMIT_S)
+
+
+def in_order(sizes: Sequence[int]) -> list[int]:
+    """Return the sizes so that the first ones say most: the smallest, one past the middle, those between, the rest."""
+    first, *between = sizes[: (len(sizes) + 1) // 2]
+    second, *rest = sizes[(len(sizes) + 1) // 2 :]
+    return [first, second, *between, *rest]
+
+
+def fits(took: Mapping[int, float], nbytes: int, budget_s: float) -> bool:
+    """Whether another size can be measured, after some that ``took`` so many seconds each; two are in any case."""
+    if len(took) < 2:
+        return True
+    expected = max(took.values()) * max(nbytes / max(took), 1.0)
+    return sum(took.values()) + expected < budget_s

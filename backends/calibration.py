@@ -6,9 +6,10 @@ ranks with nobody else about, a message from every rank to the next one, and bot
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from backends.algorithm import AlgorithmCommunicator
@@ -84,32 +85,49 @@ def calibrate(transport: Communicator, sizes: Sequence[int], iterations: int = 5
     """
     if transport.world_size < 2:
         raise ValueError("there is nothing to measure on one rank")
-    rows = [_measure(transport, nbytes, iterations) for nbytes in sizes]
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return tabled(transport.world_size, {nbytes: measured(transport, nbytes, iterations) for nbytes in sizes})
+
+
+def tabled(world_size: int, rows: Mapping[int, Mapping[str, float]]) -> Tables:
+    """Return what was `measured` at two sizes or more."""
+    sizes = sorted(rows)
+    columns = {name: [rows[size][name] for size in sizes] for name in rows[sizes[0]]}
     starts = columns.pop("start")
     start = statistics.median(starts[: len(starts) // 2 + 1])  # of large messages it is what noise is
     reduces = {"reduce": ("one_way_reduce", "one_way"), "reduce_all": ("exchange_reduce", "exchange")}
     for name, (both, alone) in reduces.items():
         columns[name] = [max(b - a, 0.0) for b, a in zip(columns.pop(both), columns[alone], strict=True)]
-    return Tables(transport.world_size, max(start, 0.0), [float(size) for size in sizes], **columns)
+    return Tables(world_size, max(start, 0.0), [float(size) for size in sizes], **columns)
 
 
-def _measure(transport: Communicator, nbytes: int, iterations: int) -> dict[str, float]:
-    """Return the seconds of a step of each exchange, and those of a collective besides its steps."""
+def measured(transport: Communicator, nbytes: int, iterations: int, limit_s: float = math.inf) -> dict[str, float]:
+    """Return the seconds of a step of each exchange, and those of a collective besides its steps.
+
+    Every rank calls it; see `slowest_median`.
+    """
     memory = transport.empty(2 * max(nbytes // 4, 1)).zero_()
 
     def seconds(schedule: Schedule) -> float:
         comm = _Unproved(transport, {"all_reduce": schedule})
-        return slowest_median(transport, lambda: comm.all_reduce(memory), nbytes, iterations)
+        return slowest_median(transport, lambda: comm.all_reduce(memory), nbytes, iterations, limit_s)
 
     few, many = ({name: seconds(make(steps)) for name, make in _EXCHANGES.items()} for steps in (FEW, MANY))
     steps = {name: max((many[name] - few[name]) / (MANY - FEW), 1e-9) for name in _EXCHANGES}
     return {"start": few["exchange"] - FEW * steps["exchange"], **steps}
 
 
-def slowest_median(transport: Communicator, action: Callable[[], object], nbytes: int, iterations: int) -> float:
-    """Return the median seconds of an action on so many bytes, on the slowest rank; every rank calls it."""
+def slowest_median(
+    transport: Communicator, action: Callable[[], object], nbytes: int, iterations: int, limit_s: float = math.inf
+) -> float:
+    """Return the median seconds of an action on so many bytes, on the slowest rank; every rank calls it.
+
+    It is run less often where it would take longer than ``limit_s`` in all, but a few times in any case.
+    """
     repeats = max(1, min(20, BUDGET_BYTES // nbytes))
+    if limit_s < math.inf:
+        times = max(2, int(limit_s / _once(transport, action)))
+        iterations = min(iterations, times // 2)
+        repeats = max(1, min(repeats, times // iterations - 1))
     seconds = []
     for _ in range(iterations):
         action()  # lines the ranks up
@@ -118,6 +136,14 @@ def slowest_median(transport: Communicator, action: Callable[[], object], nbytes
             action()
         seconds.append((time.perf_counter() - started) / repeats)
     return float(max(transport.all_gather_object(statistics.median(seconds))))
+
+
+def _once(transport: Communicator, action: Callable[[], object]) -> float:
+    """Return the seconds of one action on the slowest rank, after a first one that prepares what is kept."""
+    action()
+    started = time.perf_counter()
+    action()
+    return float(max(transport.all_gather_object(time.perf_counter() - started)))
 
 
 class _Unproved(AlgorithmCommunicator):

@@ -133,6 +133,10 @@ class Mailbox:
         self._num_open = 0
         _mailboxes.add(self)
 
+    def has_open(self) -> bool:
+        """Whether messages of this rank are under way."""
+        return self._num_open > 0
+
     def has_sent(self, dst: int) -> bool:
         """Whether all that was to go to ``dst`` is in its slots or taken; moves what can be moved."""
         self.advance()
@@ -206,7 +210,8 @@ class Mailbox:
         letter, length = exchange.opened, theirs[header + 2]
         letter.take_from(self._slots[src][slot], length)
         own[self._taken + LINE * src] = taken + 1
-        self._ring(src)
+        if theirs[LINE * self._rank] - taken == NUM_SLOTS:  # looked at last, or the sender may have filled it since
+            self._ring(src)
         if letter.done:
             exchange.opened = None
             letter.deliver()

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from backends import doorbell
-from backends.arena import INLINE_BYTES, NOWHERE, STAGE_BYTES, Arena
+from backends.arena import INLINE_BYTES, NOWHERE, STAGE_BYTES, Arena, ensure_one_host
 from backends.contact import ContactLostError
 from backends.mailbox import Letter
 from backends.processes import Place, ProcessCommunicator
@@ -39,7 +39,7 @@ from backends.reductions import combine
 from backends.signature import MEETING, signature
 from minidist import launch
 from minidist.communicator import Device, ReduceOp, Shape, Work
-from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError
+from minidist.errors import CommError, CommTimeoutError
 
 BLOCK_BYTES = 2**17
 """What is added at a time: two or three such blocks stay in a core's cache."""
@@ -69,7 +69,7 @@ class ShmCommunicator(ProcessCommunicator):
         self._blocks: Any = None
         try:
             world = self._meeting.world
-            _ensure_one_host(world)
+            ensure_one_host(world)
             deadline = time.monotonic() + timeout_s
             self._arena = Arena(
                 self.rank, self.world_size, self._store, self.obstacle, deadline, world.local_world_size
@@ -85,7 +85,7 @@ class ShmCommunicator(ProcessCommunicator):
     @classmethod
     def check_available(cls) -> None:
         doorbell.check_available()
-        _ensure_one_host(launch.detect())
+        ensure_one_host(launch.detect())
 
     def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:
         if device is not None and torch.device(device).type != "cpu":
@@ -329,14 +329,6 @@ class ShmCommunicator(ProcessCommunicator):
         if self._arena is not None:
             self._arena.close()
             self._arena = self._inline_parts = self._blocks = None
-
-
-def _ensure_one_host(world: launch.World) -> None:
-    if world.knows_host and world.local_world_size != world.world_size:
-        raise BackendUnavailableError(
-            f"shm joins the ranks of one host, but of these {world.world_size} ranks only "
-            f"{world.local_world_size} are on this one; use comm=ring or comm=gloo"
-        )
 
 
 class _Stage:

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import torch
 
+import backends.doorbell
 import backends.heap
+from backends.ring import RingCommunicator
 from backends.shm import ShmCommunicator
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import MismatchError, PeerLostError
+
+NO_NAP_S = 20.0
 
 
 def disagree() -> None:
@@ -138,6 +142,31 @@ def send_and_close() -> None:
     print("all of it came" if torch.equal(target, sent) else "something else came", flush=True)
 
 
+def never_nap() -> None:
+    """Messages on two communicators, with naps so long that one would be seen."""
+    backends.doorbell.NAP_S = 2 * NO_NAP_S
+    with ShmCommunicator(timeout_s=4 * NO_NAP_S) as comm:
+        child = comm.split(0)
+        assert child is not None
+        n, me, small, large = comm.world_size, comm.rank, torch.ones(10), torch.ones(2**20)
+        started = time.monotonic()
+        for _ in range(5):  # what is sent on the one moves while its sender waits on the other
+            works = [child.isend(large, (me + 1) % n)]
+            comm.barrier() if me == 0 else child.recv(large.clone(), me - 1)
+            child.recv(large.clone(), n - 1) if me == 0 else comm.barrier()
+            works[0].wait()
+        for _ in range(100):
+            work = comm.isend(small, (me + 1) % n)
+            comm.recv(small.clone(), (me - 1) % n)
+            work.wait()
+        ring = RingCommunicator(comm)
+        for tensor in (small, large) * 10:
+            ring.all_reduce(tensor)
+        seconds = time.monotonic() - started
+        print("no nap" if seconds < NO_NAP_S else f"it took {seconds:.1f} s", flush=True)
+        child.close()
+
+
 def one_cannot_start() -> None:
     """Rank 1 has no memory; rank 0 is told at once."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -160,4 +189,5 @@ if __name__ == "__main__":
         "send_and_close": send_and_close,
         "one_cannot_start": one_cannot_start,
         "one_dies": one_dies,
+        "never_nap": never_nap,
     }[sys.argv[1]]()

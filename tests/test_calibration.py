@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +17,8 @@ from hydra.utils import instantiate
 
 from backends import auto
 from backends.algorithm import AlgorithmCommunicator
-from backends.auto import OWN, AutoCommunicator, own_seconds
-from backends.calibration import Tables, calibrate, fitted
+from backends.auto import OWN, AutoCommunicator, fits, in_order, own_seconds
+from backends.calibration import Tables, calibrate, fitted, slowest_median
 from backends.ring import ring_all_reduce
 from backends.schedules.bruck import bruck_all_to_all
 from backends.schedules.direct import one_shot_all_reduce, two_shot_all_reduce
@@ -115,6 +116,62 @@ def test_auto_measures_where_no_network_is_given(monkeypatch: pytest.MonkeyPatch
 
     first, *others = run_threads(job, 3)
     assert others == [first, first]
+
+
+class Slow(ThreadCommunicator):
+    """A transport on which every message takes 5 ms."""
+
+    def _isend(self, tensor, dst, tag, timeout_s):
+        time.sleep(0.005)
+        return super()._isend(tensor, dst, tag, timeout_s)
+
+
+def test_a_slow_transport_is_measured_at_fewer_sizes_on_all_ranks_alike() -> None:
+    """All sizes, each as often as on a fast one, would take 40 s."""
+
+    def job() -> tuple[float, list[str]]:
+        comm, started = Slow(), time.monotonic()
+        chooser = AutoCommunicator(comm, {"all_reduce": [ring_all_reduce, one_shot_all_reduce]}, budget_s=0.5)
+        return time.monotonic() - started, [chooser.choice("all_reduce", 2**power) for power in range(4, 26)]
+
+    results = spawn_threads(job, 3)
+    assert max(seconds for seconds, _ in results) < 15
+    assert len({tuple(choices) for _, choices in results}) == 1
+
+
+def test_a_size_is_measured_if_it_is_expected_to_fit() -> None:
+    assert fits({}, 2**24, 0.001), "two sizes are measured in any case"
+    assert fits({4096: 100.0}, 2**24, 0.001)
+    assert fits({4096: 1.0, 2**20: 1.0}, 2**16, 3.1)
+    assert not fits({4096: 1.0, 2**20: 1.0}, 2**16, 2.9)
+    assert not fits({4096: 1.0, 2**20: 1.0}, 2**22, 5.9), "four times as large"
+    assert fits({4096: 1.0, 2**20: 1.0}, 2**22, 6.1)
+
+
+@pytest.mark.parametrize("num", range(2, 9))
+def test_every_size_has_its_turn_and_the_first_two_lie_apart(num: int) -> None:
+    sizes = list(range(num))
+    assert sorted(in_order(sizes)) == sizes
+    assert in_order(sizes)[0] == 0
+    assert in_order(sizes)[1] >= num // 2
+
+
+@pytest.mark.parametrize("budget_s", [0.0, -1.0, math.nan])
+def test_a_budget_of_no_time_is_refused(budget_s: float) -> None:
+    with pytest.raises(ValueError, match=f"budget_s must be greater than 0 seconds, got {budget_s}"):
+        AutoCommunicator(SerialCommunicator(), {"all_reduce": [ring_all_reduce]}, budget_s=budget_s)
+
+
+@pytest.mark.parametrize("limit_s", [1e-9, 0.01, math.inf])
+def test_what_takes_long_is_run_less_often_on_all_ranks_alike(limit_s: float) -> None:
+    def job(comm: Communicator) -> int:
+        runs = []
+        slowest_median(comm, lambda: runs.append(comm.barrier()), 1024, 3, limit_s)
+        return len(runs)
+
+    first, *others = run_threads(job, 3)
+    assert others == [first, first]
+    assert first == 4 if limit_s == 1e-9 else 4 <= first <= 2 + 3 * 21
 
 
 @pytest.mark.parametrize("collective", ["all_reduce", "all_gather", "reduce_scatter", "all_to_all"])

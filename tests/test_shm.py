@@ -251,6 +251,11 @@ def test_killed_ranks_leave_no_memory(tmp_path: Path) -> None:
     assert shared_bytes() < memory + 2**26, "the memory of the killed ranks is still there"
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_no_message_waits_for_a_nap(world_size: int, tmp_path: Path) -> None:
+    assert run_ranks("never_nap", tmp_path, world_size).count("no nap") == world_size
+
+
 def test_what_was_sent_before_close_arrives(tmp_path: Path) -> None:
     assert "all of it came" in run_ranks("send_and_close", tmp_path)
 
