@@ -23,6 +23,7 @@ import torch
 
 from minidist import checks
 from minidist.communicator import Communicator, ReduceOp
+from minidist.errors import CommError
 from tests.inputs import (
     FLOATS,
     SENTINEL,
@@ -258,6 +259,55 @@ def check_objects(comm: Communicator) -> None:
     assert comm.all_gather_object(mine) == everyone
     for src in range(comm.world_size):
         assert comm.broadcast_object(mine, src) == everyone[src]
+
+
+class _Unpicklable:
+    """An object that gives its reason."""
+
+    def __reduce__(self) -> str | tuple:
+        raise RuntimeError("the socket is open")
+
+
+def _explode(*_: object) -> object:
+    raise KeyError("no such module here")
+
+
+class _Explosive:
+    """An object that can be pickled and not unpickled."""
+
+    def __reduce__(self) -> str | tuple:
+        return _explode, ()
+
+
+def check_only_the_source_of_an_object_is_pickled(comm: Communicator) -> None:
+    for src in range(comm.world_size):
+        obj = "mine" if comm.rank == src else _Unpicklable()
+        assert comm.broadcast_object(obj, src) == "mine"
+
+
+def check_an_object_that_cannot_be_pickled_is_named_on_all_ranks(comm: Communicator) -> None:
+    for victim in range(comm.world_size):
+        obj = _Unpicklable() if comm.rank == victim else "x" * 100
+        for call in (lambda: comm.broadcast_object(obj, victim), lambda: comm.all_gather_object(obj)):  # noqa: B023
+            with pytest.raises(TypeError if comm.rank == victim else CommError, match="the socket is open") as caught:
+                call()
+            who = "obj cannot" if comm.rank == victim else f"rank {victim} has an object that cannot"
+            assert str(caught.value).startswith(f"[rank {comm.rank}/{comm.world_size}] ")
+            assert f"{who} be pickled: RuntimeError" in str(caught.value)
+    assert comm.all_gather_object(comm.rank) == list(range(comm.world_size)), "the communicator goes on"
+
+
+def check_an_object_that_cannot_be_unpickled_is_named(comm: Communicator) -> None:
+    last = comm.world_size - 1
+    obj = _Explosive() if comm.rank == last else "x" * 100
+    with pytest.raises(CommError, match=rf"object of rank {last} cannot be unpickled here: KeyError: 'no such module"):
+        comm.all_gather_object(obj)
+    if comm.rank == last:
+        assert comm.broadcast_object(obj, last) is obj
+    else:
+        with pytest.raises(CommError, match=f"broadcast_object: the object of rank {last} cannot be unpickled here"):
+            comm.broadcast_object(obj, last)
+    comm.barrier()
 
 
 def check_barrier_waits_for_all(comm: Communicator) -> None:
