@@ -21,6 +21,8 @@ DTYPES = (
     torch.int32,
     torch.uint8,
     torch.bool,
+    torch.complex64,
+    torch.complex128,
 )
 _DTYPES = frozenset(DTYPES)
 MAX_TAG = 2**15 - 2
@@ -126,8 +128,12 @@ def reduction(comm: Membership, operation: str, op: ReduceOp, timeout_s: float |
     dtype = next(iter(named.values())).dtype
     if dtype.is_floating_point:
         return
+    name = str(dtype).removeprefix("torch.")
+    if dtype.is_complex:
+        if op not in (ReduceOp.SUM, ReduceOp.AVG):
+            raise TypeError(f"{comm.who(operation)}: op {op.name} is not defined for {name}; use SUM or AVG")
+        return
     if op is ReduceOp.AVG:
-        name = str(dtype).removeprefix("torch.")
         raise TypeError(f"{comm.who(operation)}: op AVG needs a floating-point tensor, got {name}; use SUM")
     if dtype == torch.bool and op not in (ReduceOp.MIN, ReduceOp.MAX):
         raise TypeError(f"{comm.who(operation)}: op {op.name} is not defined for bool; use MAX (or), MIN (and)")

@@ -45,7 +45,8 @@ class Communicator(Membership, ABC):
     run and finish in the order in which they were started. ``timeout_s`` (seconds, None for the communicator's
     own) bounds the operation from the moment it runs.
 
-    dtypes: float64, float32, float16, bfloat16, int64, int32, uint8, and bool with MIN and MAX.
+    dtypes: float64, float32, float16, bfloat16, int64, int32, uint8, bool with MIN and MAX, and
+    complex64 and complex128 with SUM and AVG; moves take all of them with any value.
     Any shape works, numel 0 and non-contiguous included; only the number of elements has to fit.
     ``output`` and ``input`` may share memory: what is sent are the values from before. What is written
     into must not overlap itself.
@@ -217,7 +218,8 @@ class Communicator(Membership, ABC):
         """Start a send. Tags are any int below 2**31; ``dst`` is another rank."""
 
     @abstractmethod
-    def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work: ...
+    def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
+        """Start a receive. What comes has the size of ``tensor``, unless ``checks_sizes`` says that others are errors."""
 
     @abstractmethod
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:

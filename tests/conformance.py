@@ -60,11 +60,12 @@ def check_all_reduce_values(comm: Communicator) -> None:
 def check_all_reduce_layouts(comm: Communicator) -> None:
     n = comm.world_size
     for dtype in checks.DTYPES:
-        values = operand(comm.rank, 1000, dtype, ReduceOp.MAX, n)
+        op = ReduceOp.SUM if dtype.is_complex else ReduceOp.MAX
+        values = operand(comm.rank, 1000, dtype, op, n)
         for layout, view, memory in layouts(values):
             before = untouched(memory)
-            comm.all_reduce(view, ReduceOp.MAX)
-            assert_same(view, reduced(n, 1000, dtype, ReduceOp.MAX), "all_reduce", dtype, layout)
+            comm.all_reduce(view, op)
+            assert_same(view, reduced(n, 1000, dtype, op), "all_reduce", dtype, layout)
             assert untouched(memory) == before, f"all_reduce {dtype} {layout}: wrote beside the view"
 
 
@@ -106,6 +107,30 @@ def check_all_reduce_of_a_leaf_that_requires_grad(comm: Communicator) -> None:
     assert data.requires_grad
     assert data.grad_fn is None
     assert_same(data, reduced(comm.world_size, 12, torch.float32, ReduceOp.SUM), "all_reduce of a leaf")
+
+
+def check_views_that_are_conjugate_or_negative(comm: Communicator) -> None:
+    """Such a view is a mark on the values of another tensor; what travels is what it shows."""
+    n = comm.world_size
+    for numel in (10, 3000):
+        for dtype in (torch.complex64, torch.complex128):
+            mine, everyone = tensor(comm.rank, numel, dtype), [tensor(rank, numel, dtype) for rank in range(n)]
+            data, total = mine.clone(), reduced(n, numel, dtype, ReduceOp.SUM)
+            comm.all_reduce(data.conj())
+            assert_same(data, total, "all_reduce of a conjugate", dtype, numel)
+            data = mine.clone()
+            comm.all_reduce(data.conj().imag)
+            assert_same(data, torch.complex(mine.real, total.imag), "all_reduce of a negative view", dtype, numel)
+            data = mine.clone()
+            comm.broadcast(data.conj() if comm.rank == 0 else data, 0)
+            expected = mine if comm.rank == 0 else everyone[0].conj().resolve_conj()
+            assert_same(data, expected, "broadcast from a conjugate", dtype, numel)
+            output = torch.zeros(n * numel, dtype=dtype)
+            comm.all_gather(output.conj(), mine.clone().conj())
+            assert_same(output, torch.cat(everyone), "all_gather of conjugates into a conjugate", dtype, numel)
+            comm.all_to_all(output, torch.cat(everyone).conj())
+            expected = mine.conj().resolve_conj().repeat(n)
+            assert_same(output, expected, "all_to_all of conjugates", dtype, numel)
 
 
 def check_reduce_values(comm: Communicator) -> None:
@@ -335,7 +360,13 @@ def check_nothing_of_no_elements(comm: Communicator) -> None:
 
 
 def check_empty_is_usable_memory(comm: Communicator) -> None:
-    for shape, dtype in (((3, 4), torch.float32), (5, torch.int64), ((0,), torch.bfloat16), ((), torch.float64)):
+    for shape, dtype in (
+        ((3, 4), torch.float32),
+        (5, torch.int64),
+        ((0,), torch.bfloat16),
+        ((7,), torch.complex64),
+        ((), torch.float64),
+    ):
         memory = comm.empty(shape, dtype)
         assert memory.dtype == dtype
         assert memory.shape == torch.empty(shape).shape
