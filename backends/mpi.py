@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import functools
 import math
+import os
 import secrets
 import signal
 import sys
@@ -66,13 +67,26 @@ def load() -> Any:
     return MPI
 
 
+@functools.cache
 def initialised() -> Any:
-    """Return mpi4py's MPI, ready for use from several threads."""
+    """Return mpi4py's MPI, ready for use from several threads.
+
+    Where a program has imported it before, mpi4py has initialised MPI and finalises it, after this module's farewell:
+    it does so when the interpreter is gone.
+    """
     MPI = load()
-    if not MPI.Is_initialized():
+    is_ours = not MPI.Is_initialized()
+    if is_ours:
         if MPI.Init_thread(MPI.THREAD_MULTIPLE) != MPI.THREAD_MULTIPLE:
             raise BackendUnavailableError("this MPI library was built without MPI_THREAD_MULTIPLE; install another")
-        atexit.register(_end)
+    elif MPI.Is_finalized():
+        raise BackendUnavailableError("MPI was finalised before a communicator was made; leave that to the end")
+    elif MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+        raise BackendUnavailableError(
+            "MPI was initialised without MPI_THREAD_MULTIPLE before minidist could ask for it; "
+            "leave mpi4py.rc.thread_level at 'multiple', or make the communicator first"
+        )
+    atexit.register(_end, os.getpid(), is_ours)
     return MPI
 
 
@@ -107,9 +121,11 @@ class MpiCommunicator(ScheduledCommunicator):
         self._comm = MPI.COMM_WORLD.Dup() if mpi_comm is None else mpi_comm
         _check_world(MPI.COMM_WORLD.size)
         super().__init__(self._comm.rank, self._comm.size, timeout_s, segment_bytes)
-        self._spin_s = cores.SPIN_S if self._cores_per_rank() else 0.0
         self._notices = notices()
         self._key = self._comm.bcast(secrets.token_hex(8))
+        self._notices.watch(self._key)
+        # Every rank is in it before one can be out of it, so all of them watch by now.
+        self._spin_s = cores.SPIN_S if self._cores_per_rank() else 0.0
         world_group = MPI.COMM_WORLD.Get_group()
         self._world_ranks = list(self._comm.Get_group().Translate_ranks(None, world_group))
         self._ops = {
@@ -125,8 +141,10 @@ class MpiCommunicator(ScheduledCommunicator):
             torch.int32: MPI.INT32_T,
             torch.uint8: MPI.UINT8_T,
             torch.bool: MPI.UINT8_T,
+            torch.complex64: MPI.C_FLOAT_COMPLEX,
+            torch.complex128: MPI.C_DOUBLE_COMPLEX,
         }
-        self._types_by_size = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T}
+        self._types_by_size = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
         _open.add(self)
 
     def _cores_per_rank(self) -> int:
@@ -351,13 +369,19 @@ def _check_world(mpi_size: int) -> None:
         )
 
 
-def _end() -> None:
+def _end(pid: int, finalise: bool) -> None:
     """Leave MPI at exit: in order, or by ending the job where this rank failed and the others do not end too.
 
     MPI_Finalize waits for all ranks, so a rank that failed must not enter it alone. The others get a moment to
     raise what they have been told, and to print it, before the launcher kills them.
+
+    Args:
+        pid: the process whose farewell it is; one that it forked says none.
+        finalise: whether it was this module that initialised MPI.
     """
     MPI = load()
+    if os.getpid() != pid or MPI.Is_finalized():
+        return
     failed = any(comm.failed for comm in _open)
     for comm in _open:
         comm.abort("it ended without closing its communicator")
@@ -372,5 +396,7 @@ def _end() -> None:
     if failed:  # what it left on its way may keep MPI_Finalize waiting; then the signal ends the process
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, LAST_WORDS_S)
+    if not finalise:
+        return
     MPI.Finalize()
     signal.setitimer(signal.ITIMER_REAL, 0)

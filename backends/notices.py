@@ -6,9 +6,10 @@ that is never used twice: MPI reuses the identity of a freed communicator, and w
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import Any
 
 from backends.contact import LEFT
@@ -25,9 +26,13 @@ class Notices:
         self._any_source = MPI.ANY_SOURCE
         self._comm = MPI.COMM_WORLD.Dup()
         self._lock = threading.Lock()
-        self._gone: dict[str, dict[int, str | None]] = defaultdict(dict)
-        self._heard_at: dict[str, float] = {}
+        self._news: dict[str, _News] = {}
         self._sending: list[Any] = []
+
+    def watch(self, key: str) -> None:
+        """Keep what is told of ``key`` from now on; all of its ranks do so before one of them can leave or fail."""
+        with self._lock:
+            self._news[key] = _News()
 
     def tell(self, key: str, rank: int, why: str | None, world_ranks: list[int]) -> None:
         """Tell ``world_ranks`` that ``rank`` of the communicator ``key`` failed, or left (``why`` None)."""
@@ -38,7 +43,9 @@ class Notices:
 
     def failed(self, key: str) -> dict[int, str]:
         """Return the ranks that are known to have failed and why, the first one first."""
-        return {rank: why for rank, why in self._gone.get(key, {}).items() if why}
+        with self._lock:
+            news = self._news.get(key)
+            return {} if news is None else {rank: why for rank, why in news.gone.items() if why}
 
     def needed(self, key: str, peer: int | None, grace_s: float) -> tuple[int, str] | None:
         """Return a rank without which an operation cannot end: one that failed, or that left and is needed.
@@ -48,22 +55,30 @@ class Notices:
             peer: the one rank that it needs; None for all of them.
             grace_s: how long an operation may go on after news: it may have got all that it needs.
         """
-        self._hear()
-        gone = self._gone.get(key)
-        if not gone or time.monotonic() < self._heard_at[key] + grace_s:
-            return None
-        for rank, why in gone.items():
-            if why or peer in (None, rank):
-                return rank, why or LEFT
-        return None
+        with self._lock:
+            self._hear()
+            news = self._news.get(key)
+            if news is None or time.monotonic() < news.heard_at + grace_s:
+                return None
+            needed = ((rank, why or LEFT) for rank, why in news.gone.items() if why or peer in (None, rank))
+            return next(needed, None)
 
     def forget(self, key: str) -> None:
-        """Drop what is known of a communicator that is closed."""
-        self._gone.pop(key, None)
+        """Drop what is known of a communicator that is closed, and what is still told of it."""
+        with self._lock:
+            self._news.pop(key, None)
 
     def _hear(self) -> None:
-        with self._lock:
-            while (message := self._comm.improbe(self._any_source)) is not None:
-                key, rank, why = message.recv()
-                self._gone[key][rank] = self._gone[key].get(rank) or why
-                self._heard_at[key] = time.monotonic()
+        while (message := self._comm.improbe(self._any_source)) is not None:
+            key, rank, why = message.recv()
+            if (news := self._news.get(key)) is not None:
+                news.gone[rank] = news.gone.get(rank) or why
+                news.heard_at = time.monotonic()
+
+
+@dataclass
+class _News:
+    """What is known of a communicator: who is gone and why, in the order of the news, and when the last one came."""
+
+    gone: dict[int, str | None] = field(default_factory=dict)
+    heard_at: float = -math.inf

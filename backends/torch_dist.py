@@ -291,5 +291,7 @@ def bytes_of(tensor: Tensor) -> Tensor:
 
 
 def _reducible(tensor: Tensor) -> Tensor:
-    """A tensor as the library reduces it: in one dimension, and bool as bytes, which have the same order."""
+    """A tensor as the library reduces it: 1-d, complex as real, and bool as bytes, which have the same order."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor).view(-1)
     return tensor.view(-1).view(torch.uint8) if tensor.dtype == torch.bool else tensor.view(-1)

@@ -12,7 +12,6 @@ transport does better. Every hook gets ``timeout_s`` and must end, one way or an
 
 from __future__ import annotations
 
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, final
@@ -20,7 +19,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from minidist import checks
+from minidist import checks, objects
 from minidist.membership import Membership
 from minidist.reduce_op import ReduceOp
 from minidist.traffic import Traffic
@@ -46,7 +45,8 @@ class Communicator(Membership, ABC):
     run and finish in the order in which they were started. ``timeout_s`` (seconds, None for the communicator's
     own) bounds the operation from the moment it runs.
 
-    dtypes: float64, float32, float16, bfloat16, int64, int32, uint8, and bool with MIN and MAX.
+    dtypes: float64, float32, float16, bfloat16, int64, int32, uint8, bool with MIN and MAX, and
+    complex64 and complex128 with SUM and AVG; moves take all of them with any value.
     Any shape works, numel 0 and non-contiguous included; only the number of elements has to fit.
     ``output`` and ``input`` may share memory: what is sent are the values from before. What is written
     into must not overlap itself.
@@ -60,7 +60,7 @@ class Communicator(Membership, ABC):
         CommTimeoutError: not every rank took part in time.
         PeerLostError: a rank is gone; the message and ``peers`` name it.
         CommClosedError: the communicator is closed or aborted.
-        CommError: anything else; after any CommError the communicator is unusable.
+        CommError: anything else; after any CommError the communicator is unusable, but for objects.
 
     Attributes:
         rank: this process's place in the group, 0 to world_size - 1.
@@ -172,28 +172,20 @@ class Communicator(Membership, ABC):
 
     @final
     def all_gather_object(self, obj: Any, timeout_s: Seconds = None) -> list[Any]:
-        """Return every rank's picklable ``obj``, by rank. Unpickles: only among trusted ranks."""
-        data = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
-        sizes = torch.empty(self.world_size, dtype=torch.int64, device=self.device_type)
-        self.all_gather(sizes, sizes.new_tensor([data.numel()]), timeout_s=timeout_s)
-        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=self.device_type)
-        padded[: data.numel()].copy_(data)
-        output = padded.new_empty((self.world_size, padded.numel()))
-        self.all_gather(output, padded, timeout_s=timeout_s)
-        rows = zip(output.cpu(), sizes.tolist(), strict=True)
-        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in rows]
+        """Return every rank's picklable ``obj``, by rank. Unpickles: only among trusted ranks.
+
+        Raises:
+            TypeError: ``obj`` cannot be pickled.
+            CommError: another rank's cannot, or it cannot be unpickled here. In all three cases every rank has
+                taken part, and the communicator goes on.
+        """
+        return objects.all_gather_object(self, obj, timeout_s)
 
     @final
     def broadcast_object(self, obj: Any, src: int, timeout_s: Seconds = None) -> Any:
-        """Return rank ``src``'s picklable ``obj``; the others' is ignored. Unpickles likewise."""
-        data = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
-        size = torch.tensor([data.numel()], dtype=torch.int64, device=self.device_type)
-        self.broadcast(size, src, timeout_s=timeout_s)
-        if self.rank != src:
-            data = torch.empty(int(size), dtype=torch.uint8, device="cpu")
-        data = data.to(self.device_type)
-        self.broadcast(data, src, timeout_s=timeout_s)
-        return obj if self.rank == src else pickle.loads(data.cpu().numpy().tobytes())
+        """Return rank ``src``'s picklable ``obj``; the others' is ignored. Unpickles, and raises, likewise."""
+        checks.peer(self, "broadcast_object", "src", src)
+        return objects.broadcast_object(self, obj, src, timeout_s)
 
     # Groups and memory ------------------------------------------------------------------------
 
@@ -226,7 +218,8 @@ class Communicator(Membership, ABC):
         """Start a send. Tags are any int below 2**31; ``dst`` is another rank."""
 
     @abstractmethod
-    def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work: ...
+    def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
+        """Start a receive. What comes has the size of ``tensor``, unless ``checks_sizes`` makes others an error."""
 
     @abstractmethod
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:

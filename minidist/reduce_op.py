@@ -4,7 +4,7 @@ from enum import Enum
 
 
 class ReduceOp(Enum):
-    """How the values of the ranks are combined. AVG needs floating point; bool only MIN and MAX."""
+    """How the values of the ranks are combined. AVG is not for integers; bool has MIN and MAX, complex SUM and AVG."""
 
     SUM = "sum"
     AVG = "avg"

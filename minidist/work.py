@@ -64,18 +64,25 @@ class _Then(Work):
     def __init__(self, work: Work, callback: Callable[[], None]) -> None:
         self._work, self._callback = work, callback
         self._called = False
+        self._error: BaseException | None = None
 
     def wait(self) -> None:
         self._work.wait()
+        if self._error is not None:
+            raise self._error
         if not self._called:
             self._called = True
-            self._callback()
+            try:
+                self._callback()
+            except BaseException as error:  # whatever it is, a second wait raises it again
+                self._error = error
+                raise
 
     def is_done(self) -> bool:
         return self._work.is_done()
 
     def exception(self) -> BaseException | None:
-        return self._work.exception()
+        return self._error or self._work.exception()
 
 
 class Pending(Work):

@@ -23,6 +23,7 @@ import torch
 
 from minidist import checks
 from minidist.communicator import Communicator, ReduceOp
+from minidist.errors import CommError
 from tests.inputs import (
     FLOATS,
     SENTINEL,
@@ -59,11 +60,12 @@ def check_all_reduce_values(comm: Communicator) -> None:
 def check_all_reduce_layouts(comm: Communicator) -> None:
     n = comm.world_size
     for dtype in checks.DTYPES:
-        values = operand(comm.rank, 1000, dtype, ReduceOp.MAX, n)
+        op = ReduceOp.SUM if dtype.is_complex else ReduceOp.MAX
+        values = operand(comm.rank, 1000, dtype, op, n)
         for layout, view, memory in layouts(values):
             before = untouched(memory)
-            comm.all_reduce(view, ReduceOp.MAX)
-            assert_same(view, reduced(n, 1000, dtype, ReduceOp.MAX), "all_reduce", dtype, layout)
+            comm.all_reduce(view, op)
+            assert_same(view, reduced(n, 1000, dtype, op), "all_reduce", dtype, layout)
             assert untouched(memory) == before, f"all_reduce {dtype} {layout}: wrote beside the view"
 
 
@@ -105,6 +107,30 @@ def check_all_reduce_of_a_leaf_that_requires_grad(comm: Communicator) -> None:
     assert data.requires_grad
     assert data.grad_fn is None
     assert_same(data, reduced(comm.world_size, 12, torch.float32, ReduceOp.SUM), "all_reduce of a leaf")
+
+
+def check_views_that_are_conjugate_or_negative(comm: Communicator) -> None:
+    """Such a view is a mark on the values of another tensor; what travels is what it shows."""
+    n = comm.world_size
+    for numel in (10, 3000):
+        for dtype in (torch.complex64, torch.complex128):
+            mine, everyone = tensor(comm.rank, numel, dtype), [tensor(rank, numel, dtype) for rank in range(n)]
+            data, total = mine.clone(), reduced(n, numel, dtype, ReduceOp.SUM)
+            comm.all_reduce(data.conj())
+            assert_same(data, total, "all_reduce of a conjugate", dtype, numel)
+            data = mine.clone()
+            comm.all_reduce(data.conj().imag)
+            assert_same(data, torch.complex(mine.real, total.imag), "all_reduce of a negative view", dtype, numel)
+            data = mine.clone()
+            comm.broadcast(data.conj() if comm.rank == 0 else data, 0)
+            expected = mine if comm.rank == 0 else everyone[0].conj().resolve_conj()
+            assert_same(data, expected, "broadcast from a conjugate", dtype, numel)
+            output = torch.zeros(n * numel, dtype=dtype)
+            comm.all_gather(output.conj(), mine.clone().conj())
+            assert_same(output, torch.cat(everyone), "all_gather of conjugates into a conjugate", dtype, numel)
+            comm.all_to_all(output, torch.cat(everyone).conj())
+            expected = mine.conj().resolve_conj().repeat(n)
+            assert_same(output, expected, "all_to_all of conjugates", dtype, numel)
 
 
 def check_reduce_values(comm: Communicator) -> None:
@@ -260,6 +286,55 @@ def check_objects(comm: Communicator) -> None:
         assert comm.broadcast_object(mine, src) == everyone[src]
 
 
+class _Unpicklable:
+    """An object that gives its reason."""
+
+    def __reduce__(self) -> str | tuple:
+        raise RuntimeError("the socket is open")
+
+
+def _explode(*_: object) -> object:
+    raise KeyError("no such module here")
+
+
+class _Explosive:
+    """An object that can be pickled and not unpickled."""
+
+    def __reduce__(self) -> str | tuple:
+        return _explode, ()
+
+
+def check_only_the_source_of_an_object_is_pickled(comm: Communicator) -> None:
+    for src in range(comm.world_size):
+        obj = "mine" if comm.rank == src else _Unpicklable()
+        assert comm.broadcast_object(obj, src) == "mine"
+
+
+def check_an_object_that_cannot_be_pickled_is_named_on_all_ranks(comm: Communicator) -> None:
+    for victim in range(comm.world_size):
+        obj = _Unpicklable() if comm.rank == victim else "x" * 100
+        for call in (lambda: comm.broadcast_object(obj, victim), lambda: comm.all_gather_object(obj)):  # noqa: B023
+            with pytest.raises(TypeError if comm.rank == victim else CommError, match="the socket is open") as caught:
+                call()
+            who = "obj cannot" if comm.rank == victim else f"rank {victim} has an object that cannot"
+            assert str(caught.value).startswith(f"[rank {comm.rank}/{comm.world_size}] ")
+            assert f"{who} be pickled: RuntimeError" in str(caught.value)
+    assert comm.all_gather_object(comm.rank) == list(range(comm.world_size)), "the communicator goes on"
+
+
+def check_an_object_that_cannot_be_unpickled_is_named(comm: Communicator) -> None:
+    last = comm.world_size - 1
+    obj = _Explosive() if comm.rank == last else "x" * 100
+    with pytest.raises(CommError, match=rf"object of rank {last} cannot be unpickled here: KeyError: 'no such module"):
+        comm.all_gather_object(obj)
+    if comm.rank == last:
+        assert comm.broadcast_object(obj, last) is obj
+    else:
+        with pytest.raises(CommError, match=f"broadcast_object: the object of rank {last} cannot be unpickled here"):
+            comm.broadcast_object(obj, last)
+    comm.barrier()
+
+
 def check_barrier_waits_for_all(comm: Communicator) -> None:
     arrived = time.monotonic()
     while time.monotonic() < arrived + 0.01 * comm.rank:  # the ranks come at different times
@@ -285,7 +360,13 @@ def check_nothing_of_no_elements(comm: Communicator) -> None:
 
 
 def check_empty_is_usable_memory(comm: Communicator) -> None:
-    for shape, dtype in (((3, 4), torch.float32), (5, torch.int64), ((0,), torch.bfloat16), ((), torch.float64)):
+    for shape, dtype in (
+        ((3, 4), torch.float32),
+        (5, torch.int64),
+        ((0,), torch.bfloat16),
+        ((7,), torch.complex64),
+        ((), torch.float64),
+    ):
         memory = comm.empty(shape, dtype)
         assert memory.dtype == dtype
         assert memory.shape == torch.empty(shape).shape

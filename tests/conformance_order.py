@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from minidist import checks
 from minidist.communicator import Communicator, ReduceOp, Work
 from tests.inputs import assert_same, needs, operand, reduced, tensor
 
@@ -63,10 +64,10 @@ def check_async_keeps_its_tensors(comm: Communicator) -> None:
 @needs(ranks=2)
 def check_send_recv_around(comm: Communicator) -> None:
     prev_rank, next_rank = (comm.rank - 1) % comm.world_size, (comm.rank + 1) % comm.world_size
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool):
+    for dtype in checks.DTYPES:
         data = torch.zeros(100, dtype=dtype)
-        receive = comm.irecv(data, prev_rank)
-        comm.send(tensor(comm.rank, 100, dtype), next_rank)
+        receive = comm.irecv(data.conj(), prev_rank)  # which is the tensor itself where it is real
+        comm.send(tensor(comm.rank, 100, dtype).conj(), next_rank)
         receive.wait()
         assert receive.is_done()
         assert_same(data, tensor(prev_rank, 100, dtype), "recv", dtype)

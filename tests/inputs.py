@@ -60,10 +60,12 @@ def sizes(world_size: int) -> list[int]:
 def reductions() -> Iterator[tuple[torch.dtype, ReduceOp]]:
     """Yield every dtype with every operation that is defined for it."""
     for dtype in checks.DTYPES:
-        for op in ReduceOp:
-            is_defined = dtype.is_floating_point or op is not ReduceOp.AVG
-            if is_defined and (dtype != torch.bool or op in (ReduceOp.MIN, ReduceOp.MAX)):
-                yield dtype, op
+        defined = [op for op in ReduceOp if dtype.is_floating_point or op is not ReduceOp.AVG]
+        if dtype == torch.bool:
+            defined = [ReduceOp.MIN, ReduceOp.MAX]
+        if dtype.is_complex:
+            defined = [ReduceOp.SUM, ReduceOp.AVG]
+        yield from ((dtype, op) for op in defined)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -71,6 +73,8 @@ def _closed_form(rank: int, numel: int, dtype: torch.dtype, salt: int) -> Tensor
     values = (torch.arange(numel) * 3 + rank * 5 + salt) % 7
     if dtype == torch.bool:
         return values > 2
+    if dtype.is_complex:
+        return torch.complex(values - 3.0, (values * 2 + 1) % 7 - 3.0).to(dtype)
     return (values if dtype == torch.uint8 else values - 3).to(dtype)
 
 
@@ -90,7 +94,7 @@ def operand(rank: int, numel: int, dtype: torch.dtype, op: ReduceOp, world_size:
 @functools.lru_cache(maxsize=4096)
 def reduced(world_size: int, numel: int, dtype: torch.dtype, op: ReduceOp) -> Tensor:
     """Return the reduction of all ranks' operands; not to be changed."""
-    wide = torch.float64 if dtype.is_floating_point else torch.int64
+    wide = torch.complex128 if dtype.is_complex else torch.float64 if dtype.is_floating_point else torch.int64
     stack = torch.stack([operand(r, numel, dtype, op, world_size) for r in range(world_size)]).to(wide)
     combine: dict[ReduceOp, Callable[[Tensor], Tensor]] = {
         ReduceOp.SUM: lambda s: s.sum(0),

@@ -13,6 +13,7 @@ from backends.serial import SerialCommunicator
 from backends.thread import ThreadCommunicator, run_threads, spawn_threads
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, MismatchError, PeerLostError
+from minidist.work import DONE
 
 ONES = torch.ones(4)
 
@@ -55,7 +56,17 @@ def _refused(call: Callable[[Communicator], object]) -> tuple[type[Exception], s
         (lambda c: c.send(ONES, 0, tag=-1), ValueError, "tag must be an int from 0 to 32766, got -1"),
         (lambda c: c.send(ONES, 0, tag=32767), ValueError, "got 32767"),
         (lambda c: c.all_reduce([1.0]), TypeError, "tensor must be a torch.Tensor, got list"),
-        (lambda c: c.all_reduce(torch.ones(2, dtype=torch.complex64)), TypeError, "dtype torch.complex64"),
+        (lambda c: c.all_reduce(torch.ones(2, dtype=torch.int16)), TypeError, "dtype torch.int16"),
+        (
+            lambda c: c.all_reduce(torch.ones(2, dtype=torch.complex64), ReduceOp.MAX),
+            TypeError,
+            "op MAX is not defined for complex64; use SUM or AVG",
+        ),
+        (
+            lambda c: c.reduce_scatter(torch.ones(1).cfloat(), torch.ones(2).cfloat(), ReduceOp.PRODUCT),
+            TypeError,
+            "op PRODUCT is not defined for complex64",
+        ),
         (lambda c: c.all_reduce(torch.eye(2).to_sparse()), TypeError, "use to_dense()"),
         (lambda c: c.all_reduce(torch.ones(1).expand(3)), ValueError, "use .clone()"),
         (lambda c: c.all_reduce(torch.ones(5).as_strided((3, 3), (1, 1))), ValueError, "tensor share memory"),
@@ -189,6 +200,24 @@ def test_then_runs_once_in_the_thread_that_waits() -> None:
         return len(calls)
 
     assert run_threads(job, 2) == [1, 1]
+
+
+def test_a_callback_that_failed_fails_every_wait() -> None:
+    calls: list[int] = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise KeyError("not reduced")
+
+    work = DONE.then(fail)
+    chained = work.then(lambda: calls.append(2))
+    assert work.exception() is None
+    for one in (work, work, chained, chained):
+        with pytest.raises(KeyError, match="not reduced"):
+            one.wait()
+    assert isinstance(work.exception(), KeyError)
+    assert isinstance(chained.exception(), KeyError)
+    assert calls == [1], "the callback runs once, and what follows it not at all"
 
 
 def test_time_in_operations_is_counted() -> None:
