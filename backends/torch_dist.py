@@ -243,23 +243,30 @@ class _GlooMessage(Work):
     def __init__(self, comm: GlooCommunicator, work: Any, tensor: Tensor, timeout_s: float) -> None:
         self._comm, self._work, self._tensor = comm, work, tensor
         self._deadline, self._timeout_s = time.monotonic() + timeout_s, timeout_s
+        self._done = False
         self._ended: Future[None] | None = None
 
     def wait(self) -> None:
-        if self._ended is None:
-            self._ended = Future()
-            self._await(self._ended)
-        self._ended.result()
+        if self._ended is not None:
+            self._ended.result()
+        elif not self._done:
+            self._finish()
+
+    def _finish(self) -> None:
+        self._comm._wait(self._work, max(self._deadline - time.monotonic(), 1e-3))
+        self._done = True
 
     def _await(self, ended: Future[None]) -> None:
         try:
-            self._comm._wait(self._work, max(self._deadline - time.monotonic(), 1e-3))
+            self._finish()
         except BaseException as error:  # whatever it is belongs to the one who waits
             ended.set_exception(error)
         else:
             ended.set_result(None)
 
     def is_done(self) -> bool:
+        if self._done:
+            return True
         if self._ended is None:
             self._ended = Future()
             threading.Thread(target=self._await, args=(self._ended,), daemon=True).start()
