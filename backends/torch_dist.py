@@ -246,29 +246,35 @@ class _GlooMessage(Work):
     def __init__(self, comm: GlooCommunicator, work: Any, tensor: Tensor, peer: int, timeout_s: float) -> None:
         self._comm, self._work, self._tensor, self._peer = comm, work, tensor, peer
         self._deadline, self._timeout_s = time.monotonic() + timeout_s, timeout_s
+        self._done = False
         self._ended: Future[None] | None = None
 
     def wait(self) -> None:
-        if self._ended is None:
-            self._ended = Future()
-            self._await(self._ended)
-        self._ended.result()
+        if self._ended is not None:
+            self._ended.result()
+        elif not self._done:
+            self._finish()
+
+    def _finish(self) -> None:
+        try:
+            self._comm._wait(self._work, max(self._deadline - time.monotonic(), 1e-3))
+        except CommError:
+            raise
+        except RuntimeError as error:
+            raise ContactLostError(self._peer) from error
+        self._done = True
 
     def _await(self, ended: Future[None]) -> None:
         try:
-            self._comm._wait(self._work, max(self._deadline - time.monotonic(), 1e-3))
-        except CommError as error:
-            ended.set_exception(error)
-        except RuntimeError as error:
-            lost = ContactLostError(self._peer)
-            lost.__cause__ = error
-            ended.set_exception(lost)
+            self._finish()
         except BaseException as error:  # whatever it is belongs to the one who waits
             ended.set_exception(error)
         else:
             ended.set_result(None)
 
     def is_done(self) -> bool:
+        if self._done:
+            return True
         if self._ended is None:
             self._ended = Future()
             threading.Thread(target=self._await, args=(self._ended,), daemon=True).start()

@@ -219,7 +219,7 @@ class Communicator(Membership, ABC):
 
     @abstractmethod
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        """Start a receive. What comes has the size of ``tensor``, unless ``checks_sizes`` makes others an error."""
+        """Start a receive. What comes is as large as ``tensor``, unless ``checks_sizes`` makes others errors."""
 
     @abstractmethod
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:
