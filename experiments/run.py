@@ -2,9 +2,9 @@
 
 ::
 
-    main ---> hydra composes ---> run ---> check ---> job.handed_over ---> torchrun or mpirun: main on n ranks,
-                                              |                            each of which takes the job over
-                                              +-----> train: this process is a rank
+    main ---> hydra composes ---> on_ranks ---> check ---> job.handed_over ---> torchrun or mpirun: main on n ranks,
+                                                   |                            each of which takes the job over
+                                                   +-----> its part, such as train: this process is a rank
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -29,6 +30,9 @@ from minidist import config
 from minidist.errors import ConfigError
 from minidist.launch import detect
 
+T = TypeVar("T")
+Part = Callable[[DictConfig, config.Config], T]
+"""What each rank of a job does, with the configuration as it is and as it was checked."""
 log = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 CONF = str(_HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf")
@@ -50,16 +54,29 @@ def main(experiment: Callable[..., None]) -> None:
 
 
 def run(cfg: DictConfig) -> float:
-    """Do one job; returns its final test accuracy, on every rank."""
+    """Do one training job; returns its final test accuracy, on every rank."""
+    accuracy = on_ranks(cfg, train)
+    if accuracy is None:
+        results = json.loads((_output_dir() / RESULTS).read_text())
+        accuracy = float(results["accuracy"])
+    return accuracy
+
+
+def on_ranks(cfg: DictConfig, part: Part[T]) -> T | None:
+    """Do one job: ``part(cfg, checked)`` on each of its ranks, which are started if this process is none.
+
+    Returns:
+        What ``part`` returned on this rank, or on rank 0 of threads; None if the ranks are other processes.
+    """
     try:
-        return _run(cfg)
+        return _on_ranks(cfg, part)
     except REFUSALS as error:
         if TRACEBACKS:
             raise
         refuse(error)
 
 
-def _run(cfg: DictConfig) -> float:
+def _on_ranks(cfg: DictConfig, part: Part[T]) -> T | None:
     check_groups()
     checked = config.check(cfg)
     communicators.check_available(cfg.comm)
@@ -74,27 +91,26 @@ def _run(cfg: DictConfig) -> float:
                 *(nproc, world.launcher, world.world_size),
             )
     elif nproc is not None:
-        return _start(cfg, checked, nproc)
-    return train(cfg, checked)
+        return _start(cfg, checked, nproc, part)
+    return part(cfg, checked)
 
 
-def _start(cfg: DictConfig, checked: config.Config, nproc: int) -> float:
+def _start(cfg: DictConfig, checked: config.Config, nproc: int, part: Part[T]) -> T | None:
     launcher = communicators.launcher(cfg.comm)
     if launcher == "none" and nproc > 1:
         raise ConfigError(f"launch.nproc={nproc}: {cfg.comm._target_} is one rank alone; choose comm=gloo or another")
     if launcher != "torchrun" and checked.launch.max_restarts:
         log.warning("launch.max_restarts has no effect: %s starts the ranks once", launcher)
     if launcher == "thread":
-        return spawn_threads(lambda: train(cfg, checked), nproc)[0]
+        return spawn_threads(lambda: part(cfg, checked), nproc)[0]
     if launcher == "none":
-        return train(cfg, checked)
+        return part(cfg, checked)
     arguments = start.command(launcher, nproc, checked.launch.max_restarts, job.command())
     with job.handed_over() as variables:
         status = start.run_to_end(arguments, start.environment(nproc) | variables | {FULL_ERROR: str(int(TRACEBACKS))})
     if status:
         raise SystemExit(status if status > 0 else 128 - status)  # the ranks said why
-    results = json.loads((_output_dir() / RESULTS).read_text())
-    return float(results["accuracy"])
+    return None
 
 
 def _output_dir() -> Path:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import io
-import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,13 +22,6 @@ FILES = sorted(
     path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.parts[len(CONF.parts)] not in ("hydra", "network")
 )
 # networks are chosen in draw.yaml alone: tests/test_draw.py
-PATH_OF_A_GRADIENT = (
-    "minidist/communicator.py",
-    "backends/ring.py",
-    "backends/scheduled.py",
-    "minidist/ddp.py",
-    "minidist/engine.py",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -254,27 +245,3 @@ def test_minidist_knows_no_backend_and_only_config_knows_hydra(path: Path) -> No
 @pytest.mark.parametrize("path", sorted((ROOT / "backends").glob("*.py")), ids=lambda path: path.name)
 def test_backends_know_only_minidist(path: Path) -> None:
     assert not imports(path) & {"experiments", "hydra", "omegaconf", "tests"}
-
-
-def lines_of_code(source: str) -> int:
-    """Lines with a token of code on them: no blank lines, no comments, no docstrings."""
-    ignored = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    docstrings: set[int] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            docstrings.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    code = {line for t in tokens if t.type not in ignored for line in range(t.start[0], t.end[0] + 1)}
-    return len(code - docstrings)
-
-
-def test_lines_of_code_are_counted_right() -> None:
-    assert (
-        lines_of_code('"""A\nB"""\n\n# c\nx = (1,\n     2)  # d\ndef f():\n    """E"""\n    return x\ndef g(): ...\n')
-        == 5
-    )
-
-
-def test_the_path_of_a_gradient_is_short() -> None:
-    counts = {name: lines_of_code((ROOT / name).read_text()) for name in PATH_OF_A_GRADIENT}
-    assert sum(counts.values()) < 500, counts
