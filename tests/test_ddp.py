@@ -30,6 +30,7 @@ def run(check: Callable[..., None], world_size: int, *args: object) -> None:
         training_checks.check_backward_passes_add_up,
         training_checks.check_several_backwards_of_one_forward,
         training_checks.check_several_forwards_of_one_backward,
+        training_checks.check_no_sync_after_a_forward_that_communicates,
         training_checks.check_no_sync_sends_nothing,
         training_checks.check_autograd_grad_sends_nothing,
         training_checks.check_gradients_are_views,
