@@ -38,8 +38,8 @@ class DistributedDataParallel(nn.Module):
     rank 0; each backward pass of a forward outside `no_sync` communicates. Gradients are views of the buckets: keep
     a copy, not a reference, of one that has to survive the next backward pass. Change the
     module before wrapping: a parameter that is replaced, unfrozen or converted later is an error in the next forward.
-    After an exception in backward the next forward starts clean, provided that every rank goes on with it.
-    What `torch.autograd.grad` returns is this rank's own.
+    After an exception in backward the next forward starts clean, with no gradients, provided that every rank goes on
+    with it. What `torch.autograd.grad` returns is this rank's own.
 
     Args:
         module: the model, on its device.
@@ -110,6 +110,7 @@ class DistributedDataParallel(nn.Module):
     def _before_forward(self) -> None:
         if self._backward_pass.broke_off:  # as on the other ranks, that may have got further in it
             self.reduce_gradients()
+            self.module.zero_grad()  # what was in flight may have come after the user's own zero_grad()
         will_sync = self._sync_wanted and torch.is_grad_enabled()
         if will_sync and (change := self._structure.change(self.module, self.find_unused_parameters)):
             self._fail(change)
