@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from backends.serial import SerialCommunicator
 from backends.thread import run_threads
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
@@ -58,6 +59,14 @@ REFUSED = {
         lambda: nn.SyncBatchNorm.convert_sync_batchnorm(models.batch_norm()),
         r"module 1 is a SyncBatchNorm, .*minidist.sync_batch_norm.convert_sync_batchnorm\(module, comm\)",
     ),
+    "a wrapper": (
+        lambda: nn.Sequential(DistributedDataParallel(models.mlp(), SerialCommunicator())),
+        r"module 0 is a DistributedDataParallel, which reduces gradients itself; wrap its \.module",
+    ),
+    "rows that are shortened where they are looked up": (
+        lambda: nn.Sequential(nn.Embedding(3, 2, max_norm=1.0), nn.EmbeddingBag(3, 2)),
+        r"module 0 is a Embedding, whose max_norm shortens .* max_norm=None",
+    ),
     "a process group of torch's": (
         _own_process_group,
         r"module 1 is a Tanh, which asks torch's process group, and there is none",
@@ -101,6 +110,17 @@ def test_frozen_parameters_and_buffers_may_have_any_dtype() -> None:
         return torch.cat([ddp.module.extra, ddp.module.frozen])
 
     assert [values.tolist() for values in run_threads(job, 2)] == [[0] * 5] * 2
+
+
+def test_what_is_laid_out_in_an_unusual_way_may_be_wrapped() -> None:
+    """Interleaved, but no element in the place of another; and rows that are shortened but never learn."""
+
+    def job(comm: Communicator) -> None:
+        model = _with_buffer(torch.zeros(8).as_strided((2, 3), (3, 2)))
+        model.append(nn.Embedding(3, 2, max_norm=1.0).requires_grad_(False))
+        DistributedDataParallel(model, comm)
+
+    run_threads(job, 2, timeout_s=30)
 
 
 def _conv(dense: bool) -> nn.Module:
