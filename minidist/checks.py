@@ -49,7 +49,7 @@ def tensors(comm: Membership, operation: str, **named: Tensor) -> None:
     first = None
     for name, tensor in named.items():
         _tensor(comm, operation, name, tensor)
-        if name != "input" and operation != "isend" and _overlaps_itself(tensor):
+        if name != "input" and operation != "isend" and overlaps_itself(tensor):
             raise ValueError(
                 f"{comm.who(operation)}: elements of {name} share memory (is it expanded, or made of windows that "
                 "overlap?), so it cannot be written into; use .clone()"
@@ -80,7 +80,8 @@ def _tensor(comm: Membership, operation: str, name: str, tensor: Tensor) -> None
         )
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements of a tensor share memory."""
     if tensor.is_contiguous() or tensor.numel() == 0:
         return False
     reach, dims = 0, sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
@@ -96,17 +97,6 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     for stride, n in dims:
         places = (places[:, None] + stride * torch.arange(n, device="cpu")).view(-1)
     return len(set(places.tolist())) < places.numel()
-
-
-def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether elements of a tensor may share memory: some step is not longer than all that lies within it."""
-    extent = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= extent:
-                return True
-            extent += stride * (size - 1)
-    return False
 
 
 def peer(comm: Membership, operation: str, name: str, rank: int) -> None:
