@@ -106,7 +106,10 @@ class Listener:
         """Return what is wrong with the hooks of the parameter, if this is not its only one."""
         hooks = _hooks(parameter)
         if self._key not in hooks:
-            return "sends its gradient to a wrapper that was made after this one; use that one"
+            return (
+                "sends its gradient to a wrapper that was made after this one, of the same module or of one that "
+                "shares it; use that wrapper, or wrap one module that holds both"
+            )
         if len(hooks) > 1:
             return (
                 f"has a post-accumulate-grad hook, which sees gradients before they are reduced over ranks; {USE_HOOK}"
