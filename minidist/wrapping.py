@@ -64,6 +64,8 @@ def _of_tensor(tensor: Tensor) -> str | None:
         return "is lazy and has no shape yet; run one batch through the module before you wrap it"
     if tensor.is_meta:
         return "is on the meta device and has no memory; give it some with module.to_empty(device=...)"
+    if tensor.is_inference():
+        return "was made in inference mode, and cannot be changed outside of it; replace it by its .clone()"
     if tensor.layout is not torch.strided:
         return f"is not dense but {tensor.layout}; make it dense with to_dense()"
     if tensor.is_quantized or torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):

@@ -23,6 +23,11 @@ def _with_buffer(buffer: torch.Tensor) -> nn.Module:
     return model
 
 
+@torch.inference_mode()
+def _made_in_inference() -> torch.Tensor:
+    return torch.zeros(3)
+
+
 def _freed() -> nn.Module:
     model = models.mlp()
     model[0].weight.untyped_storage().resize_(0)
@@ -53,6 +58,10 @@ REFUSED = {
     "lazy buffer": (lambda: nn.Sequential(nn.LazyBatchNorm1d(affine=False)), r"buffer 0.running_mean is lazy"),
     "meta parameter": (lambda: nn.Linear(2, 2, device="meta"), r"parameter weight is on the meta device"),
     "freed parameter": (_freed, r"parameter 0.weight has no memory"),
+    "inference buffer": (
+        lambda: _with_buffer(_made_in_inference()),
+        r"buffer extra was made in inference mode.*\.clone\(\)",
+    ),
     "sparse buffer": (lambda: _with_buffer(torch.zeros(3).to_sparse()), r"buffer extra is not dense"),
     "dtype": (lambda: nn.Linear(2, 2).to(torch.float8_e5m2), r"parameter weight has dtype torch.float8_e5m2"),
     "torch's SyncBatchNorm": (
