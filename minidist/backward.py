@@ -23,6 +23,7 @@ class BackwardPass:
 
     Attributes:
         running: whether a pass has begun and not ended; an exception in a pass leaves it so until `end`.
+        communicates: whether the next pass, or the running one, reduces its gradients.
     """
 
     def __init__(self, on_end: Callable[[], None], buckets: Sequence[Bucket]) -> None:
@@ -30,7 +31,8 @@ class BackwardPass:
         named = [zip(bucket.names, bucket.parameters, strict=True) for bucket in buckets]
         self._named = list(itertools.chain.from_iterable(named))
         self._versions: list[int] = []
-        self.running = False
+        self._due: weakref.WeakSet[Callable[[Tensor], None]] = weakref.WeakSet()
+        self.running, self.communicates = False, True
 
     @property
     def broke_off(self) -> bool:
@@ -38,15 +40,27 @@ class BackwardPass:
         return self.running and torch._C._current_graph_task_id() == -1
 
     @opaque
-    def watch(self, output: Any) -> None:
+    def watch(self, output: Any, communicates: bool) -> None:
         """Let the first gradient of a tensor in ``output`` (a tensor, or a nest of dicts, lists, tuples) begin a pass.
 
         A parameter's hook can be too deep for that: in a re-entrant checkpoint it runs in a backward pass of its own,
         which ends long before the whole one does.
+
+        Args:
+            output: of a forward.
+            communicates: whether its pass reduces the gradients. That pass does so too if another forward that does
+                not want it, such as one in ``no_sync()``, comes before it.
         """
+
+        def begin(_: Tensor) -> None:
+            self.begin()
+
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                leaf.register_hook(lambda _: self.begin())  # type: ignore[no-untyped-call]
+                leaf.register_hook(begin)  # type: ignore[no-untyped-call]
+        if communicates:
+            self._due.add(begin)  # forgotten with the graph, which holds it: a forward may stay without a backward
+        self.communicates = communicates or len(self._due) > 0
 
     @opaque
     def begin(self) -> None:
@@ -65,9 +79,11 @@ class BackwardPass:
         )
         return next(names, None)
 
-    def end(self) -> None:
-        """Be ready for the next pass."""
+    def end(self, reduced: bool) -> None:
+        """Be ready for the next pass; ``reduced``: this one reduced its gradients, so none is due any more."""
         self.running = False
+        if reduced:
+            self._due.clear()
 
 
 class Listener:
@@ -90,7 +106,10 @@ class Listener:
         """Return what is wrong with the hooks of the parameter, if this is not its only one."""
         hooks = _hooks(parameter)
         if self._key not in hooks:
-            return "sends its gradient to a wrapper that was made after this one; use that one"
+            return (
+                "sends its gradient to a wrapper that was made after this one, of the same module or of one that "
+                "shares it; use that wrapper, or wrap one module that holds both"
+            )
         if len(hooks) > 1:
             return (
                 f"has a post-accumulate-grad hook, which sees gradients before they are reduced over ranks; {USE_HOOK}"

@@ -38,7 +38,8 @@ class DistributedDataParallel(nn.Module):
     rank 0; each backward pass of a forward outside `no_sync` communicates. Gradients are views of the buckets: keep
     a copy, not a reference, of one that has to survive the next backward pass. Change the
     module before wrapping: a parameter that is replaced, unfrozen or converted later is an error in the next forward.
-    After an exception in backward the next forward starts clean, provided that every rank goes on with it.
+    After an exception in backward the next forward starts clean, with no gradients, provided that every rank goes on
+    with it. What `torch.autograd.grad` returns is this rank's own.
 
     Args:
         module: the model, on its device.
@@ -78,7 +79,7 @@ class DistributedDataParallel(nn.Module):
         if not self.buckets:
             self._fail("no parameter requires a gradient; use the module without this wrapper")
         self._works: list[Work] = []
-        self._sync_wanted = self._sync = True
+        self._sync_wanted = True
         self._join: Join | None = None
         self._shared_buffers = SharedBuffers(self.comm, self.module)
         self._reduced_grad_hooks: dict[int, Callable[[nn.Parameter], None]] = OrderedDict()
@@ -109,6 +110,7 @@ class DistributedDataParallel(nn.Module):
     def _before_forward(self) -> None:
         if self._backward_pass.broke_off:  # as on the other ranks, that may have got further in it
             self.reduce_gradients()
+            self.module.zero_grad()  # what was in flight may have come after the user's own zero_grad()
         will_sync = self._sync_wanted and torch.is_grad_enabled()
         if will_sync and (change := self._structure.change(self.module, self.find_unused_parameters)):
             self._fail(change)
@@ -119,12 +121,14 @@ class DistributedDataParallel(nn.Module):
     @opaque
     def _after_forward(self, output: Any) -> None:
         if torch.is_grad_enabled():
-            self._sync = self._sync_wanted
-            self._backward_pass.watch(output)
+            self._backward_pass.watch(output, self._sync_wanted)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Let gradients add up on this rank: the backward of a forward inside does not communicate."""
+        """Let gradients add up on this rank: the backward of a forward inside does not communicate.
+
+        A backward pass through a forward outside as well does.
+        """
         before, self._sync_wanted = self._sync_wanted, False
         try:
             yield
@@ -169,12 +173,12 @@ class DistributedDataParallel(nn.Module):
             self._works.append(share_used(self.comm, self.buckets))
         for work in self._works:
             work.wait()
-        self._reset()
+        self._reset(reduced=True)
         if self._reduced_grad_hooks:
             call_hooks(self._reduced_grad_hooks, self.buckets)
 
     def _on_gradient(self, bucket: Bucket, slot: int) -> None:
-        if not self._sync:
+        if not self._backward_pass.communicates:
             return
         self._backward_pass.begin()
         if complaint := bucket.complaint(slot):
@@ -196,17 +200,17 @@ class DistributedDataParallel(nn.Module):
             )
         missing = [bucket.names[slot] for bucket in self.buckets for slot in bucket.missing]
         nothing_came = len(missing) == sum(len(bucket.names) for bucket in self.buckets)
-        if nothing_came and not (self._sync and self.find_unused_parameters):
-            self._reset()  # torch.autograd.grad() gets here too
+        if nothing_came and not (self._backward_pass.communicates and self.find_unused_parameters):
+            self._reset(reduced=False)  # torch.autograd.grad() gets here too
         elif missing and not self.find_unused_parameters:
             fix = "use find_unused_parameters=True, or set requires_grad=False before wrapping"
             self._fail(f"no gradient for {', '.join(missing)}; {fix}")
         else:
             self.reduce_gradients()
 
-    def _reset(self) -> None:
+    def _reset(self, reduced: bool) -> None:
         self._works = []
-        self._backward_pass.end()
+        self._backward_pass.end(reduced)
         for bucket in self.buckets:
             bucket.reset()
 

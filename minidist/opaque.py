@@ -22,7 +22,6 @@ def opaque(function: Callable[P, R]) -> Callable[P, R]:
     """
     disabled: Callable[P, R] | None = None
 
-    @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal disabled
         if "torch._dynamo" not in sys.modules:
@@ -31,7 +30,9 @@ def opaque(function: Callable[P, R]) -> Callable[P, R]:
             disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
         return disabled(*args, **kwargs)
 
-    return call
+    # A code of its own: of one that all share, compiled code would soon have more variants than it may.
+    call.__code__ = call.__code__.replace(co_name=function.__name__)
+    return functools.wraps(function)(call)
 
 
 def opaque_methods(kind: type) -> None:

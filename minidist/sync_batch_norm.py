@@ -11,7 +11,6 @@ Cost: per layer one all-gather of 2 C + 1 numbers in forward and one all-reduce 
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -101,16 +100,17 @@ def _convert(module: nn.Module, comm: Communicator, done: dict[nn.Module, nn.Mod
 def _converted(layer: _BatchNorm, comm: Communicator) -> SyncBatchNorm:
     if isinstance(layer, _LazyNormBase):
         raise ValueError(f"convert_sync_batchnorm: a {type(layer).__name__} is lazy; run one batch through it first")
-    if type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward):
+    known = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
+    if layer._modules or "forward" in vars(layer) or type(layer).forward not in known:
         raise ValueError(
-            f"convert_sync_batchnorm: {type(layer).__name__} has a forward of its own, which would be lost; "
+            f"convert_sync_batchnorm: {type(layer).__name__} has a forward or modules of its own, which would be lost; "
             "replace it by a torch.nn.BatchNorm and what it does besides"
         )
-    new = SyncBatchNorm(
-        layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, comm=comm
-    )
-    new._parameters, new._buffers = copy.copy(layer._parameters), copy.copy(layer._buffers)
-    return new.train(layer.training)
+    new = SyncBatchNorm.__new__(SyncBatchNorm)
+    not_kept = ("process_group", "_compiled_call_impl")  # the second, of layer.compile(), calls the old layer
+    new.__dict__.update({name: value for name, value in vars(layer).items() if name not in not_kept})
+    new.comm = comm
+    return new
 
 
 @opaque

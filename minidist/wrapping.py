@@ -33,9 +33,23 @@ def _complaints(module: nn.Module, bucket_cap_mb: float) -> Iterator[str]:
 
 
 def _of_module(module: nn.Module) -> str | None:
-    """Name what asks torch's default process group: where nobody made one, it would run unsynchronised."""
-    if isinstance(module, nn.parallel.DistributedDataParallel):
+    """Name what reduces gradients itself, and what would leave the replicas different.
+
+    What asks torch's default process group would run unsynchronised where nobody made one.
+    """
+    from minidist.ddp import DistributedDataParallel  # which needs this file itself
+
+    if isinstance(module, nn.parallel.DistributedDataParallel | DistributedDataParallel):
         return "which reduces gradients itself; wrap its .module"
+    if (
+        isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        and module.max_norm is not None
+        and module.weight.requires_grad
+    ):
+        return (
+            "whose max_norm shortens the rows that a rank looks up on that rank alone, so that replicas drift apart; "
+            "use max_norm=None, and torch.renorm() of the whole weight after each step"
+        )
     if "process_group" not in vars(module) or (dist.is_available() and dist.is_initialized()):
         return None
     if isinstance(module, nn.SyncBatchNorm):
@@ -50,6 +64,8 @@ def _of_tensor(tensor: Tensor) -> str | None:
         return "is lazy and has no shape yet; run one batch through the module before you wrap it"
     if tensor.is_meta:
         return "is on the meta device and has no memory; give it some with module.to_empty(device=...)"
+    if tensor.is_inference():
+        return "was made in inference mode, and cannot be changed outside of it; replace it by its .clone()"
     if tensor.layout is not torch.strided:
         return f"is not dense but {tensor.layout}; make it dense with to_dense()"
     if tensor.is_quantized or torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):

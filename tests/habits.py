@@ -242,6 +242,21 @@ def compiled_step(wrap: Wrap, rank: int) -> Result:
     return [*state(model), *losses]
 
 
+def compiled_accumulation(wrap: Wrap, rank: int) -> Result:
+    """With a forward that communicates and one that does not, in few variants of compiled code."""
+    model = wrap(built(models.mlp))
+
+    @torch.compile(backend="eager")
+    def step(inputs: Tensor) -> None:
+        with model.no_sync():
+            model(inputs).square().mean().backward()
+        model(inputs.sin()).square().mean().backward()
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        step(data(0, rank, 4, models.NUM_INPUTS))
+    return [parameter.grad for parameter in model.parameters()]
+
+
 def _compiled_in_place(wrap: Wrap, module: nn.Module) -> nn.Module:
     model = wrap(module)
     model.compile(backend="eager")
@@ -261,6 +276,7 @@ AGAINST_TORCH: dict[str, Callable[[Wrap, int], Result]] = {
         thawing_by_wrapping_again,
         loader_processes,
         compiled_step,
+        compiled_accumulation,
     )
 } | {
     "compiled_outside": _compiled(lambda wrap, module: torch.compile(wrap(module), backend="eager")),

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from backends.thread import run_threads
+from minidist.buckets import Bucket
+from minidist.communicator import Communicator, Work
 from minidist.ddp import DistributedDataParallel
 from tests import models, training_checks
 from tests.training_checks import CASES
@@ -30,6 +32,7 @@ def run(check: Callable[..., None], world_size: int, *args: object) -> None:
         training_checks.check_backward_passes_add_up,
         training_checks.check_several_backwards_of_one_forward,
         training_checks.check_several_forwards_of_one_backward,
+        training_checks.check_no_sync_after_a_forward_that_communicates,
         training_checks.check_no_sync_sends_nothing,
         training_checks.check_autograd_grad_sends_nothing,
         training_checks.check_gradients_are_views,
@@ -163,3 +166,36 @@ def test_output_that_cannot_be_watched(world_size: int) -> None:
         training_checks.assert_replicas_identical(ddp, [parameter.grad for parameter in ddp.parameters()])
 
     run_threads(job, world_size)
+
+
+class _Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_no_gradient_of_a_pass_that_failed_is_left(find_unused: bool, set_to_none: bool) -> None:
+    """Its buckets were on their way while the user zeroed the gradients."""
+
+    def arriving_late(bucket: Bucket, comm: Communicator) -> Work:
+        sent = bucket.flat.clone()
+        return comm.all_reduce(sent, async_op=True).then(lambda: bucket.flat.copy_(sent))
+
+    def job(comm: Communicator) -> None:
+        model = CASES["mlp"].model()
+        ddp = DistributedDataParallel(model, comm, 1e-4, find_unused_parameters=find_unused, hook=arriving_late)
+        handle = ddp.module[1].register_forward_hook(lambda *args: _Failing.apply(args[-1]))
+        with pytest.raises(ZeroDivisionError):
+            training_checks.backward(ddp, 0)
+        handle.remove()
+        ddp.zero_grad(set_to_none)
+        training_checks.backward(ddp, 1)
+        training_checks.assert_gradients(ddp, [1])
+
+    run_threads(job, 2, timeout_s=30)

@@ -122,15 +122,22 @@ def test_convert_keeps_what_a_layer_has() -> None:
     def job(comm: Communicator) -> None:
         norm = nn.BatchNorm1d(4, eps=0.1, momentum=0.3)
         norm.weight.requires_grad_(False)
+        seen: list[nn.Module] = []
+        handle = norm.register_forward_hook(lambda *args: seen.append(args[0]))
+        norm.compile(backend="eager")
         model = nn.ModuleDict({"a": norm, "b": nn.ModuleList([norm, nn.BatchNorm2d(3).eval()])})
-        own = nn.SyncBatchNorm(2)
+        own = nn.Sequential(nn.SyncBatchNorm(2))
         converted = convert_sync_batchnorm(model, comm)
         assert converted is model
         assert isinstance(model["a"], SyncBatchNorm)
         assert model["b"][0] is model["a"]  # one layer in two places stays one
         assert (model["a"].eps, model["a"].momentum, model["a"].weight is norm.weight) == (0.1, 0.3, True)
         assert not model["b"][1].training
-        assert isinstance(convert_sync_batchnorm(own, comm), SyncBatchNorm)
+        model["a"](torch.ones(2, 4))
+        handle.remove()
+        model["a"](torch.ones(2, 4))
+        assert seen == [model["a"]]
+        DistributedDataParallel(convert_sync_batchnorm(own, comm), comm)
         assert convert_sync_batchnorm(copy.deepcopy(model), comm)["a"].comm is comm
 
     run_threads(job, 1)
@@ -141,9 +148,18 @@ class _Activated(nn.BatchNorm1d):
         return super().forward(input).relu()
 
 
+def _parametrized() -> nn.Module:
+    norm = nn.BatchNorm1d(3)
+    return nn.utils.parametrize.register_parametrization(norm, "weight", nn.Softplus())
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
-    [(_Activated(3), r"_Activated has a forward of its own"), (nn.LazyBatchNorm1d(), r"LazyBatchNorm1d is lazy")],
+    [
+        (_Activated(3), r"_Activated has a forward or modules of its own"),
+        (_parametrized(), r"ParametrizedBatchNorm1d has a forward or modules of its own"),
+        (nn.LazyBatchNorm1d(), r"LazyBatchNorm1d is lazy"),
+    ],
 )
 def test_convert_refuses_what_it_would_break(layer: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):

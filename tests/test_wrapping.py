@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from backends.serial import SerialCommunicator
 from backends.thread import run_threads
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
@@ -20,6 +21,11 @@ def _with_buffer(buffer: torch.Tensor) -> nn.Module:
     model = models.mlp()
     model.register_buffer("extra", buffer)
     return model
+
+
+@torch.inference_mode()
+def _made_in_inference() -> torch.Tensor:
+    return torch.zeros(3)
 
 
 def _freed() -> nn.Module:
@@ -52,11 +58,23 @@ REFUSED = {
     "lazy buffer": (lambda: nn.Sequential(nn.LazyBatchNorm1d(affine=False)), r"buffer 0.running_mean is lazy"),
     "meta parameter": (lambda: nn.Linear(2, 2, device="meta"), r"parameter weight is on the meta device"),
     "freed parameter": (_freed, r"parameter 0.weight has no memory"),
+    "inference buffer": (
+        lambda: _with_buffer(_made_in_inference()),
+        r"buffer extra was made in inference mode.*\.clone\(\)",
+    ),
     "sparse buffer": (lambda: _with_buffer(torch.zeros(3).to_sparse()), r"buffer extra is not dense"),
     "dtype": (lambda: nn.Linear(2, 2).to(torch.float8_e5m2), r"parameter weight has dtype torch.float8_e5m2"),
     "torch's SyncBatchNorm": (
         lambda: nn.SyncBatchNorm.convert_sync_batchnorm(models.batch_norm()),
         r"module 1 is a SyncBatchNorm, .*minidist.sync_batch_norm.convert_sync_batchnorm\(module, comm\)",
+    ),
+    "a wrapper": (
+        lambda: nn.Sequential(DistributedDataParallel(models.mlp(), SerialCommunicator())),
+        r"module 0 is a DistributedDataParallel, which reduces gradients itself; wrap its \.module",
+    ),
+    "rows that are shortened where they are looked up": (
+        lambda: nn.Sequential(nn.Embedding(3, 2, max_norm=1.0), nn.EmbeddingBag(3, 2)),
+        r"module 0 is a Embedding, whose max_norm shortens .* max_norm=None",
     ),
     "a process group of torch's": (
         _own_process_group,
@@ -101,6 +119,17 @@ def test_frozen_parameters_and_buffers_may_have_any_dtype() -> None:
         return torch.cat([ddp.module.extra, ddp.module.frozen])
 
     assert [values.tolist() for values in run_threads(job, 2)] == [[0] * 5] * 2
+
+
+def test_what_is_laid_out_in_an_unusual_way_may_be_wrapped() -> None:
+    """Interleaved, but no element in the place of another; and rows that are shortened but never learn."""
+
+    def job(comm: Communicator) -> None:
+        model = _with_buffer(torch.zeros(8).as_strided((2, 3), (3, 2)))
+        model.append(nn.Embedding(3, 2, max_norm=1.0).requires_grad_(False))
+        DistributedDataParallel(model, comm)
+
+    run_threads(job, 2, timeout_s=30)
 
 
 def _conv(dense: bool) -> nn.Module:

@@ -248,6 +248,26 @@ def check_several_forwards_of_one_backward(comm: Communicator) -> None:
     assert_gradients(ddp, [0, 1])
 
 
+def check_no_sync_after_a_forward_that_communicates(comm: Communicator) -> None:
+    """One backward through both reduces; once it has, or where it never comes, no_sync() holds."""
+    ddp = wrapped(CASES["mlp"], comm)
+    inputs, target = batch(0, comm.rank)
+    loss = loss_of(ddp(inputs), target)
+    with ddp.no_sync():
+        inputs, target = batch(1, comm.rank)
+        loss = loss + loss_of(ddp(inputs), target)
+    loss.backward()
+    assert_gradients(ddp, [0, 1])
+    assert_replicas_identical(ddp, [parameter.grad for parameter in ddp.parameters()])
+    ddp(batch(2, comm.rank)[0])
+    before = comm.traffic.messages
+    with ddp.no_sync():
+        backward(ddp, 2)
+    assert comm.traffic.messages == before
+    backward(ddp, 3)
+    assert_gradients(ddp, [0, 1, 2, 3])
+
+
 def check_no_sync_sends_nothing(comm: Communicator) -> None:
     ddp = wrapped(CASES["batch_norm"], comm)
     before = comm.traffic.messages
