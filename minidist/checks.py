@@ -51,7 +51,7 @@ def tensors(comm: Membership, operation: str, **named: Tensor) -> None:
     first = None
     for name, tensor in named.items():
         _tensor(comm, operation, name, tensor)
-        if name != "input" and operation != "isend" and overlaps_itself(tensor):
+        if not tensor.is_contiguous() and name != "input" and operation != "isend" and overlaps_itself(tensor):
             raise ValueError(
                 f"{comm.who(operation)}: elements of {name} share memory (is it expanded, or made of windows that "
                 "overlap?), so it cannot be written into; use .clone()"

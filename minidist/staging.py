@@ -43,7 +43,19 @@ def staged(
     apart = keep or (len(tensors) > 1 and (divisor > 1 or _overlap(detached[0], detached[1], own_block)))
     if native and not apart and divisor == 1:
         return functools.partial(hook, *detached)
-    copies = [tensor if tensor is None else Staged(tensor, device_type) for tensor in detached]
+    return _on_copies(hook, detached, device_type, divisor, keep, apart)
+
+
+def _on_copies(
+    hook: Callable[..., None],
+    tensors: Sequence[Tensor | None],
+    device_type: str,
+    divisor: int,
+    keep: bool,
+    apart: bool,
+) -> Callable[..., None]:
+    """Return ``hook`` bound to copies of ``tensors``, the input in memory of its own if ``apart``."""
+    copies = [tensor if tensor is None else Staged(tensor, device_type) for tensor in tensors]
     if apart and copies[-1] is not None:
         copies[-1].stand_apart()
 
