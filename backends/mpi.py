@@ -53,7 +53,8 @@ def load() -> Any:
     try:
         import mpi4py
 
-        mpi4py.rc.initialize = False
+        if "mpi4py.MPI" not in sys.modules:  # else it says how MPI was initialised
+            mpi4py.rc.initialize = False
         from mpi4py import MPI
     except ImportError as error:
         raise BackendUnavailableError(
@@ -72,11 +73,13 @@ def initialised() -> Any:
     """Return mpi4py's MPI, ready for use from several threads.
 
     Where a program has imported it before, mpi4py has initialised MPI and finalises it, after this module's farewell:
-    it does so when the interpreter is gone.
+    it does so when the interpreter is gone. Whoever initialises it by hand may leave its end to the farewell.
     """
     MPI = load()
-    is_ours = not MPI.Is_initialized()
-    if is_ours:
+    import mpi4py
+
+    by_mpi4py = mpi4py.rc.initialize and mpi4py.rc.finalize is not False
+    if not MPI.Is_initialized():
         if MPI.Init_thread(MPI.THREAD_MULTIPLE) != MPI.THREAD_MULTIPLE:
             raise BackendUnavailableError("this MPI library was built without MPI_THREAD_MULTIPLE; install another")
     elif MPI.Is_finalized():
@@ -86,7 +89,7 @@ def initialised() -> Any:
             "MPI was initialised without MPI_THREAD_MULTIPLE before minidist could ask for it; "
             "leave mpi4py.rc.thread_level at 'multiple', or make the communicator first"
         )
-    atexit.register(_end, os.getpid(), is_ours)
+    atexit.register(_end, os.getpid(), not by_mpi4py)
     return MPI
 
 
@@ -377,7 +380,7 @@ def _end(pid: int, finalise: bool) -> None:
 
     Args:
         pid: the process whose farewell it is; one that it forked says none.
-        finalise: whether it was this module that initialised MPI.
+        finalise: whether nobody else does. MPICH's mpirun takes the first rank that ends without it for the whole job.
     """
     MPI = load()
     if os.getpid() != pid or MPI.Is_finalized():

@@ -95,7 +95,8 @@ def check_a_fork_leaves_what_it_inherits_alone(comm: Communicator, meet: Meet) -
         held.clear()
         gc.collect()
 
-    assert _in_a_fork(use_and_leave) == 0
+    ended = _in_a_fork(use_and_leave)
+    assert ended == 0, f"the fork ended with {ended}"
     if comm.rank == 0:
         works = [comm.barrier(async_op=True)]
     works[0].wait()

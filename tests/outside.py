@@ -24,6 +24,7 @@ from minidist.work import DONE
 
 _numbers = itertools.count()  # the k-th communicator of a process meets the k-th of the others
 LOOK_S = 0.5
+LEFT = "it left the group"
 
 
 class StoreCommunicator(ScheduledCommunicator):
@@ -46,20 +47,22 @@ class StoreCommunicator(ScheduledCommunicator):
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
         route = f"{src}-{self.rank}-{tag}"
         self._num_received[route] += 1
-        return _Receive(self, tensor, f"{route}-{self._num_received[route] - 1}", timeout_s)
+        return _Receive(self, tensor, src, f"{route}-{self._num_received[route] - 1}", timeout_s)
 
-    def look(self) -> None:
-        """Raise if a rank said that it is gone."""
-        if self.store.check(["gone-1"]):
-            rank, why = self.store.get("gone-1").decode().split(" ", 1)
-            self._lost_ranks[int(rank)] = why
-            raise self._lost()
+    def is_hopeless(self, src: int) -> bool:
+        """Whether it is to wait for ``src``: a rank failed, the first one is the cause, or that one has left."""
+        for number in range(1, self.store.add("num_gone", 0) + 1):
+            rank, why = self.store.get(f"gone-{number}").decode().split(" ", 1)
+            if why != LEFT or int(rank) == src:
+                self._lost_ranks[int(rank)] = why
+                return True
+        return False
 
     def _close(self) -> None:
-        self._abort("it left the group")
+        self._abort(LEFT)
 
     def _abort(self, reason: str) -> None:
-        number = self.store.add("num_gone", 1)  # the first to go is the cause, the others left because of it
+        number = self.store.add("num_gone", 1)
         self.store.set(f"gone-{number}", f"{self.rank} {reason}")
 
     def _gone(self) -> Mapping[int, str]:
@@ -67,8 +70,8 @@ class StoreCommunicator(ScheduledCommunicator):
 
 
 class _Receive(Work):
-    def __init__(self, comm: StoreCommunicator, tensor: Tensor, key: str, timeout_s: float) -> None:
-        self._comm, self._tensor, self._key, self._timeout_s = comm, tensor, key, timeout_s
+    def __init__(self, comm: StoreCommunicator, tensor: Tensor, src: int, key: str, timeout_s: float) -> None:
+        self._comm, self._tensor, self._src, self._key, self._timeout_s = comm, tensor, src, key, timeout_s
         self._deadline, self._is_taken = time.monotonic() + timeout_s, False
 
     def wait(self) -> None:
@@ -77,7 +80,8 @@ class _Receive(Work):
             try:
                 self._comm.store.wait([self._key], timedelta(seconds=max(min(left, LOOK_S), 0.001)))
             except DistError as error:
-                self._comm.look()
+                if self._comm.is_hopeless(self._src):
+                    raise self._comm._lost() from error
                 if left <= 0:
                     raise CommTimeoutError(f"no message within {self._timeout_s:g} s") from error
             else:
@@ -90,8 +94,7 @@ class _Receive(Work):
         self._is_taken = True
 
     def is_done(self) -> bool:
-        store = self._comm.store  # a rank that is gone ends the wait too
-        return self._is_taken or store.check([self._key]) or store.check(["gone-1"])
+        return self._is_taken or self._comm.store.check([self._key]) or self._comm.is_hopeless(self._src)
 
     def exception(self) -> BaseException | None:
         return None
