@@ -8,6 +8,7 @@ its exit, must not reach them, and whoever uses them there is told so.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import socket
 import threading
@@ -18,6 +19,8 @@ from typing import Generic, TypeVar
 from minidist.errors import CommError
 
 T = TypeVar("T")
+# What was garbage at the fork is the parent's as well: to collect it would run destructors that need its threads.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 class Maker:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,3 +109,30 @@ def test_a_killed_rank_is_named_while_its_workers_are_busy(kind: str, tmp_path: 
         for busy in tmp_path.glob("busy-*"):
             os.kill(int(busy.name.removeprefix("busy-")), signal.SIGKILL)
     assert output.count("named rank 1") == 2, output
+
+
+GARBAGE = """
+import gc, os
+import minidist.forks
+
+class Thing:
+    def __init__(self):
+        self.itself = self
+    def __del__(self):
+        print("destroyed in", "the fork" if os.getpid() != parent else "its process", flush=True)
+
+parent = os.getpid()
+gc.disable()
+Thing()
+if os.fork() == 0:
+    gc.collect()
+    os._exit(0)
+os.wait()
+gc.collect()
+"""
+
+
+def test_garbage_at_the_fork_is_not_collected_there() -> None:
+    """Its destructors would need threads, and act on connections, that are the parent's."""
+    done = subprocess.run([sys.executable, "-c", GARBAGE], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "destroyed in its process\n"
