@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["minidist*", "backends*", "experiments*"]), "experiments.conf"],
     package_dir={"experiments.conf": "conf"},
-    package_data={"experiments": ["*.html"], "experiments.conf": ["**/*.yaml"]},
+    package_data={"experiments.drawing": ["*.html"], "experiments.conf": ["**/*.yaml"]},
 )

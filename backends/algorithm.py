@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from backends.scheduled import ScheduledCommunicator
+from minidist.analysis.prove import prove
 from minidist.communicator import Communicator, Device, ReduceOp, Shape, Work
 from minidist.errors import CommError, ScheduleError
-from minidist.prove import prove
 from minidist.schedule import COLLECTIVES, Schedule, Step
 
 log = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from backends.algorithm import AlgorithmCommunicator
 from backends.calibration import measured, slowest_median, tabled
+from minidist.analysis.network import Network, interpolated
+from minidist.analysis.simulate import simulate
 from minidist.communicator import Communicator
 from minidist.errors import ScheduleError
-from minidist.network import Network, interpolated
 from minidist.schedule import Schedule
-from minidist.simulate import simulate
 
 log = logging.getLogger(__name__)
 Seconds = dict[str, float]

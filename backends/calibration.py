@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from backends.algorithm import AlgorithmCommunicator
+from minidist.analysis.network import Measured
 from minidist.communicator import Communicator
-from minidist.network import Measured
 from minidist.schedule import Recv, Reduce, Schedule, Send, Step, num_chunks
 
 FEW, MANY = 1, 4

@@ -21,11 +21,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from backends.messages import Arrival, messages, take
+from backends.executor.messages import Arrival, messages, take
+from backends.executor.scratch import Scratch
 from backends.schedules import DEFAULTS
-from backends.scratch import Scratch
-from minidist import checks
 from minidist.communicator import Communicator, ReduceOp, Work
+from minidist.contract import checks
 from minidist.schedule import Recv, Reduce, Schedule, Send, Step, Transfer, chunks_of, indices
 
 TAG = 2**15 - 1

@@ -26,7 +26,7 @@ from torch import Tensor
 from backends.contact import LEFT, ContactLostError
 from backends.scheduled import ScheduledCommunicator
 from minidist.communicator import Work
-from minidist.envelope import received, to
+from minidist.contract.envelope import received, to
 from minidist.errors import CommError, CommTimeoutError, MismatchError, PeerLostError
 
 T = TypeVar("T")

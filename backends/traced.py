@@ -10,8 +10,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from backends.algorithm import AlgorithmCommunicator
+from minidist.analysis.simulate import Message
 from minidist.communicator import Communicator, Work
-from minidist.simulate import Message
 
 
 class Entry(NamedTuple):

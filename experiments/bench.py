@@ -15,13 +15,13 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from backends.shm import ShmCommunicator, add_and_write
-from experiments.choices import at_least, several
-from experiments.collectives import BUSBW, LEAST, Collective
-from experiments.compare import Action, communicators, interleaved, median, percentile_95, report
-from experiments.pictures import LIMIT, draw_bandwidth
-from experiments.run import CONF, main
-from experiments.tables import Row, multiplied
+from backends.shm.communicator import ShmCommunicator, add_and_write
+from experiments.drawing.pictures import LIMIT, draw_bandwidth
+from experiments.measuring.collectives import BUSBW, LEAST, Collective
+from experiments.measuring.compare import Action, communicators, interleaved, median, percentile_95, report
+from experiments.running.choices import at_least, several
+from experiments.running.run import CONF, main
+from experiments.running.tables import Row, multiplied
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
 

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
 
-from backends.rendezvous import meet
-from experiments.choices import at_least, several
-from experiments.communicators import build
-from experiments.compare import Action, communicators, interleaved, median, report
-from experiments.pictures import draw_steps
-from experiments.run import CONF, main
-from experiments.tables import Row
+from backends.processes.rendezvous import meet
+from experiments.drawing.pictures import draw_steps
+from experiments.measuring.compare import Action, communicators, interleaved, median, report
+from experiments.running.build import build
+from experiments.running.choices import at_least, several
+from experiments.running.run import CONF, main
+from experiments.running.tables import Row
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
 

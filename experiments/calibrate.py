@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from backends.calibration import Tables, calibrate
 from experiments.bench import sizes
-from experiments.choices import at_least
-from experiments.compare import communicators
-from experiments.run import CONF, main
-from experiments.tables import table
+from experiments.measuring.compare import communicators
+from experiments.running.choices import at_least
+from experiments.running.run import CONF, main
+from experiments.running.tables import table
 
 FORMATS = {
     "bytes": "d",
@@ -37,8 +37,8 @@ def write(directory: Path, name: str, tables: Tables) -> None:
     directory.mkdir(exist_ok=True)
     about = f"# Measured by experiments/calibrate.py on {tables.ranks} ranks.\n"
     models = {
-        name: {"_target_": "minidist.network.Measured", **asdict(tables)},
-        f"{name}_flat": {"_target_": "minidist.network.Flat", **tables.alpha_beta_gamma()},
+        name: {"_target_": "minidist.analysis.network.Measured", **asdict(tables)},
+        f"{name}_flat": {"_target_": "minidist.analysis.network.Flat", **tables.alpha_beta_gamma()},
     }
     for preset, model in models.items():
         rounded = {key: _rounded(value) for key, value in model.items()}

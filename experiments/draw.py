@@ -1,7 +1,7 @@
 """A schedule as a picture and as a page to step through: ``python experiments/draw.py algorithm=ring world_size=4``.
 
 With ``curves=[ring,halving_doubling]``, what these algorithms cost instead, by size and by number of ranks. It runs
-alone, on the clock of `minidist.simulate` and under the model of a network that the group network names.
+alone, on the clock of `minidist.analysis.simulate` and under the model of a network that the group network names.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
-from experiments.algorithms import schedule_of, schedules_of
-from experiments.choices import check_groups
-from experiments.communicators import build
-from experiments.curves import Curves, over_ranks, over_sizes
-from experiments.diagrams import draw_curves, draw_timeline, spell_bytes, spell_ranks, spell_seconds
-from experiments.page import frames, write_page
-from experiments.run import CONF, main
-from experiments.tables import multiplied
+from experiments.drawing.algorithms import schedule_of, schedules_of
+from experiments.drawing.curves import Curves, over_ranks, over_sizes
+from experiments.drawing.diagrams import draw_curves, draw_timeline, spell_bytes, spell_ranks, spell_seconds
+from experiments.drawing.page import frames, write_page
+from experiments.running.build import build
+from experiments.running.choices import check_groups
+from experiments.running.run import CONF, main
+from experiments.running.tables import multiplied
+from minidist.analysis.network import Network
+from minidist.analysis.simulate import MAX_WORLD_SIZE, simulate
 from minidist.errors import ConfigError, ScheduleError
-from minidist.network import Network
 from minidist.schedule import COLLECTIVES, ROOTED
-from minidist.simulate import MAX_WORLD_SIZE, simulate
 
 MAX_DRAWN = 64
 """More ranks are a picture of nothing."""

@@ -26,19 +26,19 @@ from torch import nn
 
 import backends
 import minidist
-from experiments import data
-from experiments.communicators import build
-from experiments.datasets import loader
-from experiments.run import CONF, main, on_ranks
-from experiments.sources import Function
-from experiments.trail import Stop, Trail
-from experiments.train import comm_name
+from experiments.measuring.sources import Function
+from experiments.measuring.trail import Stop, Trail
+from experiments.running.build import build
+from experiments.running.run import CONF, main, on_ranks
+from experiments.running.train import comm_name
+from experiments.tasks import data
+from experiments.tasks.datasets import loader
 from minidist.communicator import Communicator
 from minidist.config import Config
 from minidist.ddp import DistributedDataParallel
-from minidist.seed import seed_everything
+from minidist.training.seed import seed_everything
 
-TEMPLATE = Path(__file__).with_suffix(".html")
+TEMPLATE = Path(__file__).parent / "drawing" / "follow.html"
 KINDS = {tokenize.STRING: "q", tokenize.COMMENT: "i"}
 """The element of the page that a token stands in; keywords in b."""
 NUM_WARM = 2

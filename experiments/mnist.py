@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from experiments.run import CONF, main, run
+from experiments.running.run import CONF, main, run
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="mnist")

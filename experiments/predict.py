@@ -17,18 +17,18 @@ from omegaconf import DictConfig
 
 from backends.algorithm import AlgorithmCommunicator
 from backends.calibration import Tables, calibrate, slowest_median
-from experiments.algorithms import schedule_of, schedules_of
 from experiments.bench import sizes
-from experiments.choices import at_least, several
-from experiments.communicators import build
-from experiments.compare import communicators, median, report
-from experiments.run import CONF, main
-from experiments.step_model import MEGABYTE, Profile, profile
-from experiments.tables import Row, table
+from experiments.drawing.algorithms import schedule_of, schedules_of
+from experiments.measuring.compare import communicators, median, report
+from experiments.measuring.step_model import MEGABYTE, Profile, profile
+from experiments.running.build import build
+from experiments.running.choices import at_least, several
+from experiments.running.run import CONF, main
+from experiments.running.tables import Row, table
+from minidist.analysis.network import Network, interpolated
+from minidist.analysis.simulate import simulate
 from minidist.communicator import Communicator
-from minidist.network import Network, interpolated
 from minidist.schedule import Schedule
-from minidist.simulate import simulate
 
 FORMATS = {
     "bytes": "d",

@@ -1,5 +1,7 @@
 """Data-parallel training over a communicator that the user picks, swaps, writes and measures."""
 
+from minidist.analysis import network
 from minidist.communicator import Communicator, ReduceOp, Traffic, Work
+from minidist.gradients import hooks
 
-__all__ = ["Communicator", "ReduceOp", "Traffic", "Work"]
+__all__ = ["Communicator", "ReduceOp", "Traffic", "Work", "hooks", "network"]

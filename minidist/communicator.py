@@ -19,11 +19,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from minidist import checks, objects
-from minidist.membership import Membership
-from minidist.reduce_op import ReduceOp
-from minidist.traffic import Traffic
-from minidist.work import Work
+from minidist.contract import checks, objects
+from minidist.contract.membership import Membership
+from minidist.contract.reduce_op import ReduceOp
+from minidist.contract.traffic import Traffic
+from minidist.contract.work import Work
 
 __all__ = ["Communicator", "ReduceOp", "Traffic", "Work"]
 

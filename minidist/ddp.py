@@ -18,14 +18,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from minidist.backward import USE_HOOK, BackwardPass, call_hooks, listen
-from minidist.buckets import Bucket, make_buckets
 from minidist.communicator import Communicator, Work
-from minidist.hooks import AllReduce, Hook
-from minidist.join import Join
-from minidist.opaque import opaque
-from minidist.replicas import SharedBuffers, make_replicas, share_used
-from minidist.structure import Structure
+from minidist.contract.opaque import opaque
+from minidist.gradients.backward import USE_HOOK, BackwardPass, call_hooks, listen
+from minidist.gradients.buckets import Bucket, make_buckets
+from minidist.gradients.hooks import AllReduce, Hook
+from minidist.gradients.join import Join
+from minidist.gradients.replicas import SharedBuffers, make_replicas, share_used
+from minidist.gradients.structure import Structure
 
 _MADE_ANEW = ("buckets", "_works", "_join", "_shared_buffers", "_reduced_grad_hooks", "_backward_pass", "_structure")
 """Attributes that belong to one wrapper and not to a copy of it."""
@@ -48,12 +48,12 @@ class DistributedDataParallel(nn.Module):
         broadcast_buffers: give every rank rank 0's buffers before each forward in training mode that will communicate.
         find_unused_parameters: allow a backward pass to leave out parameters, not the same ones on every rank; costs
             one more small all-reduce per pass. A gradient stays None where no rank used the parameter.
-        hook: what happens to a full bucket; see `minidist.hooks`.
+        hook: what happens to a full bucket; see `minidist.gradients.hooks`.
 
     Raises:
         MismatchError: on every rank, if the models or the arguments differ between ranks.
         ValueError: on every rank, if ``bucket_cap_mb`` is not positive, or the module has what cannot be trained
-            data-parallel (see `minidist.wrapping`); the message names it.
+            data-parallel (see `minidist.gradients.wrapping`); the message names it.
         RuntimeError: no parameter requires a gradient. From ``forward()``: the module was changed. From ``backward()``:
             a parameter got no gradient, a sparse one, two in one pass, or was changed before its gradient was reduced.
     """
@@ -137,7 +137,7 @@ class DistributedDataParallel(nn.Module):
 
     @contextmanager
     def join(self) -> Iterator[None]:
-        """Allow ranks to have different numbers of batches inside; see `minidist.join`."""
+        """Allow ranks to have different numbers of batches inside; see `minidist.gradients.join`."""
         self._join = join = Join(self)
         try:
             yield

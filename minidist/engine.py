@@ -1,6 +1,6 @@
 """The training loop: steps, epochs, evaluations and checkpoints, the same on every rank.
 
-Where it stands is in minidist/position.py, what ranks tell each other on the way in minidist/status.py.
+Where it stands is in training/progress.py, what ranks tell each other on the way in training/status.py.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minidist.checkpoint import Checkpoints
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
-from minidist.learning_rate import LearningRate, Scheduler
-from minidist.metrics import Metrics, MetricSums
-from minidist.position import Batch, Loader, Position
-from minidist.report import Report, Summary
-from minidist.resume import Resumption
-from minidist.settings import check_fit, check_settings
-from minidist.status import Status
+from minidist.training.checkpoint import Checkpoints
+from minidist.training.learning_rate import LearningRate, Scheduler
+from minidist.training.metrics import Metrics, MetricSums
+from minidist.training.progress import Batch, Loader, Position
+from minidist.training.report import Report, Summary
+from minidist.training.resume import Resumption
+from minidist.training.settings import check_fit, check_settings
+from minidist.training.status import Status
 
 
 class Engine:
@@ -86,9 +86,9 @@ class Engine:
         After each epoch it evaluates and saves a checkpoint. On SIGTERM all ranks stop after the same step,
         within about a second, save, and return.
 
-        Loaders have to be equally long on all ranks. A resume is exact with `minidist.sampler.ShardedSampler`, and
-        with anything else that draws its order from the global generators; a generator of the loader's own would
-        begin anew. What worker processes draw is exact without ShardedSampler only (see `minidist.position`).
+        Loaders have to be equally long on all ranks. A resume is exact with `minidist.training.sampler.ShardedSampler`,
+        and with anything else that draws its order from the global generators; a generator of the loader's own would
+        begin anew. What worker processes draw is exact without ShardedSampler only (see `minidist.training.progress`).
 
         Raises:
             ValueError: the loaders differ in length, have no batch, or other numbers of batches than they say; or

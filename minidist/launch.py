@@ -1,4 +1,4 @@
-"""Who am I? Reads what the launcher says about this process; how ranks meet is in backends/rendezvous.py."""
+"""Who am I? Reads what the launcher says about this process; how ranks meet is in backends/processes/rendezvous.py."""
 
 from __future__ import annotations
 

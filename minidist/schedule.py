@@ -7,8 +7,8 @@ A schedule is a generator, written once per collective::
             yield Send(next_rank, chunk=...), Recv(prev_rank, chunk=...)
 
 It says who sends which chunk to whom, and nothing about tensors, networks or threads. The same generator is executed on
-tensors (backends/scheduled.py), proved (minidist/prove.py), run on a virtual clock (minidist/simulate.py), drawn
-(experiments/draw.py) and counted in the tests.
+tensors (backends/scheduled.py), proved (minidist/analysis/prove.py), run on a virtual clock
+(minidist/analysis/simulate.py), drawn (experiments/draw.py) and counted in the tests.
 
 Nomenclature: a *chunk* is one of the parts into which a collective cuts its memory, by index. A *step* is the set of
 transfers that a rank posts together, so no order of sends and receives inside of a step can deadlock:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from minidist.communicator import Communicator
-from minidist.opaque import opaque
+from minidist.contract.opaque import opaque
 
 
 class SyncBatchNorm(_BatchNorm):

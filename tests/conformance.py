@@ -21,8 +21,8 @@ import time
 import pytest
 import torch
 
-from minidist import checks
 from minidist.communicator import Communicator, ReduceOp
+from minidist.contract import checks
 from minidist.errors import CommError
 from tests.inputs import (
     FLOATS,

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minidist import checks
 from minidist.communicator import Communicator, ReduceOp, Work
+from minidist.contract import checks
 from tests.inputs import assert_same, needs, operand, reduced, tensor
 
 # Async ----------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from backends.shm import ShmCommunicator
-from backends.torch_dist import GlooCommunicator
+from backends.shm.communicator import ShmCommunicator
+from backends.torch_dist.gloo import GlooCommunicator
 from minidist.communicator import Communicator
 from minidist.errors import CommError, PeerLostError
 

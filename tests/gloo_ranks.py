@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from backends.torch_dist import GlooCommunicator
+from backends.torch_dist.gloo import GlooCommunicator
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import CommError, MismatchError
 from tests.zoo import make

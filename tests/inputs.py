@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from minidist import checks
 from minidist.communicator import ReduceOp
+from minidist.contract import checks
 
 Check = TypeVar("Check", bound=Callable[..., None])
 FLOATS = tuple(dtype for dtype in checks.DTYPES if dtype.is_floating_point)

@@ -23,11 +23,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from backends.serial import SerialCommunicator
-from minidist.checkpoint import Checkpoints
 from minidist.ddp import DistributedDataParallel
 from minidist.engine import Engine
-from minidist.sampler import ShardedSampler
-from minidist.seed import seed_everything
+from minidist.training.checkpoint import Checkpoints
+from minidist.training.sampler import ShardedSampler
+from minidist.training.seed import seed_everything
 
 NUM_SAMPLES, BATCH_SIZE, EPOCHS = 50, 8, 3  # 7 steps per epoch
 

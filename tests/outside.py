@@ -19,8 +19,8 @@ from torch.distributed import DistError, PrefixStore, TCPStore
 
 from backends.scheduled import ScheduledCommunicator
 from minidist.communicator import ReduceOp, Work
+from minidist.contract.work import DONE
 from minidist.errors import CommTimeoutError
-from minidist.work import DONE
 
 _numbers = itertools.count()  # the k-th communicator of a process meets the k-th of the others
 LOOK_S = 0.5

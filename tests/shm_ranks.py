@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-import backends.doorbell
-import backends.heap
+import backends.shm.doorbell
+import backends.shm.heap
 from backends.ring import RingCommunicator
-from backends.shm import ShmCommunicator
+from backends.shm.communicator import ShmCommunicator
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import MismatchError, PeerLostError
 
@@ -144,7 +144,7 @@ def send_and_close() -> None:
 
 def never_nap() -> None:
     """Messages on two communicators, with naps so long that one would be seen."""
-    backends.doorbell.NAP_S = 2 * NO_NAP_S
+    backends.shm.doorbell.NAP_S = 2 * NO_NAP_S
     with ShmCommunicator(timeout_s=4 * NO_NAP_S) as comm:
         child = comm.split(0)
         assert child is not None
@@ -171,7 +171,7 @@ def one_cannot_start() -> None:
     """Rank 1 has no memory; rank 0 is told at once."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if os.environ["RANK"] == "1":
-        backends.heap.available_bytes = lambda: 0
+        backends.shm.heap.available_bytes = lambda: 0
     started = time.monotonic()
     try:
         ShmCommunicator(timeout_s=60)

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 import torch.multiprocessing as mp
 
-from backends import rendezvous
-from backends.shm import ShmCommunicator
-from backends.torch_dist import GlooCommunicator
+from backends.processes import rendezvous
+from backends.shm.communicator import ShmCommunicator
+from backends.torch_dist.gloo import GlooCommunicator
 from backends.two_level import TwoLevelCommunicator
 from minidist import launch
 from minidist.communicator import Communicator

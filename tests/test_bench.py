@@ -14,11 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from backends.thread import ThreadCommunicator, run_threads
 from experiments.bench import check, sizes
-from experiments.choices import at_least, several
-from experiments.collectives import BUSBW, Collective
-from experiments.compare import communicators
-from experiments.pictures import draw_bandwidth, draw_steps
-from experiments.tables import table, write_csv, write_json
+from experiments.drawing.pictures import draw_bandwidth, draw_steps
+from experiments.measuring.collectives import BUSBW, Collective
+from experiments.measuring.compare import communicators
+from experiments.running.choices import at_least, several
+from experiments.running.tables import table, write_csv, write_json
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
 from tests.test_commands import ROOT, environment, only_run, run

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from backends.thread import run_threads
-from minidist.broadcast import Broadcast
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
 from minidist.errors import CommError, MismatchError
+from minidist.gradients.broadcast import Broadcast
 from tests import models, training_checks
 from tests.training_checks import CASES
 
@@ -18,7 +18,7 @@ DTYPES = (torch.uint8, torch.float64, torch.bfloat16, torch.complex128, torch.in
 
 
 def test_every_dtype_shape_and_layout_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minidist.broadcast.MESSAGE_BYTES", 200)  # some messages
+    monkeypatch.setattr("minidist.gradients.broadcast.MESSAGE_BYTES", 200)  # some messages
 
     def tensors(rank: int) -> list[Tensor]:
         flat = [(torch.arange(12) % 2 + rank).to(dtype) for dtype in DTYPES]

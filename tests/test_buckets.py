@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from minidist.buckets import Bucket, assign, make_buckets
+from minidist.gradients.buckets import Bucket, assign, make_buckets
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,12 @@ from backends.serial import SerialCommunicator
 from backends.thread import ThreadCommunicator, run_threads, spawn_threads
 from backends.traced import Entry, TracedCommunicator, timed
 from experiments.calibrate import show, write
+from experiments.measuring.step_model import MEGABYTE, Profile, profile
 from experiments.predict import fastest, geometric_mean_error, recommended
-from experiments.step_model import MEGABYTE, Profile, profile
+from minidist.analysis.network import Flat
+from minidist.analysis.simulate import Message, simulate
 from minidist.communicator import Communicator
-from minidist.network import Flat
 from minidist.schedule import Reduce, Send, Step, num_chunks
-from minidist.simulate import Message, simulate
 from tests.test_commands import ROOT, run
 
 TABLES = Tables(2, 5e-5, [1e3, 1e6], [1e-5, 1e-3], [2e-5, 2e-3], [0.0, 1e-4], [0.0, 2e-4])
@@ -303,7 +303,7 @@ def test_predict_as_the_readme_has_it(tmp_path: Path) -> None:
         "world_sizes=[8,16]",
         f"hydra.run.dir={tmp_path}",
     ]
-    model = ["model._target_=experiments.models.cnn", "model.shape=[1,28,28]", "+model.width=4"]
+    model = ["model._target_=experiments.tasks.models.cnn", "model.shape=[1,28,28]", "+model.width=4"]
     command = ["torchrun", "--nproc-per-node=2", str(ROOT / "experiments" / "predict.py"), "transport=gloo"]
     done = run(tmp_path, *command, *settings, *model)
     assert done.returncode == 0, done.stderr

@@ -16,9 +16,9 @@ import torch
 
 from backends.serial import SerialCommunicator
 from backends.thread import run_threads
-from minidist.checkpoint import Checkpoints, State
 from minidist.errors import CheckpointError
-from minidist.seed import derived_seed, random_state, restore_random_state, seed_everything
+from minidist.training.checkpoint import Checkpoints, State
+from minidist.training.seed import derived_seed, random_state, restore_random_state, seed_everything
 
 WORLDS = [1, 2, 3]
 SIGNATURE = {"weight": "float32[3]"}
@@ -255,7 +255,7 @@ FULL_DISK = """
 import resource, sys
 sys.path[:0] = [{root!r}]
 from backends.thread import run_threads
-from minidist.checkpoint import Checkpoints
+from minidist.training.checkpoint import Checkpoints
 from tests.test_checkpoint import SIGNATURE, on_every_rank, state
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 messages = on_every_rank(lambda comm: Checkpoints({directory!r}, comm).save(state(4, comm.rank, 10**6)), 2)

@@ -12,8 +12,8 @@ from backends.ring import RingCommunicator
 from backends.serial import SerialCommunicator
 from backends.thread import ThreadCommunicator, run_threads, spawn_threads
 from minidist.communicator import Communicator, ReduceOp
+from minidist.contract.work import DONE
 from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, MismatchError, PeerLostError
-from minidist.work import DONE
 
 ONES = torch.ones(4)
 

@@ -11,8 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import communicators
-from experiments.refusal import REFUSALS, explain
+from experiments.running import build as communicators
+from experiments.running.refusal import REFUSALS, explain
 from minidist import config
 from minidist.errors import BackendUnavailableError, ConfigError
 

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from backends.thread import run_threads
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
-from minidist.hooks import BFloat16
+from minidist.gradients.hooks import BFloat16
 from tests import training_checks
 from tests.training_checks import CASES
 

@@ -15,12 +15,12 @@ import torch
 
 from backends.serial import SerialCommunicator
 from backends.thread import run_threads
-from experiments import data
-from experiments.datasets import Images, Synthetic, loader
+from experiments.tasks import data
+from experiments.tasks.datasets import Images, Synthetic, loader
 from minidist.communicator import Communicator
 from minidist.config import DataConfig, SyntheticConfig
 from minidist.errors import ConfigError
-from minidist.position import Position
+from minidist.training.progress import Position
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from backends.thread import run_threads
-from minidist.buckets import Bucket
 from minidist.communicator import Communicator, Work
 from minidist.ddp import DistributedDataParallel
+from minidist.gradients.buckets import Bucket
 from tests import models, training_checks
 from tests.training_checks import CASES
 

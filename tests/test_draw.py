@@ -20,18 +20,18 @@ from backends.schedules.binomial import binomial_broadcast
 from backends.schedules.bruck import bruck_all_to_all
 from backends.schedules.dissemination import dissemination_barrier
 from backends.schedules.doubling import halving_doubling_all_reduce, recursive_doubling_all_reduce
-from experiments.algorithms import schedule_of
-from experiments.communicators import build
-from experiments.curves import Curves, over_ranks, over_sizes
-from experiments.diagrams import chunk_colours, draw_curves, draw_timeline, spell_bytes, spell_chunks
 from experiments.draw import check, costs, curves, describe, picture
-from experiments.page import Frame, frames, write_page
-from experiments.tables import multiplied
+from experiments.drawing.algorithms import schedule_of
+from experiments.drawing.curves import Curves, over_ranks, over_sizes
+from experiments.drawing.diagrams import chunk_colours, draw_curves, draw_timeline, spell_bytes, spell_chunks
+from experiments.drawing.page import Frame, frames, write_page
+from experiments.running.build import build
+from experiments.running.tables import multiplied
 from minidist import config
+from minidist.analysis.network import Flat, Torus
+from minidist.analysis.simulate import Message, Timeline, simulate
 from minidist.errors import ConfigError
-from minidist.network import Flat, Torus
 from minidist.schedule import ROOTED, Schedule
-from minidist.simulate import Message, Timeline, simulate
 from tests.test_commands import ROOT
 from tests.zoo import ALGORITHMS, collectives, make
 

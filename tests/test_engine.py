@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from backends.serial import SerialCommunicator
 from backends.thread import run_threads
-from minidist.checkpoint import Checkpoints
 from minidist.ddp import DistributedDataParallel
 from minidist.engine import Engine
 from minidist.errors import CheckpointError
-from minidist.report import Report
-from minidist.sampler import ShardedSampler
+from minidist.training.checkpoint import Checkpoints
+from minidist.training.report import Report
+from minidist.training.sampler import ShardedSampler
 
 WORLDS = [1, 2, 3]
 NUM_SAMPLES, NUM_FEATURES, NUM_CLASSES = 30, 5, 3

@@ -20,8 +20,8 @@ from types import ModuleType
 
 import pytest
 
-from experiments.sources import lines_of_code
-from experiments.trail import Stop, Trail
+from experiments.measuring.sources import lines_of_code
+from experiments.measuring.trail import Stop, Trail
 from tests.test_commands import ROOT, TIMEOUT_S, environment, only_run, run
 
 README = (ROOT / "README.md").read_text().split("## The path of one gradient")[1].split("\n## ")[0]

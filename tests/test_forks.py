@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from minidist.contract.forks import Living, Maker, only_here
 from minidist.errors import CommError
-from minidist.forks import Living, Maker, only_here
 from tests.harness import command, run_command
 
 
@@ -113,7 +113,7 @@ def test_a_killed_rank_is_named_while_its_workers_are_busy(kind: str, tmp_path: 
 
 GARBAGE = """
 import gc, os
-import minidist.forks
+import minidist.contract.forks
 
 class Thing:
     def __init__(self):

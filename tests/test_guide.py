@@ -73,8 +73,8 @@ def test_on_a_ring_of_links_both_ways_take_half_the_time() -> None:
     """What the page says of its pictures."""
     from functools import partial
 
-    from minidist.network import Flat, Torus
-    from minidist.simulate import simulate
+    from minidist.analysis.network import Flat, Torus
+    from minidist.analysis.simulate import simulate
 
     scope: dict[str, object] = {"__name__": "two_way"}
     exec(PYTHON[0], scope)

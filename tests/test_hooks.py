@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from backends.thread import run_threads
-from minidist.buckets import Bucket
 from minidist.communicator import Communicator, Work
 from minidist.ddp import DistributedDataParallel
-from minidist.hooks import BFloat16, CastHook, Float16
+from minidist.gradients.buckets import Bucket
+from minidist.gradients.hooks import BFloat16, CastHook, Float16
 from tests import models, training_checks
 
 

@@ -99,7 +99,7 @@ SCRIPT = """
 import hydra
 import sys
 from omegaconf import DictConfig, OmegaConf
-from experiments.run import main, run
+from experiments.running.run import main, run
 
 OmegaConf.register_new_resolver("three", lambda: 3)
 

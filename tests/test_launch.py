@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.rendezvous import own_address
+from backends.processes.rendezvous import own_address
 from minidist.launch import World, detect, host_id, located, without_launcher
 from tests.harness import command, run_command
 

@@ -7,10 +7,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from backends.serial import SerialCommunicator
-from minidist.checkpoint import Checkpoints
 from minidist.ddp import DistributedDataParallel
 from minidist.engine import Engine
-from minidist.sampler import ShardedSampler
+from minidist.training.checkpoint import Checkpoints
+from minidist.training.sampler import ShardedSampler
 from tests.test_engine import NUM_SAMPLES, WORLDS, failures, make_model, on_ranks, parameters, samples, shard
 
 

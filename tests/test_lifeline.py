@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from backends.lifeline import Lifeline
+from backends.processes.lifeline import Lifeline
 from minidist.errors import PeerLostError
 
 LIMIT_S = 20.0

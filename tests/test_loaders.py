@@ -4,8 +4,8 @@ import pytest
 from torch.utils.data import DataLoader, TensorDataset
 
 from backends.serial import SerialCommunicator
-from minidist.checkpoint import Checkpoints
-from minidist.sampler import ShardedSampler
+from minidist.training.checkpoint import Checkpoints
+from minidist.training.sampler import ShardedSampler
 from tests.test_engine import NUM_SAMPLES, WORLDS, failures, make_engine, samples, shard
 
 

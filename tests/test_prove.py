@@ -10,8 +10,8 @@ from backends.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
 from backends.schedules import double_tree
 from backends.schedules.binomial import binomial_broadcast
 from backends.schedules.swing import swing_all_reduce
+from minidist.analysis.prove import MAX_WORLD_SIZE, Counts, prove
 from minidist.errors import ScheduleError
-from minidist.prove import MAX_WORLD_SIZE, Counts, prove
 from minidist.schedule import CUT, ROOTED, Recv, Reduce, Schedule, Send, Step, num_chunks
 from tests.zoo import THEORY, Theory, two_level_theory
 

@@ -5,8 +5,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
 from backends.serial import SerialCommunicator
-from minidist.position import Position
-from minidist.sampler import ShardedSampler
+from minidist.training.progress import Position
+from minidist.training.sampler import ShardedSampler
 
 SIZES = [1, 2, 3, 7, 8, 9, 100]
 WORLDS = [1, 2, 3, 4]

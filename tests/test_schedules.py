@@ -17,9 +17,9 @@ from backends.serial import SerialCommunicator
 from backends.thread import ThreadCommunicator, run_threads, spawn_threads
 from backends.two_level import TwoLevelCommunicator
 from minidist.communicator import Communicator, ReduceOp
+from minidist.contract.work import Work
 from minidist.errors import ScheduleError
 from minidist.schedule import Recv, Reduce, Send, Step, num_chunks
-from minidist.work import Work
 from tests.zoo import THEORY, Theory, two_level_theory
 
 # Real runs ------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from backends.heap import ALIGNMENT, OwnHeap, attach, available_bytes
-from backends.mailbox import NUM_SLOTS, SLOT_BYTES, Letter, Mailbox, num_words
-from backends.shm import ShmCommunicator
+from backends.shm.communicator import ShmCommunicator
+from backends.shm.heap import ALIGNMENT, OwnHeap, attach, available_bytes
+from backends.shm.mailbox import NUM_SLOTS, SLOT_BYTES, Letter, Mailbox, num_words
 from minidist.errors import BackendUnavailableError, CommError, MismatchError
 from tests.harness import command, run_command
 from tests.shm_ranks import footprint

@@ -15,10 +15,10 @@ from hydra.utils import instantiate
 from backends.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
 from backends.schedules import binomial, bruck, dissemination, doubling, pairwise, swing
 from backends.two_level import two_level_all_reduce
+from minidist.analysis.network import FatTree, Flat, Hosts, Measured, Network, Slow, Torus
+from minidist.analysis.simulate import MAX_WORLD_SIZE, simulate
 from minidist.errors import ScheduleError
-from minidist.network import FatTree, Flat, Hosts, Measured, Network, Slow, Torus
 from minidist.schedule import Recv, Schedule, Send, Step
-from minidist.simulate import MAX_WORLD_SIZE, simulate
 from tests.zoo import THEORY, Theory
 
 CONF = Path(__file__).parent.parent / "conf"

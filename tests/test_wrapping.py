@@ -13,7 +13,7 @@ from backends.thread import run_threads
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
 from minidist.errors import MismatchError
-from minidist.replicas import describe
+from minidist.gradients.replicas import describe
 from tests import models
 
 

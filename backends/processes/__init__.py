@@ -1,0 +1,1 @@
+"""How ranks that are processes meet, learn that one of them is gone, and find out that they disagree."""

@@ -1,0 +1,103 @@
+"""Ranks that compare what they mean to do before anything else moves.
+
+Some transports take it badly when ranks disagree: Gloo ends the process at a message that is longer than its receive
+expects. So every rank first gives all others a *row* of one size, with the signature of its call and, where the tensor
+is small, with the tensor, which is then all that the collective needs.
+
+Source of the exchange: Bruck et al., "Efficient algorithms for all-to-all communications in multiport message-passing
+systems" (1997). In each step a rank has rows of itself and the ranks after it, and gets as many of the rank behind
+them. Cost: log2(n) steps, n - 1 rows sent. On 3 ranks::
+
+            rank 0    rank 1    rank 2
+    start   0         1         2
+    step 1  0 1       1 2       2 0         one row from the next rank
+    step 2  0 1 2     1 2 0     2 0 1       one row from the rank after that
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from backends.executor.reductions import combine
+from backends.processes.signature import difference, pack
+from backends.scheduled import TAG, ScheduledCommunicator
+from minidist.communicator import ReduceOp
+from minidist.errors import MismatchError
+
+SMALL_BYTES = 2**11
+"""What fits into a row."""
+DATA = 64
+"""Where in a row the tensor begins: after the signature, aligned for any dtype."""
+Read = tuple[Tensor, Sequence[tuple[int, int]]]
+"""A target, and the parts that are combined into it: (rank, which piece of that rank's tensor)."""
+
+
+class Agreement:
+    """How the ranks of ``comm`` compare; over its send and receive, which must be fine with messages of one size."""
+
+    def __init__(self, comm: ScheduledCommunicator) -> None:
+        self._comm = comm
+        self._rows = torch.empty(comm.world_size, DATA + SMALL_BYTES, dtype=torch.uint8, device="cpu")
+        self._words = self._rows.view(torch.int64)
+
+    def settle(
+        self,
+        kind: str,
+        like: Tensor,
+        source: Tensor | None,
+        reads: Iterable[Read],
+        timeout_s: float,
+        num_pieces: int = 1,
+        op: ReduceOp = ReduceOp.SUM,
+        root: int = 0,
+    ) -> float | None:
+        """Do the collective if it is small and return None, else the seconds that are left for it.
+
+        Args:
+            kind: its name.
+            like: what has to be as large on all ranks.
+            source: what this rank brings.
+            reads: what becomes of it, if it is small.
+            timeout_s: for all of it.
+            num_pieces: how many times ``like`` it is.
+            op: of a reduction.
+            root: of what has one.
+
+        Raises:
+            MismatchError: another rank means to do something else.
+        """
+        started, small = time.monotonic(), like.nbytes * num_pieces <= SMALL_BYTES
+        if small and source is not None:
+            self._rows[0, DATA : DATA + source.nbytes].view(source.dtype).copy_(source.view(-1))
+        self.compare(pack(kind, like.numel(), like.dtype, op, root), timeout_s)
+        if not small:
+            return max(timeout_s - (time.monotonic() - started), 1e-3)
+        for target, parts in reads:
+            combine(op, [self._piece(*part, target) for part in parts], target)
+        return None
+
+    def compare(self, word: int, timeout_s: float) -> None:
+        """Exchange the rows, and raise MismatchError if another rank's signature is not ``word``."""
+        comm, n, have, deadline = self._comm, self._comm.world_size, 1, time.monotonic() + timeout_s
+        self._words[0, 0] = word
+        while have < n:
+            count, left = min(have, n - have), max(deadline - time.monotonic(), 1e-3)
+            tag = comm._tag(TAG)
+            receive = comm._irecv(self._rows[have : have + count], (comm.rank + have) % n, tag, left)
+            send = comm._isend(self._rows[:count], (comm.rank - have) % n, tag, left)
+            receive.wait()
+            send.wait()
+            have += count
+        for ahead, theirs in enumerate(self._words[:, 0].tolist()):
+            if theirs != word:
+                raise MismatchError(difference(comm.rank, word, (comm.rank + ahead) % n, theirs))
+
+    def _piece(self, rank: int, piece: int, like: Tensor) -> Tensor:
+        """Return a piece of what ``rank`` brought."""
+        start = DATA + piece * like.nbytes
+        row = self._rows[(rank - self._comm.rank) % self._comm.world_size]
+        return row[start : start + like.nbytes].view(like.dtype).view(like.shape)

@@ -1,0 +1,86 @@
+"""What communicators between processes have in common: how they meet, and how they learn which rank is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from backends.contact import LEFT
+from backends.processes.lifeline import Lifeline
+from backends.processes.rendezvous import meet, own_address
+from backends.scheduled import ScheduledCommunicator
+from minidist.communicator import Communicator
+from minidist.contract import checks
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a communicator is: its rank among how many, their store, and an address of their rank 0."""
+
+    rank: int
+    world_size: int
+    store: dist.Store
+    host: str
+
+
+class ProcessCommunicator(ScheduledCommunicator):
+    """Ranks that are processes: they meet at a store, and a `Lifeline` beside their data path joins them.
+
+    Args:
+        timeout_s, segment_bytes: see `ScheduledCommunicator`.
+        place: the group of a split; None for all processes of the world.
+
+    Raises:
+        CommTimeoutError: not every rank came within ``timeout_s``.
+        BackendUnavailableError: see `check_available`.
+    """
+
+    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
+        self.check_available()
+        checks.group(0, 1, timeout_s)
+        self._meeting = meet(timeout_s)
+        world = self._meeting.world
+        if place is None:
+            place = Place(world.rank, world.world_size, self._meeting.job_store(), self._meeting.host)
+        super().__init__(place.rank, place.world_size, timeout_s, segment_bytes)
+        self._store, self._num_splits = place.store, 0
+        self._lifeline = Lifeline(place.store, place.host, self.rank, self.world_size, self._interrupt, timeout_s)
+
+    def _interrupt(self) -> None:
+        """Make operations that run in other threads fail."""
+        raise NotImplementedError
+
+    def _split(self, groups: list[list[int]]) -> Communicator | None:
+        self._num_splits += 1
+        hosts = self.all_gather_object(self._host())
+        for index, ranks in enumerate(groups):
+            if self.rank in ranks:
+                store = dist.PrefixStore(f"split{self._num_splits}/{index}", self._store)
+                place = Place(ranks.index(self.rank), len(ranks), store, hosts[ranks[0]])
+                return type(self)(self.timeout_s, self.segment_bytes, place)
+        return None
+
+    def _host(self) -> str:
+        return "127.0.0.1" if self._meeting.one_host else own_address(self._meeting.host)
+
+    def _close(self) -> None:
+        self._lifeline.leave()
+
+    def _abort(self, reason: str) -> None:
+        self._lifeline.abort(reason)
+        self._interrupt()
+
+    def _gone(self) -> Mapping[int, str]:
+        return self._lifeline.lost
+
+    def _report_left(self, peer: int | None) -> None:
+        """Tell all that a rank which said farewell was still needed, if that is all that is known.
+
+        Args:
+            peer: the one that was waited for; None where all were.
+        """
+        left = self._lifeline.left & ({peer} if peer is not None else self._lifeline.left)
+        if left and not self._lifeline.lost:
+            self._lifeline.report(min(left), LEFT)

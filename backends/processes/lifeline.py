@@ -1,0 +1,256 @@
+"""Tells every rank which rank is gone, while the data path can only say that some connection broke.
+
+A star of TCP connections beside the data path: every rank holds one to rank 0, which passes the news on.
+A connection that ends without a farewell is a process that ended; the first such news names the cause,
+and all that follow are its consequences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from minidist.contract.forks import closed_in_forks
+from minidist.errors import CommTimeoutError, PeerLostError
+
+DIED = "its process ended"
+OVERTAKEN_S = 0.5
+SEND_TIMEOUT_S = 5.0
+READ_BYTES = 2**16
+Message = dict[str, str | int]
+
+
+class Lifeline:
+    """This rank's end of the star.
+
+    Args:
+        store: a store for the ranks of this group alone.
+        host: an address of rank 0 of the group.
+        rank, world_size: place in the group.
+        on_lost: called, in a thread of the lifeline, when a rank is lost.
+        timeout_s: for all ranks to connect.
+
+    Attributes:
+        lost: ranks that died, aborted or left while they were needed, and why; the first one first.
+        left: ranks that said farewell.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        host: str,
+        rank: int,
+        world_size: int,
+        on_lost: Callable[[], None],
+        timeout_s: float,
+    ) -> None:
+        self.rank, self.lost, self.left = rank, dict[int, str](), set[int]()
+        self._on_lost, self._leaving = on_lost, False
+        self._news = threading.Condition()
+        store.set_timeout(timedelta(seconds=timeout_s))
+        if rank == 0:
+            self._lines = _serve(store, world_size, timeout_s)
+        else:
+            self._lines = {0: _connect(store, host, rank, timeout_s)}
+        self._listener = threading.Thread(target=self._listen, name=f"lifeline-rank{rank}", daemon=True)
+        self._listener.start()
+
+    def report(self, rank: int, why: str) -> None:
+        """Tell everybody that ``rank`` is lost."""
+        self._learn({"rank": rank, "lost": why}, None)
+
+    def leave(self) -> None:
+        """Say farewell and hang up."""
+        self._learn({"rank": self.rank}, None)
+        self._hang_up()
+
+    def abort(self, why: str) -> None:
+        """Tell everybody that this rank fails, and hang up."""
+        self.report(self.rank, why)
+        self._hang_up()
+
+    def wait_for_news(self, timeout_s: float, peer: int | None = None) -> None:
+        """Wait until ``peer``, or any rank, is known to be gone; a farewell may have been overtaken by worse news."""
+
+        def is_known() -> bool:
+            return bool(self.lost) or (bool(self.left) if peer is None else peer in self.left)
+
+        with self._news:
+            if self._news.wait_for(is_known, timeout_s):
+                self._news.wait_for(lambda: bool(self.lost), OVERTAKEN_S)
+
+    def _hang_up(self) -> None:
+        """Close the connections; those of rank 0 carry the others' news until the others hang up."""
+        if self.rank != 0:
+            self._leaving = True
+            for line in self._lines.values():
+                line.shut_down()  # which also wakes the listener
+            self._listener.join()
+
+    def _listen(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for rank, line in self._lines.items():
+                selector.register(line.socket, selectors.EVENT_READ, rank)
+            for rank, line in self._lines.items():
+                for message in line.complete():  # came together with what was read while the ranks met
+                    self._learn(message, came_from=rank)
+            while selector.get_map() and not self._leaving:
+                for key, _ in selector.select(timeout=1.0):
+                    self._read(selector, key.data)
+        for line in self._lines.values():
+            line.socket.close()
+
+    def _read(self, selector: selectors.BaseSelector, rank: int) -> None:
+        line = self._lines[rank]
+        try:
+            messages = list(line.messages())
+        except OSError:  # reset by the other end
+            messages = [None]
+        for message in messages:
+            if message is not None:
+                self._learn(message, came_from=rank)
+            elif not self._leaving:
+                selector.unregister(line.socket)
+                if rank not in self.left:
+                    self._learn({"rank": rank, "lost": DIED}, came_from=rank)
+
+    def _learn(self, message: Message, came_from: int | None) -> None:
+        """Take in a message, and pass it on if this is rank 0 or its source."""
+        rank, why = int(message["rank"]), message.get("lost")
+        with self._news:
+            if why is None:
+                self.left.add(rank)
+            elif rank in self.lost or (rank in self.left and why == DIED):
+                return
+            else:
+                self.lost[rank] = str(why)
+            # Before anybody here acts on it: what this rank then says of itself must come second.
+            for peer, line in self._lines.items():
+                if peer != came_from and (peer != rank or peer == 0):
+                    line.send(message)
+            self._news.notify_all()
+        if why is not None and rank != self.rank:
+            self._on_lost()
+
+
+class _Line:
+    """One connection: a JSON object per line."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = closed_in_forks(connection)
+        self._unread = b""
+        connection.settimeout(SEND_TIMEOUT_S)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for a host that vanishes
+        for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3)):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def send(self, message: Message) -> None:
+        try:
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            return  # the other end is gone, and its line says so to whoever reads it
+
+    def messages(self) -> Iterator[Message | None]:
+        """Read once and yield the complete messages; None where the other end hung up."""
+        data = self.socket.recv(READ_BYTES)
+        self._unread += data
+        yield from self.complete()
+        if not data:
+            yield None
+
+    def complete(self) -> Iterator[Message]:
+        """Yield the complete messages among what was read."""
+        *lines, self._unread = self._unread.split(b"\n")
+        yield from map(json.loads, lines)
+
+    def first(self, timeout_s: float) -> Message | None:
+        """Wait for the first message, and keep what comes with it; None where the other end hung up.
+
+        Raises:
+            OSError: it does not come in time.
+            ValueError: something longer than any first message came.
+        """
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._unread:
+            self.socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+            data = self.socket.recv(READ_BYTES)
+            if not data:
+                return None
+            self._unread += data
+            if len(self._unread) > READ_BYTES:
+                raise ValueError(f"more than {READ_BYTES} bytes without an end")
+        self.socket.settimeout(SEND_TIMEOUT_S)
+        first, _, self._unread = self._unread.partition(b"\n")
+        message: Message = json.loads(first)
+        return message
+
+    def shut_down(self) -> None:
+        with contextlib.suppress(OSError):  # the other end may have been faster
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+
+def _serve(store: dist.Store, world_size: int, timeout_s: float) -> dict[int, _Line]:
+    """Accept the other ranks; strangers, who do not know the store's secret, are turned away."""
+    lines: dict[int, _Line] = {}
+    if world_size == 1:
+        return lines
+    with contextlib.ExitStack() as opened, closed_in_forks(_server(world_size)) as server:
+        server.settimeout(timeout_s)
+        secret = secrets.token_hex(16)
+        store.set("lifeline", json.dumps([server.getsockname()[1], secret]))
+        while len(lines) < world_size - 1:
+            try:
+                line = _Line(opened.enter_context(server.accept()[0]))
+            except TimeoutError as error:
+                missing = sorted(set(range(1, world_size)) - set(lines))
+                raise CommTimeoutError(f"[rank 0] ranks {missing} did not come within {timeout_s:g} s") from error
+            rank = _accepted_rank(line, secret)
+            if rank is None:
+                line.socket.close()
+            else:
+                lines[rank] = line
+        opened.pop_all()
+    for line in lines.values():
+        line.send({"rank": 0, "complete": world_size})
+    return lines
+
+
+def _server(backlog: int) -> socket.socket:
+    """Listen on all addresses, of IPv6 too: the others come to whichever their launcher calls rank 0 by."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=backlog)
+
+
+def _accepted_rank(line: _Line, secret: str) -> int | None:
+    try:
+        hello = line.first(SEND_TIMEOUT_S)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return int(hello["rank"]) if isinstance(hello, dict) and hello.get("secret") == secret else None
+
+
+def _connect(store: dist.Store, host: str, rank: int, timeout_s: float) -> _Line:
+    """Connect to rank 0, and wait until it has heard from everybody."""
+    with contextlib.ExitStack() as opened:
+        try:
+            port, secret = json.loads(store.get("lifeline"))
+            line = _Line(opened.enter_context(socket.create_connection((host, port), timeout_s)))
+            line.send({"rank": rank, "secret": secret})
+            if line.first(timeout_s) is not None:
+                opened.pop_all()
+                return line
+        except (dist.DistStoreError, TimeoutError) as error:
+            raise CommTimeoutError(f"[rank {rank}] not every rank came within {timeout_s:g} s") from error
+        except ConnectionResetError:
+            pass  # as if it had hung up in order
+    raise PeerLostError(f"[rank {rank}] rank 0 is gone: it hung up before all ranks had come", (0,))

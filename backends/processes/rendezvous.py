@@ -1,0 +1,155 @@
+"""How processes meet: the key-value store of their world, whatever started them.
+
+Each process connects once and keeps the connection, the one module-level state of the project: a second
+rendezvous of the same processes would read what the first one left behind.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import socket
+import subprocess
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from minidist import launch
+from minidist.contract.forks import Maker, kept_in_forks
+from minidist.errors import BackendUnavailableError, CommTimeoutError
+
+CONNECT_S = 300.0
+CONNECT_TIMEOUT = timedelta(seconds=CONNECT_S)
+POLL_S = 0.005
+
+
+@dataclass
+class Meeting:
+    """The processes of this world, once they have met.
+
+    Attributes:
+        world: this process among them.
+        host: an address of rank 0's host that all of them reach.
+        store: the key-value store that they share, the same before and after a restart.
+    """
+
+    world: launch.World
+    host: str
+    store: dist.Store
+    maker: Maker = field(default_factory=Maker, init=False)
+    _num_jobs: int = field(default=0, init=False)
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all processes run on this host."""
+        return self.world.local_world_size == self.world.world_size
+
+    @functools.cached_property
+    def run_id(self) -> str:
+        """What rank 0 calls this run."""
+        if self.world.rank == 0:
+            name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(2)}"
+            return self.store.compare_set("run_id", "", name).decode()
+        return self.store.get("run_id").decode()
+
+    def locate(self, timeout_s: float) -> None:
+        """Find out which ranks share a host; all ranks call it."""
+        store, deadline = dist.PrefixStore("hosts", self.store), time.monotonic() + timeout_s
+        keys = [str(rank) for rank in range(self.world.world_size)]
+        store.set(keys[self.world.rank], launch.host_id())
+        while not store.check(keys):
+            if time.monotonic() > deadline:
+                missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+                raise CommTimeoutError(f"[rank {self.world.rank}] ranks {missing} did not come within {timeout_s:g} s")
+            time.sleep(POLL_S)
+        self.world = launch.located(self.world, [store.get(key).decode() for key in keys])
+
+    def job_store(self) -> dist.Store:
+        """Return an empty store for one communicator; all ranks call it in the same order."""
+        self._num_jobs += 1
+        return dist.PrefixStore(f"attempt{self.world.restarts}/job{self._num_jobs}", self.store)
+
+
+def meet(timeout_s: float = CONNECT_S) -> Meeting:
+    """Return the meeting of this process's world; the first call connects.
+
+    Args:
+        timeout_s: for all ranks to say which host they are on, where their launcher does not.
+
+    Raises:
+        CommTimeoutError: not all ranks said so in time.
+        CommError: this process is a fork of one of that world, which holds the one place and the one connection.
+    """
+    meeting, now = _meeting(), launch.detect()
+    if not meeting.maker.is_here:
+        if now.launcher != "alone" and (now.rank, now.world_size) == (meeting.world.rank, meeting.world.world_size):
+            meeting.maker.ensure_here(f"[rank {now.rank}/{now.world_size}] rendezvous")
+        _meeting.cache_clear()  # the fork is alone, or was told to be another rank
+        meeting = _meeting()
+    if not meeting.world.knows_host:
+        meeting.locate(timeout_s)
+    return meeting
+
+
+@functools.cache
+def _meeting() -> Meeting:
+    meeting = _met(launch.detect())
+    kept_in_forks(meeting.store)
+    return meeting
+
+
+def _met(world: launch.World) -> Meeting:
+    if world.launcher == "alone":
+        return Meeting(world, "127.0.0.1", dist.HashStore())
+    if world.by_mpi:
+        return _meet_over_mpi(world)
+    if world.launcher == "slurm":
+        os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))
+    return _meet_at_master(world)
+
+
+def run_id() -> str:
+    """Return a name for this run, the same on all ranks and after a restart; it sorts by time."""
+    return meet().run_id
+
+
+def own_address(host: str) -> str:
+    """Return the address of this host by which it reaches ``host``."""
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing: it only chooses a route
+        return str(probe.getsockname()[0])
+
+
+def _meet_at_master(world: launch.World) -> Meeting:
+    try:
+        host, port = os.environ["MASTER_ADDR"].strip("[]"), int(os.environ["MASTER_PORT"])  # [::1] as in a URL
+    except KeyError as error:
+        raise BackendUnavailableError(
+            f"RANK and WORLD_SIZE are set but {error} is not; start with torchrun, or set it to rank 0's"
+        ) from error
+    serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(host, port, world.world_size, serves, CONNECT_TIMEOUT, wait_for_workers=False)
+    return Meeting(world, host, dist.PrefixStore("minidist", store))
+
+
+def _meet_over_mpi(world: launch.World) -> Meeting:
+    from backends.mpi import from_rank_0
+
+    store = None
+    if world.rank == 0:
+        store = dist.TCPStore("0.0.0.0", 0, None, True, CONNECT_TIMEOUT, wait_for_workers=False)
+    one_host = world.local_world_size == world.world_size
+    mine = ("127.0.0.1" if one_host else socket.gethostname(), store.port if store else 0)
+    host, port = from_rank_0(mine)
+    store = store or dist.TCPStore(host, port, None, False, CONNECT_TIMEOUT, wait_for_workers=False)
+    return Meeting(world, host, store)
+
+
+def _first_slurm_host() -> str:
+    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]

@@ -1,0 +1,1 @@
+"""What the entry points measure: collectives, steps, and the way of a gradient."""

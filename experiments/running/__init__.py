@@ -1,0 +1,1 @@
+"""From a command to ranks that train: compose, check, start, train, go on, report."""

@@ -1,0 +1,60 @@
+"""Errors that a user can do something about, as one line on stderr; all others keep their traceback.
+
+HYDRA_FULL_ERROR=1 shows the traceback of these, too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import NoReturn
+
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from minidist.errors import BackendUnavailableError, CheckpointError, CommError, ConfigError
+from minidist.launch import detect
+
+log = logging.getLogger(__name__)
+FULL_ERROR = "HYDRA_FULL_ERROR"
+TRACEBACKS = os.environ.get(FULL_ERROR, "0") not in ("", "0")
+"""Whether the user asked for tracebacks; read once, because `experiments.running.run.main` then sets it for Hydra."""
+REFUSALS = (ConfigError, CheckpointError, CommError, HydraException, OmegaConfBaseException, FloatingPointError)
+# These are the same on every rank of a machine, so that one of them is enough to say it.
+_SHARED = (ConfigError, CheckpointError, BackendUnavailableError, HydraException, OmegaConfBaseException)
+_MISTAKES = (ConfigError, HydraException, OmegaConfBaseException)
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Say what is wrong and exit: with 2 if the command is wrong, with 1 if the run went wrong."""
+    if log.handlers:  # once conf/hydra/job_logging has given it this rank's file, and only that
+        log.error("%s", error, exc_info=error)
+    if detect().local_rank == 0 or not isinstance(error, _SHARED):
+        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+    raise SystemExit(2 if isinstance(error, _MISTAKES) else 1)
+
+
+def explain(error: Exception) -> str:
+    """Return one line that names the setting at fault and what can stand there."""
+    node = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(node, ConfigKeyError | ConfigAttributeError):
+        return _unknown_key(node)
+    if isinstance(node, OmegaConfBaseException):
+        return f"{node.full_key}: {_first_line(node)}"
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice} is not there to choose; {group} is one of {', '.join(error.options)}"
+    if _first_line(error).startswith("Ambiguous value for argument"):  # a,b without -m
+        return f"{_first_line(error)}; add -m to run each of them, or write a list: [a,b]"
+    return str(error) if isinstance(error, CommError | ConfigError) else _first_line(error)
+
+
+def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
+    section = str(error.full_key).rpartition(".")[0] or "the configuration"
+    choices = ", ".join(str(key) for key in error.parent_node or () if key != "hydra" and not str(key).startswith("_"))
+    return f"{error.full_key} is not a setting; {section} has {choices}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,153 @@
+"""One rank's part of a job: from the configuration to its results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from experiments.running import resume
+from experiments.running.build import build
+from experiments.running.start import threads_per_rank
+from experiments.running.sweep import RESULTS
+from experiments.tasks import data
+from experiments.tasks.datasets import Samples, loader
+from minidist.communicator import Communicator
+from minidist.config import Config, EngineConfig
+from minidist.ddp import DistributedDataParallel
+from minidist.engine import Engine
+from minidist.errors import ConfigError
+from minidist.launch import detect
+from minidist.training.checkpoint import Checkpoints
+from minidist.training.report import Report, Summary
+from minidist.training.seed import seed_everything
+
+log = logging.getLogger(__name__)
+AUTOCAST_DTYPES = {"none": None, "bfloat16": torch.bfloat16}
+
+
+def train(cfg: DictConfig, checked: Config) -> float:
+    """Train as one of the ranks and report; returns the final test accuracy."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads_per_rank(detect().local_world_size))
+    with build(cfg.comm, "comm") as comm:
+        device = _device(checked.engine.device, comm)
+        chosen = data.load(checked.data, comm, checked.engine.seed)
+        directory = Path(HydraConfig.get().runtime.output_dir)
+        seed_everything(checked.engine.seed, comm.rank)
+        model = build(cfg.model, "model", shape=chosen.shape, num_classes=chosen.num_classes).to(device)
+        loaders = [_loader(samples, checked, comm, samples is chosen.train) for samples in (chosen.train, chosen.test)]
+        engine = _engine(cfg, checked, comm, model, device, len(loaders[0]), directory)
+        if comm.rank == 0:
+            _announce(comm, chosen, model)
+        summary = engine.fit(loaders[0], checked.engine.epochs, loaders[1])
+        if comm.rank == 0:
+            _write_results(directory, summary, comm.world_size, chosen.name)
+    return summary.accuracy
+
+
+def _device(name: str, comm: Communicator) -> torch.device:
+    cuda = torch.cuda.is_available()
+    if (name == "cuda" and not cuda) or (name == "cpu" and comm.device_type != "cpu"):
+        reason = "there is no GPU" if name == "cuda" else f"{type(comm).__name__} moves {comm.device_type} tensors"
+        raise ConfigError(f"engine.device={name}: {reason}; use engine.device=auto")
+    if name == "cpu" or not cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", detect().local_rank % torch.cuda.device_count())
+
+
+def _loader(samples: Samples, checked: Config, comm: Communicator, train: bool) -> Any:
+    size = checked.data.batch_size if train else checked.data.eval_batch_size
+    workers, seed = checked.data.num_workers, checked.engine.seed
+    return loader(samples, comm.rank, comm.world_size, size, workers, train, seed)
+
+
+def _engine(
+    cfg: DictConfig,
+    checked: Config,
+    comm: Communicator,
+    model: nn.Module,
+    device: torch.device,
+    num_batches: int,
+    directory: Path,
+) -> Engine:
+    settings, ddp = checked.engine, checked.ddp
+    hook = build(cfg.ddp.hook, "ddp.hook")
+    replica = DistributedDataParallel(
+        model, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook
+    )
+    optimizer = build(cfg.optim, "optim")(replica.parameters())
+    resumes = settings.resume or detect().restarts > 0
+    where = Path(settings.checkpoint_dir) if settings.checkpoint_dir else directory / resume.CHECKPOINTS
+    if resumes and not settings.checkpoint_dir:
+        where = resume.directory(directory, comm)
+    return Engine(
+        replica,
+        optimizer,
+        nn.CrossEntropyLoss(),
+        comm,
+        scheduler=_scheduler(optimizer, settings, num_batches),
+        device=device,
+        accumulation_steps=settings.accumulation_steps,
+        max_grad_norm=settings.max_grad_norm,
+        autocast_dtype=AUTOCAST_DTYPES[settings.autocast],
+        log_every=settings.log_every,
+        checkpoints=Checkpoints(where, comm, settings.checkpoint_every_steps, settings.keep_checkpoints),
+        report=Report(directory, comm.rank, settings.progress, settings.tensorboard),
+        resume=resumes,
+    )
+
+
+def _scheduler(optimizer: Optimizer, settings: EngineConfig, num_batches: int) -> LambdaLR | None:
+    warmup, cosine = settings.warmup_steps, settings.lr_schedule == "cosine"
+    num_steps = settings.epochs * math.ceil(num_batches / settings.accumulation_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = (step - warmup) / max(1, num_steps - warmup)
+        return 0.5 * (1 + math.cos(math.pi * progress)) if cosine else 1.0
+
+    return LambdaLR(optimizer, factor) if warmup or cosine else None
+
+
+def _announce(comm: Communicator, chosen: data.Data, model: nn.Module) -> None:
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    log.info(
+        "%s on %s ranks | data: %s, %s samples | model: %.2f M parameters",
+        comm_name(),
+        comm.world_size,
+        chosen.name,
+        len(chosen.train),
+        numel / 1e6,
+    )
+
+
+def comm_name() -> str:
+    """Return the choices of the groups comm, comm/transport and so on, as in ring/gloo."""
+    choices = HydraConfig.get().runtime.choices
+    return "/".join(choices[group] for group in sorted(choices) if group.split("/")[0] == "comm")
+
+
+def _write_results(directory: Path, summary: Summary, world_size: int, data_name: str) -> None:
+    job = HydraConfig.get().job
+    results = {
+        "job": job.override_dirname or job.name,
+        "number": OmegaConf.select(job, "num", throw_on_missing=False),
+        "comm": comm_name(),
+        "world_size": world_size,
+        "data": data_name,
+        **asdict(summary),
+    }
+    (directory / RESULTS).write_text(json.dumps(results, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""What there is to learn, and the models that learn it."""

@@ -1,0 +1,265 @@
+"""Proves a schedule for a world size: all ranks run it symbolically, and every chunk has to end with the right value.
+
+The value of a chunk is the multiset of the contributions in it: ``(rank, chunk)`` stands for what that rank had in that
+chunk at the start. A `Recv` replaces the multiset, a `Reduce` adds to it. So a sum is right exactly if every
+contribution is in it once, whatever the numbers are::
+
+    rank 0, chunk 1    {(0, 1)}  --Reduce from rank 3-->  {(0, 1), (3, 1)}  --...-->  {(0, 1), (1, 1), (2, 1), (3, 1)}
+
+Beside it stands the order in which the contributions were added, as sums of floating-point numbers depend on it:
+after an all-reduce it has to be the same on all ranks, so that they hold the same bits. How ranks get on, and what
+can keep them from it, is in `minidist.analysis.execution`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minidist.analysis.execution import Rank, World
+from minidist.errors import ScheduleError
+from minidist.schedule import Recv, Schedule, Send, Transfer, indices
+
+MAX_WORLD_SIZE = 1024
+_BITS = 64
+"""Of a count: how often one rank contributes to a value."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a schedule costs, by rank.
+
+    Attributes:
+        steps: how many steps each rank takes.
+        messages: how many messages each rank sends.
+        chunks: how many chunks each rank sends.
+        num_chunks: into how many the collective cuts its memory.
+    """
+
+    steps: tuple[int, ...]
+    messages: tuple[int, ...]
+    chunks: tuple[int, ...]
+    num_chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What a chunk holds.
+
+    Attributes:
+        counts: by the chunk that it comes from, how often each rank contributes: 64 bits per rank.
+        order: stands for the order in which it was added up.
+    """
+
+    counts: Mapping[int, int]
+    order: int
+
+    def contributions(self) -> dict[tuple[int, int], int]:
+        """Return how often each (rank, chunk) is in it."""
+        found = {}
+        for chunk, counts in self.counts.items():
+            for rank in range((counts.bit_length() + _BITS - 1) // _BITS):
+                if count := counts >> (_BITS * rank) & (2**_BITS - 1):
+                    found[rank, chunk] = count
+        return found
+
+
+Held = Mapping[tuple[int, int], Value]
+"""What each (rank, chunk) holds."""
+Observer = Callable[[Rank, Held], None]
+
+
+def prove(
+    schedule: Schedule, collective: str, world_size: int, root: int = 0, observe: Observer = lambda rank, held: None
+) -> Counts:
+    """Accept a schedule that does what ``collective`` promises on ``world_size`` ranks, and count what it does.
+
+    Args:
+        schedule: ``schedule(rank, world_size)``, or with the root for broadcast, reduce, gather and scatter.
+        collective: one of COLLECTIVES.
+        world_size: 1 to MAX_WORLD_SIZE.
+        root: of a rooted collective.
+        observe: called with a rank that has ended a step, and with what all chunks hold.
+
+    Raises:
+        ScheduleError: it is wrong; one sentence says what, on which rank and in which step.
+        ValueError: there is no such collective, or the world size or the root is out of range.
+    """
+    proof = (_Barrier if collective == "barrier" else _Values)(schedule, collective, world_size, root, observe)
+    proof.run()
+    proof.check()
+    steps = tuple(rank.step + 1 for rank in proof.ranks)
+    return Counts(steps, tuple(rank.num_sent for rank in proof.ranks), tuple(proof.chunks_sent), proof.num_chunks)
+
+
+class _Proof(World):
+    """What the two kinds of proof share."""
+
+    def __init__(self, schedule: Schedule, collective: str, world_size: int, root: int, observe: Observer) -> None:
+        super().__init__(schedule, collective, world_size, root, MAX_WORLD_SIZE)
+        self.chunks_sent = [0] * world_size
+        self.observe = observe
+
+    def posted(self, rank: Rank, send: Send) -> Any:
+        self.chunks_sent[rank.rank] += len(indices(send.chunk))
+        return self.sent(rank, send)
+
+    @abstractmethod
+    def sent(self, rank: Rank, send: Send) -> Any:
+        """Return what is sent."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Compare what every rank ends with with what it should."""
+
+
+class _Values(_Proof):
+    """The chunks of all ranks as multisets of contributions."""
+
+    def __init__(self, schedule: Schedule, collective: str, world_size: int, root: int, observe: Observer) -> None:
+        super().__init__(schedule, collective, world_size, root, observe)
+        self._orders: dict[tuple[int, int], int] = {}
+        self._held: dict[tuple[int, int], Value] = {}
+        for rank in range(world_size):
+            for chunk in range(self.num_chunks):
+                if (origin := self._starts_with(rank, chunk)) is not None:
+                    order = self._in_order(-1 - rank, -1 - origin)
+                    self._held[rank, chunk] = Value({origin: 1 << (_BITS * rank)}, order)
+        self._arrived: dict[int, list[tuple[Transfer, list[Value]]]] = {rank: [] for rank in range(world_size)}
+        self._sent: set[tuple[int, int]] = set()
+        self._lost: dict[tuple[int, int], str] = {}
+
+    def _starts_with(self, rank: int, chunk: int) -> int | None:
+        """Return whose chunk it is that lies there at the start, if any."""
+        match self.collective:
+            case "broadcast" | "scatter":
+                return chunk if rank == self.root else None
+            case "all_gather" | "gather":
+                return chunk if rank == chunk else None
+            case "all_to_all" if chunk >= self.world_size:  # its own part of the output is there
+                return rank if chunk == self.world_size + rank else None
+        return chunk
+
+    def _ends_with(self, rank: int, chunk: int) -> tuple[int, int] | None:
+        """Return what has to be there at the end: (rank, chunk), with rank -1 for all ranks; None for anything."""
+        n, root = self.world_size, self.root
+        match self.collective:
+            case "all_reduce":
+                return -1, chunk
+            case "reduce":
+                return (-1, chunk) if rank == root else None
+            case "reduce_scatter":
+                return (-1, chunk) if rank == chunk else None
+            case "broadcast":
+                return root, chunk
+            case "all_gather":
+                return chunk, chunk
+            case "gather":
+                return (chunk, chunk) if rank == root else None
+            case "scatter":
+                return (root, chunk) if rank == chunk else None
+        return (chunk - n, rank) if n <= chunk < 2 * n else None
+
+    def _in_order(self, first: int, second: int) -> int:
+        """Return what stands for the sum of two values, the same one for the same two."""
+        return self._orders.setdefault((first, second), len(self._orders))
+
+    def sent(self, rank: Rank, send: Send) -> list[Value]:
+        values = []
+        for chunk in indices(send.chunk):
+            if (rank.rank, chunk) not in self._held:
+                raise ScheduleError(f"{rank.where}: it sends chunk {chunk}, in which there is nothing yet")
+            self._sent.add((rank.rank, chunk))
+            values.append(self._held[rank.rank, chunk])
+        return values
+
+    def met(self, sender: Rank, send: Send, message: Any, receiver: Rank, receive: Transfer, time: float) -> None:
+        self._arrived[receiver.rank].append((receive, message))
+
+    def step_ended(self, rank: Rank) -> None:
+        """Overwrite chunks, or add to them in the order of the ranks."""
+        sums: dict[int, Value] = {}
+        for transfer, values in sorted(self._arrived[rank.rank], key=lambda arrived: arrived[0].peer):
+            for chunk, value in zip(indices(transfer.chunk), values, strict=True):
+                place = rank.rank, chunk
+                if isinstance(transfer, Recv):
+                    self._overwrite(rank, place, value)
+                elif place not in self._held:
+                    raise ScheduleError(f"{rank.where}: it reduces into chunk {chunk}, in which there is nothing yet")
+                elif transfer.peer < rank.rank:
+                    sums[chunk] = self._sum(sums[chunk], value) if chunk in sums else value
+                else:
+                    if chunk in sums:
+                        self._held[place] = self._sum(sums.pop(chunk), self._held[place])
+                    self._held[place] = self._sum(self._held[place], value)
+        for chunk, value in sums.items():
+            self._held[rank.rank, chunk] = self._sum(value, self._held[rank.rank, chunk])
+        self._arrived[rank.rank] = []
+        if rank.step >= 0:
+            self.observe(rank, self._held)
+
+    def _sum(self, first: Value, second: Value) -> Value:
+        counts = dict(first.counts)
+        for chunk, count in second.counts.items():
+            counts[chunk] = counts.get(chunk, 0) + count
+        return Value(counts, self._in_order(first.order, second.order))
+
+    def _overwrite(self, rank: Rank, place: tuple[int, int], value: Value) -> None:
+        if place in self._held and place not in self._sent:
+            self._lost.setdefault(place, f"{rank.where} overwrote it before it was sent")
+        self._held[place] = value
+
+    def check(self) -> None:
+        everyone = sum(1 << (_BITS * rank) for rank in range(self.world_size))
+        for rank in range(self.world_size):
+            for chunk in range(self.num_chunks):
+                if (wanted := self._ends_with(rank, chunk)) is not None:
+                    source, origin = wanted
+                    counts = {origin: everyone if source < 0 else 1 << (_BITS * source)}
+                    held = self._held.get((rank, chunk), Value({}, 0))
+                    if held.counts != counts:
+                        raise ScheduleError(f"rank {rank}, chunk {chunk}: {self._difference(held, Value(counts, 0))}")
+                    if self.collective == "all_reduce" and held.order != self._held[0, chunk].order:
+                        raise ScheduleError(
+                            f"rank {rank}, chunk {chunk}: it is added up in another order than on rank 0, so "
+                            "that their bits can differ"
+                        )
+
+    def _difference(self, held: Value, wanted: Value) -> str:
+        there, should = held.contributions(), wanted.contributions()
+        for (source, origin), count in sorted(there.items()):
+            if (source, origin) not in should:
+                return f"it ends with chunk {origin} of rank {source}, which does not belong there"
+            if count > 1:
+                return f"the contribution of rank {source} is in it {count} times"
+        source, origin = min(should.keys() - there.keys())
+        reason = self._lost.get((source, origin))
+        return f"the contribution of rank {source} is missing" + (f"; {reason}" if reason else "")
+
+
+class _Barrier(_Proof):
+    """Who has heard of whom."""
+
+    def __init__(self, schedule: Schedule, collective: str, world_size: int, root: int, observe: Observer) -> None:
+        super().__init__(schedule, collective, world_size, root, observe)
+        self._heard = [{rank} for rank in range(world_size)]
+        self._arrived: list[set[int]] = [set() for _ in range(world_size)]
+
+    def sent(self, rank: Rank, send: Send) -> set[int]:
+        return set(self._heard[rank.rank])
+
+    def met(self, sender: Rank, send: Send, message: Any, receiver: Rank, receive: Transfer, time: float) -> None:
+        self._arrived[receiver.rank] |= message
+
+    def step_ended(self, rank: Rank) -> None:
+        self._heard[rank.rank] |= self._arrived[rank.rank]
+        heard = {other: 1 << (_BITS * other) for other in self._heard[rank.rank]}
+        if rank.step >= 0:
+            self.observe(rank, {(rank.rank, 1): Value({0: sum(heard.values())}, 0)})
+
+    def check(self) -> None:
+        for rank, heard in enumerate(self._heard):
+            if missing := set(range(self.world_size)) - heard:
+                raise ScheduleError(f"rank {rank}: it leaves the barrier and rank {min(missing)} may not have come")

@@ -1,0 +1,185 @@
+"""Argument checks of the communicator's public methods: who, which operation, what was given, what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from minidist.contract.reduce_op import ReduceOp
+
+if TYPE_CHECKING:
+    from minidist.contract.membership import Membership
+
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+)
+_DTYPES = frozenset(DTYPES)
+MAX_TAG = 2**15 - 2
+
+
+def group(rank: int, world_size: int, timeout_s: float) -> None:
+    """Check what every communicator is made with."""
+    if world_size < 1:
+        raise ValueError(f"world_size must be at least 1, got {world_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be 0 to {world_size - 1} (world_size - 1), got {rank}")
+    if not timeout_s > 0:
+        raise ValueError(f"timeout_s must be greater than 0 seconds, got {timeout_s}")
+
+
+def segment_bytes(value: int) -> int:
+    """Return the size of a segment, which has to hold an element of any dtype."""
+    if value < 16:
+        raise ValueError(f"segment_bytes must be at least 16, got {value}")
+    return value
+
+
+def tensors(comm: Membership, operation: str, **named: Tensor) -> None:
+    """Check that every tensor can travel at all, and that they are of one kind."""
+    comm.ensure_usable(operation)
+    first = None
+    for name, tensor in named.items():
+        _tensor(comm, operation, name, tensor)
+        if not tensor.is_contiguous() and name != "input" and operation != "isend" and overlaps_itself(tensor):
+            raise ValueError(
+                f"{comm.who(operation)}: elements of {name} share memory (is it expanded, or made of windows that "
+                "overlap?), so it cannot be written into; use .clone()"
+            )
+        if first is None:
+            first = tensor
+        elif tensor.dtype != first.dtype or tensor.device != first.device:
+            raise TypeError(
+                f"{comm.who(operation)}: {' and '.join(named)} must have one dtype and one device, got "
+                f"{first.dtype} on {first.device} and {tensor.dtype} on {tensor.device}"
+            )
+
+
+def _tensor(comm: Membership, operation: str, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{comm.who(operation)}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{comm.who(operation)}: {name} must be dense, got {tensor.layout}; use to_dense()")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"{comm.who(operation)}: {name} has dtype {tensor.dtype}, which no backend moves; "
+            f"use one of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}"
+        )
+    if not (tensor.is_cpu and comm.device_type == "cpu") and tensor.device.type not in (comm.device_type, "cuda"):
+        raise ValueError(
+            f"{comm.who(operation)}: {type(comm).__name__} moves {comm.device_type} tensors, "
+            f"but {name} is on {tensor.device}; move it with .to('{comm.device_type}')"
+        )
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements of a tensor share memory."""
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return False
+    reach, dims = 0, sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    if dims[0][0] == 0:
+        return True
+    for stride, n in dims:
+        if stride <= reach:
+            break
+        reach += stride * (n - 1)
+    else:
+        return False
+    places = torch.zeros(1, dtype=torch.int64, device="cpu")  # interleaved in an unusual way: look at each element
+    for stride, n in dims:
+        places = (places[:, None] + stride * torch.arange(n, device="cpu")).view(-1)
+    return len(set(places.tolist())) < places.numel()
+
+
+def peer(comm: Membership, operation: str, name: str, rank: int) -> None:
+    """Check a rank that an argument names."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"{comm.who(operation)}: {name} must be an int, got {type(rank).__name__}")
+    if not 0 <= rank < comm.world_size:
+        raise ValueError(f"{comm.who(operation)}: {name} must be a rank from 0 to {comm.world_size - 1}, got {rank}")
+
+
+def message(comm: Membership, operation: str, tensor: Tensor, name: str, rank: int, tag: int) -> None:
+    """Check the arguments of a send or receive."""
+    tensors(comm, operation, tensor=tensor)
+    peer(comm, operation, name, rank)
+    if rank == comm.rank:
+        raise ValueError(f"{comm.who(operation)}: {name} is this rank itself; copy the tensor instead")
+    if not isinstance(tag, int) or not 0 <= tag <= MAX_TAG:
+        raise ValueError(f"{comm.who(operation)}: tag must be an int from 0 to {MAX_TAG}, got {tag!r}")
+
+
+def reduction(comm: Membership, operation: str, op: ReduceOp, timeout_s: float | None, **named: Tensor) -> None:
+    """Check tensors that are to be combined with ``op``, and all else: an average changes them at once."""
+    if timeout_s is not None:
+        timeout(comm, operation, timeout_s)
+    if not isinstance(op, ReduceOp):
+        raise TypeError(f"{comm.who(operation)}: op must be a ReduceOp, got {op!r}; use ReduceOp.SUM")
+    tensors(comm, operation, **named)
+    dtype = next(iter(named.values())).dtype
+    if dtype.is_floating_point:
+        return
+    name = str(dtype).removeprefix("torch.")
+    if dtype.is_complex:
+        if op not in (ReduceOp.SUM, ReduceOp.AVG):
+            raise TypeError(f"{comm.who(operation)}: op {op.name} is not defined for {name}; use SUM or AVG")
+        return
+    if op is ReduceOp.AVG:
+        raise TypeError(f"{comm.who(operation)}: op AVG needs a floating-point tensor, got {name}; use SUM")
+    if dtype == torch.bool and op not in (ReduceOp.MIN, ReduceOp.MAX):
+        raise TypeError(f"{comm.who(operation)}: op {op.name} is not defined for bool; use MAX (or), MIN (and)")
+
+
+def blocks(comm: Membership, operation: str, many: str, **named: Tensor) -> None:
+    """Check that the tensor called ``many`` holds one block of the other's size per rank."""
+    tensors(comm, operation, **named)
+    (one,) = (name for name in named if name != many)
+    wanted = comm.world_size * named[one].numel()
+    if named[many].numel() != wanted:
+        raise ValueError(
+            f"{comm.who(operation)}: {many} must have world_size x {one}.numel() = "
+            f"{comm.world_size} x {named[one].numel()} = {wanted} elements, got {named[many].numel()}"
+        )
+
+
+def rooted(comm: Membership, operation: str, root: tuple[str, int], many: str, **named: Tensor | None) -> None:
+    """Check a gather or scatter, where only the root has the tensor called ``many``."""
+    peer(comm, operation, *root)
+    given = {name: tensor for name, tensor in named.items() if tensor is not None or name != many}
+    if comm.rank == root[1]:
+        blocks(comm, operation, many, **named)  # type: ignore[arg-type]  # a None is refused by type
+    elif len(given) != 1:
+        raise ValueError(
+            f"{comm.who(operation)}: {many} is for rank {root[1]} ({root[0]}) alone; give None on the others"
+        )
+    else:
+        tensors(comm, operation, **given)  # type: ignore[arg-type]  # likewise
+
+
+def exchange(comm: Membership, operation: str, output: Tensor, input: Tensor) -> None:
+    """Check the tensors of an all-to-all."""
+    tensors(comm, operation, output=output, input=input)
+    if output.numel() != input.numel() or input.numel() % comm.world_size:
+        raise ValueError(
+            f"{comm.who(operation)}: output and input must have one size that world_size = {comm.world_size} "
+            f"divides, got {output.numel()} and {input.numel()} elements"
+        )
+
+
+def timeout(comm: Membership, operation: str, timeout_s: float | None) -> float:
+    """Return the seconds that an operation may take."""
+    if timeout_s is None:
+        return comm.timeout_s
+    if not timeout_s > 0:
+        raise ValueError(f"{comm.who(operation)}: timeout_s must be greater than 0 seconds, got {timeout_s}")
+    return timeout_s

@@ -1,0 +1,280 @@
+"""One rank's place in a group: who it is, whether the group is whole, and how an operation runs and fails."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, ClassVar, NoReturn, Self, final
+
+from torch import Tensor
+
+from minidist.contract import checks, envelope
+from minidist.contract.forks import Maker
+from minidist.contract.opaque import opaque_methods
+from minidist.contract.reduce_op import ReduceOp
+from minidist.contract.staging import Staged, staged
+from minidist.contract.traffic import Traffic
+from minidist.contract.work import DONE, Progress, Work
+from minidist.errors import CommClosedError, CommError, PeerLostError
+
+
+class Membership:
+    """What every communicator shares beneath its operations; see `minidist.communicator.Communicator`."""
+
+    device_type: ClassVar[str] = "cpu"
+    """The kind of device whose tensors the hooks take."""
+    launcher: ClassVar[str] = "torchrun"
+    """What starts several ranks of it: torchrun, mpirun, thread, or none."""
+    overlaps: bool = True
+    """Whether an operation that runs beside computation gains time; not where both would need the same core."""
+    checks_sizes: bool = False
+    """Whether a message of another size than its receive expects makes the receive raise MismatchError."""
+    checks_dtypes: bool = False
+    """Whether that holds for a message of another dtype too. Where not, `minidist.contract.envelope` sees to both."""
+
+    def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0) -> None:
+        checks.group(rank, world_size, timeout_s)
+        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
+        self.traffic, self._maker = Traffic(), Maker(f"[rank {rank}/{world_size}] ")
+        self._progress = Progress(f"minidist-rank{rank}", self.traffic, self._maker)
+        self._closed = ""
+        self._failure: CommError | None = None
+        self._channel = self._num_channels = 0
+        self._root: Membership = self
+
+    @classmethod
+    def check_available(cls) -> None:
+        """Raise BackendUnavailableError if this machine or this launcher lacks what the backend needs.
+
+        It starts nothing, so that a job can be refused before any rank runs.
+        """
+        return
+
+    @final
+    def close(self) -> None:
+        """Wait for what was started, then leave the group. A second close does nothing, nor one in a fork."""
+        if not self._closed and self._maker.is_here:
+            self._progress.finish()
+            self._closed = "it is closed"
+            self._close()
+
+    @final
+    def abort(self, reason: str) -> None:
+        """Leave at once and make the other ranks raise PeerLostError with ``reason``; in a fork, do nothing."""
+        if not self._closed and self._maker.is_here:
+            self._closed = f"it was aborted: {reason}"
+            self._progress.stop()
+            self._abort(reason)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close() if error is None else self.abort(f"{type(error).__name__}: {error}")
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        opaque_methods(cls)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return this communicator: a copy of what uses it talks over the same one."""
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(f"{self.who('pickle')}: a communicator belongs to its process; make one in the other process")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rank={self.rank}, world_size={self.world_size})"
+
+    # How operations run -----------------------------------------------------------------------
+
+    @final
+    def who(self, operation: str) -> str:
+        """Return the beginning of every message: this rank and the operation."""
+        return f"[rank {self.rank}/{self.world_size}] {operation}"
+
+    @final
+    def ensure_usable(self, operation: str) -> None:
+        """Raise if no operation can be started any more."""
+        self._ensure_sound(operation)
+        if self._gone():
+            self._fail(operation, self._lost())
+
+    def _ensure_sound(self, operation: str) -> None:
+        self._maker.ensure_here(operation)
+        if self._closed:
+            raise CommClosedError(f"{self.who(operation)}: the communicator cannot be used, {self._closed}")
+        if self._failure is not None:
+            failure = copy.copy(self._failure)
+            failure.args = (f"{self.who(operation)}: unusable since {self._failure}",)
+            raise failure
+
+    def _tag(self, tag: int) -> int:
+        """Return the tag that keeps this communicator's messages apart from others on one transport."""
+        return tag + (self._channel << 15)
+
+    def _run(
+        self,
+        operation: str,
+        hook: Callable[..., None],
+        tensors: Sequence[Tensor | None],
+        args: Sequence[object],
+        async_op: bool,
+        timeout_s: float | None,
+        keep: bool = False,
+    ) -> Work:
+        """Run ``hook`` on ``tensors``, which it only reads with ``keep``, and then on ``args``."""
+        self.ensure_usable(operation)
+        timeout_s = checks.timeout(self, operation, timeout_s)
+        divisor = self.world_size if ReduceOp.AVG in args else 1  # before the sum, which could overflow float16
+        args = [ReduceOp.SUM if arg is ReduceOp.AVG else arg for arg in args]
+        own_block = self.rank if operation == "all_gather" else None
+        job = staged(hook, tensors, self.device_type, divisor, keep, own_block)
+        if job is None:
+            return DONE
+
+        def run() -> None:
+            self._ensure_sound(operation)  # one that ran before this one may have failed, and met nobody
+            started = time.perf_counter()
+            try:
+                job(*args, timeout_s)
+            except Exception as error:
+                self._fail(operation, error)
+            except BaseException as error:  # this rank did a part of it, so it is out of step with the others
+                self._failure = CommError(f"{self.who(operation)}: interrupted by {type(error).__name__}")
+                raise
+            finally:
+                self.traffic.seconds += time.perf_counter() - started
+
+        return self._dispatch(run, async_op)
+
+    def _dispatch(self, run: Callable[[], None], async_op: bool) -> Work:
+        if async_op or not self._progress.idle:
+            work = self._progress.submit(run)
+            if not async_op:
+                work.wait()
+            return work
+        before = self.traffic.seconds
+        run()
+        self.traffic.blocked_seconds += self.traffic.seconds - before
+        return DONE
+
+    def _transfer(
+        self,
+        operation: str,
+        hook: Callable[[Tensor, int, int, float], Work],
+        tensor: Tensor,
+        peer: int,
+        tag: int,
+        timeout_s: float | None,
+    ) -> Work:
+        timeout_s = checks.timeout(self, operation, timeout_s)
+        staged_tensor = Staged(tensor.detach(), self.device_type)
+        if operation == "isend":
+            staged_tensor.load()
+            if tensor.numel():
+                self.traffic.count(tensor.nbytes)
+        post = envelope.send if operation == "isend" else envelope.receive
+        try:
+            if self.checks_dtypes:
+                work = hook(staged_tensor.memory, peer, self._tag(tag), timeout_s)
+            else:
+                work = post(self, hook, staged_tensor.memory, peer, tag, timeout_s)
+        except Exception as error:
+            self._fail(operation, error)
+        return _Message(self, operation, work, staged_tensor)
+
+    def _fail(self, operation: str, error: Exception) -> NoReturn:
+        """Raise what ``error`` means to the caller; nothing works on this communicator after it."""
+        if self._closed:
+            failure: CommError = CommClosedError(self._closed)
+        elif isinstance(error, PeerLostError) and self._gone():
+            failure = self._lost()  # in this group's numbering: the error may come from a communicator beneath
+        else:
+            failure = error if isinstance(error, CommError) else self._translate(error)
+        failure.args = (f"{self.who(operation)}: {failure}",)
+        self._failure = failure
+        if failure is error:
+            raise failure
+        raise failure from error
+
+    def _lost(self) -> PeerLostError:
+        """Name the rank that left first: the others most often left because of it."""
+        rank, why = next(iter(self._gone().items()))
+        return PeerLostError(f"rank {rank} is gone: {why}", (rank,))
+
+    # Hooks: what a backend may add ------------------------------------------------------------
+
+    def _close(self) -> None:
+        """Release what the backend holds; called once."""
+        return
+
+    def _abort(self, reason: str) -> None:
+        """Tell the other ranks why this one leaves and unblock what is running; never wait."""
+        self._close()
+
+    def _gone(self) -> Mapping[int, str]:
+        """Return the ranks that are known to be gone and why, the first to go first."""
+        return {}
+
+    def _agree(
+        self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: Sequence[int], timeout_s: float
+    ) -> float:
+        """Compare what all ranks are about to run as a schedule over this transport; return the seconds left for it.
+
+        For a transport that takes messages of other sizes than it expects badly; it raises MismatchError.
+        """
+        return timeout_s
+
+    def _translate(self, error: Exception) -> CommError:
+        """Return what an error of the backend's library means; the one place where they are mapped."""
+        return CommError(f"{type(error).__name__}: {error}")
+
+
+class _Message(Work):
+    """A send or receive on its way, with what its caller still expects of it."""
+
+    def __init__(self, comm: Membership, operation: str, work: Work, staged_tensor: Staged) -> None:
+        self._comm, self._operation, self._work = comm, operation, work
+        self._staged: Staged | None = staged_tensor
+        self._error: CommError | None = None
+
+    def wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._staged is None:
+            return
+        self._comm._maker.ensure_here(self._operation)
+        started = time.perf_counter()
+        try:
+            self._work.wait()
+        except Exception as error:
+            try:
+                self._comm._fail(self._operation, error)
+            except CommError as failure:
+                self._error = failure
+                raise
+        finally:
+            self._comm.traffic.add_blocked(time.perf_counter() - started)
+        if self._operation == "irecv":
+            self._staged.store()
+        self._staged = None
+
+    def is_done(self) -> bool:
+        would_raise = not self._comm._maker.is_here or bool(self._comm._gone())
+        return self._staged is None or would_raise or self._work.is_done()
+
+    def exception(self) -> BaseException | None:
+        if self._error is None and self._staged is not None and self.is_done():
+            try:
+                self.wait()
+            except CommError as error:
+                return error
+        return self._error

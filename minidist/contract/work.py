@@ -1,0 +1,165 @@
+"""Operations that were started: the handle, and the thread that runs them in order."""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import final
+
+from minidist.contract.forks import Maker, only_here
+from minidist.contract.opaque import opaque_methods
+from minidist.contract.traffic import Traffic
+
+EXIT_S = 1.0
+"""How long a process that ends waits for a job: one that is cut off inside of torch would crash it."""
+
+
+class Work(ABC):
+    """An operation that was started. It keeps its tensors alive until it is finished."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        opaque_methods(cls)
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Block until the operation is finished; raise what it raised. Can be called again."""
+
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Return whether ``wait()`` would return, or raise, at once."""
+
+    @abstractmethod
+    def exception(self) -> BaseException | None:
+        """Return what the operation raised; None while it runs and when it went well."""
+
+    @final
+    def then(self, callback: Callable[[], None]) -> Work:
+        """Return a Work that also calls ``callback`` once, in the thread that first waits."""
+        return _Then(self, callback)
+
+
+class Done(Work):
+    """An operation that finished before it was asked for."""
+
+    def wait(self) -> None:
+        pass
+
+    def is_done(self) -> bool:
+        return True
+
+    def exception(self) -> BaseException | None:
+        return None
+
+
+DONE = Done()
+
+
+class _Then(Work):
+    def __init__(self, work: Work, callback: Callable[[], None]) -> None:
+        self._work, self._callback = work, callback
+        self._called = False
+        self._error: BaseException | None = None
+
+    def wait(self) -> None:
+        self._work.wait()
+        if self._error is not None:
+            raise self._error
+        if not self._called:
+            self._called = True
+            try:
+                self._callback()
+            except BaseException as error:  # whatever it is, a second wait raises it again
+                self._error = error
+                raise
+
+    def is_done(self) -> bool:
+        return self._work.is_done()
+
+    def exception(self) -> BaseException | None:
+        return self._error or self._work.exception()
+
+
+class Pending(Work):
+    """An operation in the hands of a `Progress` thread."""
+
+    def __init__(self, future: Future[None], traffic: Traffic, maker: Maker) -> None:
+        self._future, self._traffic, self._maker = future, traffic, maker
+
+    def wait(self) -> None:
+        if not self._future.done():
+            self._maker.ensure_here("wait")
+        started = time.perf_counter()
+        try:
+            self._future.result()
+        finally:
+            self._traffic.blocked_seconds += time.perf_counter() - started
+
+    def is_done(self) -> bool:
+        return self._future.done() or not self._maker.is_here
+
+    def exception(self) -> BaseException | None:
+        return self._future.exception() if self._future.done() else None
+
+
+class Progress:
+    """Runs jobs one after the other in a thread of its own, started by the first job.
+
+    A daemon thread, unlike an executor's: a process whose last collective hangs can still end.
+    """
+
+    def __init__(self, name: str, traffic: Traffic, maker: Maker) -> None:
+        self._name, self._traffic, self._maker = name, traffic, maker
+        self._at_exit = only_here(self.finish)
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._last: Future[None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything that was submitted has finished."""
+        return self._last is None or self._last.done()
+
+    @property
+    def serving(self) -> bool:
+        """Whether this is its thread: the operation that asks runs beside other work of its rank."""
+        return threading.current_thread() is self._thread
+
+    def submit(self, job: Callable[[], None]) -> Pending:
+        """Run ``job`` after all that was submitted before it."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+            self._thread.start()
+            atexit.register(self._at_exit, EXIT_S)
+        self._last = Future()
+        self._jobs.put((job, self._last))
+        return Pending(self._last, self._traffic, self._maker)
+
+    def finish(self, timeout_s: float | None = None) -> None:
+        """Let the jobs finish, well or not, and end the thread; wait for that no longer than ``timeout_s``."""
+        if self._thread is not None:
+            self.stop()
+            self._thread.join(timeout_s)
+            atexit.unregister(self._at_exit)
+            self._thread = None
+
+    def stop(self) -> None:
+        """End the thread after what was submitted, without waiting for it."""
+        if self._thread is not None:
+            self._jobs.put(None)
+
+    def _serve(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            job, future = item
+            try:
+                job()
+            except BaseException as error:  # whatever it is belongs to the one who waits
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+            del item, job, future  # a served job must not keep its tensors alive

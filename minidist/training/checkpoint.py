@@ -1,0 +1,260 @@
+"""Checkpoints that a kill at any moment leaves either whole or absent.
+
+A file is written under a temporary name, forced to disk, and renamed; the older ones go only after that.
+Rank 0 alone touches the directory: it gathers from the other ranks and broadcasts to them, so no file
+system has to be shared. What went wrong there is raised on every rank.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minidist.communicator import Communicator
+from minidist.errors import CheckpointError
+from minidist.training.storable import original, storable
+
+_KEYS = {"step", "signature", "shared", "locals", "world_size"}
+Signature = dict[str, str]
+"""What a checkpoint has to have in common with the training that it goes on in: name of a part, kind of it."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds, as one rank sees it: what `minidist.training.storable` takes.
+
+    Attributes:
+        step: optimizer steps so far; names the file.
+        signature: has to be that of the training that resumes.
+        shared: what is the same on all ranks; rank 0's is kept.
+        local: what is this rank's own.
+    """
+
+    step: int
+    signature: Signature
+    shared: dict[str, Any]
+    local: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, ``step_00000120.pt`` and so on in ``directory``.
+
+    Every rank constructs it and calls its methods together with the others.
+
+    Args:
+        directory: where the files lie, on rank 0's machine; made if need be.
+        comm: the ranks that train.
+        every_steps: save after each so many optimizer steps, besides the end of each epoch; 0: then only.
+        keep: how many files stay.
+
+    Raises:
+        ValueError: ``every_steps`` below 0, or ``keep`` below 1.
+        CheckpointError: the directory cannot be written; on every rank.
+    """
+
+    def __init__(self, directory: Path, comm: Communicator, every_steps: int = 0, keep: int = 2) -> None:
+        if every_steps < 0 or keep < 1:
+            raise ValueError(
+                f"Checkpoints: every_steps must be at least 0 and keep at least 1, got {every_steps} and {keep}"
+            )
+        self.directory, self.every_steps, self.keep = Path(directory), every_steps, keep
+        self._comm = comm
+        self._on_rank_0("Checkpoints", self._prepare)
+
+    def due(self, step: int) -> bool:
+        """Return whether ``every_steps`` asks for a checkpoint after ``step``."""
+        return self.every_steps > 0 and step % self.every_steps == 0
+
+    def save(self, state: State) -> Path:
+        """Write ``state``, then delete the oldest files; returns the new one's path once it is safe on disk.
+
+        Raises:
+            CheckpointError: it could not be written, or holds what could not be read back; on every rank. The
+                older checkpoints are untouched.
+        """
+        path = self.directory / f"step_{state.step:08d}.pt"
+        content = self._content(state, "Checkpoints.save")
+        self._on_rank_0("Checkpoints.save", lambda: self._write(path, content))
+        return path
+
+    def check(self, state: State) -> None:
+        """Raise what `save` would raise of this state before it writes: now, instead of after an hour of training."""
+        self._content(state, "Checkpoints")
+
+    def load(self, signature: Signature) -> State | None:
+        """Return the newest state that is whole, if it has this ``signature``; None where there is none.
+
+        Files that were cut or damaged are passed over with a warning that names them.
+
+        Raises:
+            CheckpointError: it is of another model, optimizer or world size, or cannot be read, or there are
+                files and all of them are damaged; on every rank.
+        """
+        data = self._on_rank_0("Checkpoints.load", self._read_newest)
+        if data is None:
+            return None
+        content = _load(data)
+        self._check_fits(content, signature)
+        local = content["locals"][self._comm.rank]
+        return State(content["step"], signature, original(content["shared"]), original(local))
+
+    def refuse_existing(self) -> None:
+        """Raise CheckpointError, on every rank, if the directory holds checkpoints of an earlier run."""
+        self._on_rank_0("Checkpoints", self._refuse_existing)
+
+    def _content(self, state: State, operation: str) -> dict[str, Any]:
+        """Return what goes into the file, where every rank's part of it can be read back."""
+        shared, local, problem = None, None, ""
+        try:
+            shared = storable(state.shared) if self._comm.rank == 0 else None
+            local = storable(state.local)
+        except CheckpointError as error:
+            problem = str(error)
+        parts = self._comm.all_gather_object((local, problem))
+        for rank, (_, problem) in enumerate(parts):
+            if problem:
+                raise CheckpointError(f"{self._comm.who(operation)}: on rank {rank}, {problem}")
+        return {
+            "step": state.step,
+            "signature": state.signature,
+            "shared": shared,
+            "locals": [local for local, _ in parts],
+            "world_size": self._comm.world_size,
+        }
+
+    def _check_fits(self, content: dict[str, Any], given: Signature) -> None:
+        who = f"{self._comm.who('Checkpoints.load')}: the checkpoint of step {content['step']} in {self.directory}"
+        if content["world_size"] != self._comm.world_size:
+            raise CheckpointError(
+                f"{who} is of {content['world_size']} ranks, this run has {self._comm.world_size}; "
+                "start as many ranks as before, or choose another directory"
+            )
+        saved = content["signature"]
+        for name in [*saved, *given]:
+            if saved.get(name) != given.get(name):
+                raise CheckpointError(
+                    f"{who} is of another training: {name} is {saved.get(name, 'missing')} there and "
+                    f"{given.get(name, 'missing')} here; give what was trained, or another directory"
+                )
+
+    # On rank 0 --------------------------------------------------------------------------------
+
+    def _on_rank_0(self, operation: str, action: Callable[[], Any]) -> Any:
+        """Return what ``action`` returned there, or raise what went wrong there, on every rank."""
+        result, problem = None, ""
+        if self._comm.rank == 0:
+            try:
+                result = action()
+            except (OSError, CheckpointError) as error:
+                problem = str(error)
+        result, problem = self._comm.broadcast_object((result, problem), src=0)
+        if problem:
+            raise CheckpointError(f"{self._comm.who(operation)}: {problem}")
+        return result
+
+    def _prepare(self) -> None:
+        probe = self.directory / "probe.tmp"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        except OSError as error:
+            raise CheckpointError(
+                f"the directory {self.directory} cannot be written ({error.strerror}); choose another one"
+            ) from error
+        for left_over in self.directory.glob("*.tmp"):
+            left_over.unlink()
+
+    def _paths(self) -> list[Path]:
+        """Return the files, oldest first."""
+        return sorted(path for path in self.directory.iterdir() if re.fullmatch(r"step_\d{8,}\.pt", path.name))
+
+    def _write(self, path: Path, content: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        temporary = path.with_suffix(".tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_directory(self.directory)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{path} cannot be written ({error.strerror}); free space or choose another directory; "
+                "the checkpoints before it are whole"
+            ) from error
+        # A later one is a damaged one that was passed over: it must not push a whole one out.
+        for old in [other for other in self._paths() if other <= path][: -self.keep]:
+            old.unlink()
+
+    def _read_newest(self) -> bytes | None:
+        paths = self._paths()
+        for place, path in reversed(list(enumerate(paths))):
+            data = path.read_bytes()
+            if _is_whole(data):
+                _check_loads(data, path)
+                return data
+            if place:
+                warnings.warn(f"the checkpoint {path} is damaged or cut short; using the one before it", stacklevel=2)
+        if paths:
+            raise CheckpointError(
+                f"{paths[0]} is damaged or cut short, and there is no whole checkpoint in {self.directory} "
+                f"({len(paths)} damaged); bring one back, or move them away to begin again from step 0"
+            )
+        return None
+
+    def _refuse_existing(self) -> None:
+        if paths := self._paths():
+            raise CheckpointError(
+                f"{self.directory} holds checkpoints of an earlier run ({paths[-1].name}); "
+                "go on from them with resume=true, or choose another directory"
+            )
+
+
+def _is_whole(data: bytes) -> bool:
+    """Return whether nothing of ``data`` was cut or changed, by its checksums, which loading does not look at."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return archive.testzip() is None
+    except Exception:  # bytes can be wrong in many ways, and nearly each has its own exception
+        return False
+
+
+def _check_loads(data: bytes, path: Path) -> None:
+    """Say why a file that is whole cannot be used: it was written by something else, or by an older version."""
+    try:
+        missing = _KEYS - _load(data).keys()
+    except Exception as error:  # whatever a pickle may raise
+        found = re.search(r"WeightsUnpickler error: (.*?)(\. |$)", str(error), re.MULTILINE)
+        reason = found[1] if found else next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"{path} is whole, but cannot be loaded: {reason}; it was not written by this version of minidist. "
+            "Move it away to go on from the one before it"
+        ) from error
+    if missing:
+        raise CheckpointError(f"{path} is no checkpoint of minidist: it has no {min(missing)}; move it away")
+
+
+def _load(data: bytes) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return content
+
+
+def _sync_directory(directory: Path) -> None:
+    """Force a rename to disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
