@@ -21,11 +21,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from backends.contact import LEFT, ContactLostError
 from backends.executor.messages import Arrival, messages, take
 from backends.executor.scratch import Scratch
 from backends.schedules import DEFAULTS
 from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.contract import checks
+from minidist.errors import CommError, PeerLostError
 from minidist.schedule import Recv, Reduce, Schedule, Send, Step, Transfer, chunks_of, indices
 
 TAG = 2**15 - 1
@@ -94,9 +96,9 @@ class ScheduledCommunicator(Communicator):
         self._execute("barrier", [tokens[:1], tokens[1:]], ReduceOp.SUM, timeout_s)
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:
-        from backends.group import group_of  # a group is itself a ScheduledCommunicator
-
-        return group_of(self, groups)
+        channel = self._new_channel()
+        ranks = next((group for group in groups if self.rank in group), None)
+        return None if ranks is None else GroupCommunicator(self, ranks, channel)
 
     def _cut(self, collective: str, tensor: Tensor) -> Sequence[Tensor]:
         """Cut into chunks, the first ones larger by one element where it does not divide."""
@@ -171,3 +173,38 @@ def _can_be_early(following: Step, step: Step, num_sent: int) -> bool:
     """
     is_whole = num_sent <= sum(isinstance(move, Send) for move in step)
     return is_whole and not _touched(step, Recv, Reduce) & _touched(following, Recv)
+
+
+class GroupCommunicator(ScheduledCommunicator):
+    """Some ranks of a communicator as a communicator: the split of backends that have none of their own.
+
+    The ranks ``ranks`` of ``parent``, in that order, on a channel of their own.
+
+    It borrows the parent: closing it leaves the parent open, and the parent has to outlive it.
+    """
+
+    def __init__(self, parent: ScheduledCommunicator, ranks: list[int], channel: int) -> None:
+        super().__init__(ranks.index(parent.rank), len(ranks), parent.timeout_s, parent.segment_bytes)
+        self._parent, self._ranks = parent, ranks
+        self._root, self._channel = parent._root, channel
+        self.checks_sizes = parent.checks_sizes  # not the dtypes: its errors would name the ranks of the parent
+
+    def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
+        return self._parent._isend(tensor, self._ranks[dst], tag, timeout_s)
+
+    def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
+        return self._parent._irecv(tensor, self._ranks[src], tag, timeout_s)
+
+    def _abort(self, reason: str) -> None:
+        self._parent.abort(reason)
+
+    def _gone(self) -> Mapping[int, str]:
+        gone = self._parent._gone()
+        return {self._ranks.index(rank): why for rank, why in gone.items() if rank in self._ranks}
+
+    def _translate(self, error: Exception) -> CommError:
+        failure = self._parent._translate(error)
+        if isinstance(error, ContactLostError) and isinstance(failure, PeerLostError):
+            peers = tuple(self._ranks.index(rank) for rank in failure.peers if rank in self._ranks)
+            return PeerLostError(f"rank {peers[0]} is gone: {LEFT}", peers) if peers else failure
+        return failure

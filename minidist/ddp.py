@@ -70,7 +70,8 @@ class DistributedDataParallel(nn.Module):
         super().__init__()
         self.module, self.comm, self.hook, self.bucket_cap_mb = module, comm, hook, bucket_cap_mb
         self.broadcast_buffers, self.find_unused_parameters = broadcast_buffers, find_unused_parameters
-        make_replicas(comm, module, (bucket_cap_mb, broadcast_buffers, find_unused_parameters))
+        arguments = bucket_cap_mb, broadcast_buffers, find_unused_parameters
+        make_replicas(comm, module, arguments, DistributedDataParallel)
         self._prepare()
 
     def _prepare(self) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from minidist.contract.rank import Rank
 from minidist.contract.reduce_op import ReduceOp
-
-if TYPE_CHECKING:
-    from minidist.contract.membership import Membership
 
 DTYPES = (
     torch.float64,
@@ -45,7 +41,7 @@ def segment_bytes(value: int) -> int:
     return value
 
 
-def tensors(comm: Membership, operation: str, **named: Tensor) -> None:
+def tensors(comm: Rank, operation: str, **named: Tensor) -> None:
     """Check that every tensor can travel at all, and that they are of one kind."""
     comm.ensure_usable(operation)
     first = None
@@ -65,7 +61,7 @@ def tensors(comm: Membership, operation: str, **named: Tensor) -> None:
             )
 
 
-def _tensor(comm: Membership, operation: str, name: str, tensor: Tensor) -> None:
+def _tensor(comm: Rank, operation: str, name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{comm.who(operation)}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
@@ -101,7 +97,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return len(set(places.tolist())) < places.numel()
 
 
-def peer(comm: Membership, operation: str, name: str, rank: int) -> None:
+def peer(comm: Rank, operation: str, name: str, rank: int) -> None:
     """Check a rank that an argument names."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"{comm.who(operation)}: {name} must be an int, got {type(rank).__name__}")
@@ -109,7 +105,7 @@ def peer(comm: Membership, operation: str, name: str, rank: int) -> None:
         raise ValueError(f"{comm.who(operation)}: {name} must be a rank from 0 to {comm.world_size - 1}, got {rank}")
 
 
-def message(comm: Membership, operation: str, tensor: Tensor, name: str, rank: int, tag: int) -> None:
+def message(comm: Rank, operation: str, tensor: Tensor, name: str, rank: int, tag: int) -> None:
     """Check the arguments of a send or receive."""
     tensors(comm, operation, tensor=tensor)
     peer(comm, operation, name, rank)
@@ -119,7 +115,7 @@ def message(comm: Membership, operation: str, tensor: Tensor, name: str, rank: i
         raise ValueError(f"{comm.who(operation)}: tag must be an int from 0 to {MAX_TAG}, got {tag!r}")
 
 
-def reduction(comm: Membership, operation: str, op: ReduceOp, timeout_s: float | None, **named: Tensor) -> None:
+def reduction(comm: Rank, operation: str, op: ReduceOp, timeout_s: float | None, **named: Tensor) -> None:
     """Check tensors that are to be combined with ``op``, and all else: an average changes them at once."""
     if timeout_s is not None:
         timeout(comm, operation, timeout_s)
@@ -140,7 +136,7 @@ def reduction(comm: Membership, operation: str, op: ReduceOp, timeout_s: float |
         raise TypeError(f"{comm.who(operation)}: op {op.name} is not defined for bool; use MAX (or), MIN (and)")
 
 
-def blocks(comm: Membership, operation: str, many: str, **named: Tensor) -> None:
+def blocks(comm: Rank, operation: str, many: str, **named: Tensor) -> None:
     """Check that the tensor called ``many`` holds one block of the other's size per rank."""
     tensors(comm, operation, **named)
     (one,) = (name for name in named if name != many)
@@ -152,7 +148,7 @@ def blocks(comm: Membership, operation: str, many: str, **named: Tensor) -> None
         )
 
 
-def rooted(comm: Membership, operation: str, root: tuple[str, int], many: str, **named: Tensor | None) -> None:
+def rooted(comm: Rank, operation: str, root: tuple[str, int], many: str, **named: Tensor | None) -> None:
     """Check a gather or scatter, where only the root has the tensor called ``many``."""
     peer(comm, operation, *root)
     given = {name: tensor for name, tensor in named.items() if tensor is not None or name != many}
@@ -166,7 +162,7 @@ def rooted(comm: Membership, operation: str, root: tuple[str, int], many: str, *
         tensors(comm, operation, **given)  # type: ignore[arg-type]  # likewise
 
 
-def exchange(comm: Membership, operation: str, output: Tensor, input: Tensor) -> None:
+def exchange(comm: Rank, operation: str, output: Tensor, input: Tensor) -> None:
     """Check the tensors of an all-to-all."""
     tensors(comm, operation, output=output, input=input)
     if output.numel() != input.numel() or input.numel() % comm.world_size:
@@ -176,7 +172,7 @@ def exchange(comm: Membership, operation: str, output: Tensor, input: Tensor) ->
         )
 
 
-def timeout(comm: Membership, operation: str, timeout_s: float | None) -> float:
+def timeout(comm: Rank, operation: str, timeout_s: float | None) -> float:
     """Return the seconds that an operation may take."""
     if timeout_s is None:
         return comm.timeout_s

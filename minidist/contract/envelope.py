@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +24,6 @@ from torch import Tensor
 from minidist.contract.checks import DTYPES
 from minidist.contract.work import Work
 from minidist.errors import CommError, MismatchError
-
-if TYPE_CHECKING:
-    from minidist.contract.membership import Membership
 
 HEADER = struct.Struct("<qq")
 END_BYTES = 2**11
@@ -39,7 +36,20 @@ SIZE_SHIFT, MAX_CHANNEL = 28, 2**13
 Hook = Callable[[Tensor, int, int, float], Work]
 
 
-def send(comm: Membership, hook: Hook, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
+class Sender(Protocol):
+    """What an envelope has to know of the communicator that sends it."""
+
+    _channel: int
+
+    @property
+    def checks_sizes(self) -> bool:
+        """Whether its transport reports a message of another size."""
+        ...
+
+    def _tag(self, tag: int) -> int: ...
+
+
+def send(comm: Sender, hook: Hook, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
     """Start to send the contiguous ``tensor`` by ``hook``, the transport's."""
     data = tensor.view(-1).view(torch.uint8)
     body, end = _cut(data)
@@ -51,7 +61,7 @@ def send(comm: Membership, hook: Hook, tensor: Tensor, dst: int, tag: int, timeo
     return _Letter(first, [hook(piece, dst, tag, timeout_s) for piece, tag in _pieces(comm, body, tag)], envelope)
 
 
-def receive(comm: Membership, hook: Hook, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
+def receive(comm: Sender, hook: Hook, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
     """Start to receive into the contiguous ``tensor`` by ``hook``; a message of another kind is a MismatchError."""
     data = tensor.view(-1).view(torch.uint8)
     body, end = _cut(data)
@@ -97,7 +107,7 @@ def _cut(data: Tensor) -> tuple[Tensor, Tensor]:
     return data[:size], data[size:]
 
 
-def _pieces(comm: Membership, body: Tensor, tag: int) -> Iterator[tuple[Tensor, int]]:
+def _pieces(comm: Sender, body: Tensor, tag: int) -> Iterator[tuple[Tensor, int]]:
     """Yield the pieces with their tags; the same on both ends where the sizes are."""
     if comm.checks_sizes:
         if body.numel():

@@ -6,20 +6,28 @@ A rank whose object cannot be pickled sends the reason in its place: the others 
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from minidist.contract.rank import Rank
 from minidist.errors import CommError
-
-if TYPE_CHECKING:
-    from minidist.communicator import Communicator
 
 IS_OBJECT, IS_REASON = 0, 1
 
 
-def all_gather_object(comm: Communicator, obj: Any, timeout_s: float | None) -> list[Any]:
+class Mover(Rank, Protocol):
+    """What moves the bytes."""
+
+    def all_gather(
+        self, output: Tensor, input: Tensor, async_op: bool = False, timeout_s: float | None = None
+    ) -> object: ...
+
+    def broadcast(self, tensor: Tensor, src: int, async_op: bool = False, timeout_s: float | None = None) -> object: ...
+
+
+def all_gather_object(comm: Mover, obj: Any, timeout_s: float | None) -> list[Any]:
     """Return every rank's ``obj``."""
     what, data, error = _pickled(obj)
     headers = torch.empty((comm.world_size, 2), dtype=torch.int64, device=comm.device_type)
@@ -36,7 +44,7 @@ def all_gather_object(comm: Communicator, obj: Any, timeout_s: float | None) -> 
     return [_object(comm, "all_gather_object", rank, row[:size]) for rank, (row, (_, size)) in enumerate(rows)]
 
 
-def broadcast_object(comm: Communicator, obj: Any, src: int, timeout_s: float | None) -> Any:
+def broadcast_object(comm: Mover, obj: Any, src: int, timeout_s: float | None) -> Any:
     """Return rank ``src``'s ``obj``."""
     error = None
     header = torch.zeros(2, dtype=torch.int64, device=comm.device_type)
@@ -63,17 +71,17 @@ def _pickled(obj: Any) -> tuple[int, Tensor, Exception | None]:
     return what, torch.frombuffer(bytearray(data), dtype=torch.uint8), error
 
 
-def _refused(comm: Communicator, operation: str, error: Exception) -> TypeError:
+def _refused(comm: Mover, operation: str, error: Exception) -> TypeError:
     return TypeError(f"{comm.who(operation)}: obj cannot be pickled: {type(error).__name__}: {error}")
 
 
-def _check(comm: Communicator, operation: str, rank: int, what: int, data: Tensor) -> None:
+def _check(comm: Mover, operation: str, rank: int, what: int, data: Tensor) -> None:
     if what == IS_REASON:
         reason = data.cpu().numpy().tobytes().decode(errors="replace")
         raise CommError(f"{comm.who(operation)}: rank {rank} has an object that cannot be pickled: {reason}")
 
 
-def _object(comm: Communicator, operation: str, rank: int, data: Tensor) -> Any:
+def _object(comm: Mover, operation: str, rank: int, data: Tensor) -> Any:
     try:
         return pickle.loads(data.cpu().numpy().tobytes())
     except Exception as error:  # whatever the object's own methods raise

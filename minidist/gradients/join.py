@@ -17,16 +17,16 @@ throughout, so a step with fewer batches is a smaller one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
+from torch import nn
 
+from minidist.communicator import Communicator
 from minidist.gradients.replicas import broadcast_module
 from minidist.sync_batch_norm import SyncBatchNorm
-
-if TYPE_CHECKING:
-    from minidist.ddp import DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,24 @@ class _Round:
     syncs_gradients: bool
 
 
+class Wrapper(Protocol):
+    """What a `Join` needs of the wrapper that it is for; see `minidist.ddp.DistributedDataParallel`."""
+
+    comm: Communicator
+    module: nn.Module
+    training: bool
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def sync_buffers(self, src: int = 0) -> None: ...
+
+    def reduce_gradients(self) -> None: ...
+
+
 class Join:
     """One rank's part in the rounds of one ``with ddp.join()``."""
 
-    def __init__(self, ddp: DistributedDataParallel) -> None:
+    def __init__(self, ddp: Wrapper) -> None:
         if any(isinstance(module, SyncBatchNorm) for module in ddp.modules()):
             raise ValueError(
                 f"{ddp.comm.who('join')}: SyncBatchNorm needs every rank in every forward; give all ranks equally many "

@@ -19,19 +19,22 @@ Description = list[tuple[str, str]]
 ARGUMENTS = "(bucket_cap_mb, broadcast_buffers, find_unused_parameters)"
 
 
-def make_replicas(comm: Communicator, module: nn.Module, arguments: tuple[float, bool, bool]) -> None:
+def make_replicas(
+    comm: Communicator, module: nn.Module, arguments: tuple[float, bool, bool], wrapper: type[nn.Module]
+) -> None:
     """Check that every rank has the same model and arguments; then give ``module`` the values that it has on rank 0.
 
     Args:
         comm: every rank calls it.
         module: changed in place.
         arguments: bucket_cap_mb, broadcast_buffers and find_unused_parameters.
+        wrapper: the class that wraps the module.
 
     Raises:
         ValueError: on every rank, what of a rank's module or arguments cannot be trained.
         MismatchError: names the first entry that differs, on rank 0 and on the first rank where it differs.
     """
-    who, why = comm.who("DistributedDataParallel"), complaint(module, arguments[0])
+    who, why = comm.who("DistributedDataParallel"), complaint(module, arguments[0], wrapper)
     description = [] if why else [(ARGUMENTS, str(arguments)), *describe(module)]
     answers: list[tuple[str | None, Description]] = comm.all_gather_object((why, description))
     for rank, (why, _) in enumerate(answers):

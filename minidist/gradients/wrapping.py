@@ -13,16 +13,16 @@ from torch.nn.parameter import is_lazy
 from minidist.contract import checks
 
 
-def complaint(module: nn.Module, bucket_cap_mb: float) -> str | None:
-    """Return the first thing that stands against wrapping ``module``, and what to do about it."""
-    return next(_complaints(module, bucket_cap_mb), None)
+def complaint(module: nn.Module, bucket_cap_mb: float, wrapper: type[nn.Module]) -> str | None:
+    """Return the first thing that stands against wrapping ``module`` in a ``wrapper``, and what to do about it."""
+    return next(_complaints(module, bucket_cap_mb, wrapper), None)
 
 
-def _complaints(module: nn.Module, bucket_cap_mb: float) -> Iterator[str]:
+def _complaints(module: nn.Module, bucket_cap_mb: float, wrapper: type[nn.Module]) -> Iterator[str]:
     if not (bucket_cap_mb > 0 and math.isfinite(bucket_cap_mb)):
         yield f"bucket_cap_mb must be > 0, got {bucket_cap_mb}"
     for name, each in module.named_modules():
-        if why := _of_module(each):
+        if why := _of_module(each, wrapper):
             yield f"module {name or '(the whole)'} is a {type(each).__name__}, {why}"
     for name, parameter in module.named_parameters():
         if why := _of_tensor(parameter) or (_of_trained(parameter) if parameter.requires_grad else None):
@@ -32,14 +32,12 @@ def _complaints(module: nn.Module, bucket_cap_mb: float) -> Iterator[str]:
             yield f"buffer {name} {why}"
 
 
-def _of_module(module: nn.Module) -> str | None:
+def _of_module(module: nn.Module, wrapper: type[nn.Module]) -> str | None:
     """Name what reduces gradients itself, and what would leave the replicas different.
 
     What asks torch's default process group would run unsynchronised where nobody made one.
     """
-    from minidist.ddp import DistributedDataParallel  # which needs this file itself
-
-    if isinstance(module, nn.parallel.DistributedDataParallel | DistributedDataParallel):
+    if isinstance(module, nn.parallel.DistributedDataParallel | wrapper):
         return "which reduces gradients itself; wrap its .module"
     if (
         isinstance(module, nn.Embedding | nn.EmbeddingBag)
