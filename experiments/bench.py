@@ -9,8 +9,6 @@ without waiting for anybody.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import hydra
 import torch
 from omegaconf import DictConfig
@@ -18,10 +16,10 @@ from omegaconf import DictConfig
 from backends.shm.communicator import ShmCommunicator, add_and_write
 from experiments.drawing.pictures import LIMIT, draw_bandwidth
 from experiments.measuring.collectives import BUSBW, LEAST, Collective
-from experiments.measuring.compare import Action, communicators, interleaved, median, percentile_95, report
+from experiments.measuring.compare import Action, communicators, interleaved, median, percentile_95, report, sizes
 from experiments.running.choices import at_least, several
 from experiments.running.run import CONF, main
-from experiments.running.tables import Row, multiplied
+from experiments.running.tables import Row
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
 
@@ -41,11 +39,6 @@ FORMATS = {
 }
 MAX_BURST_BYTES = 2**28
 """Large sizes get shorter bursts."""
-
-
-def sizes(cfg: DictConfig) -> Iterator[int]:
-    """Return the sizes in bytes."""
-    return multiplied(cfg.min_bytes, cfg.max_bytes, cfg.factor)
 
 
 def measure(cfg: DictConfig, comms: dict[str, Communicator], nbytes: int) -> list[Row]:

@@ -15,8 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from backends.calibration import Tables, calibrate
-from experiments.bench import sizes
-from experiments.measuring.compare import communicators
+from experiments.measuring.compare import communicators, sizes
 from experiments.running.choices import at_least
 from experiments.running.run import CONF, main
 from experiments.running.tables import table

@@ -17,9 +17,8 @@ from omegaconf import DictConfig
 
 from backends.algorithm import AlgorithmCommunicator
 from backends.calibration import Tables, calibrate, slowest_median
-from experiments.bench import sizes
 from experiments.drawing.algorithms import schedule_of, schedules_of
-from experiments.measuring.compare import communicators, median, report
+from experiments.measuring.compare import communicators, median, report, sizes
 from experiments.measuring.step_model import MEGABYTE, Profile, profile
 from experiments.running.build import build
 from experiments.running.choices import at_least, several

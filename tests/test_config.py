@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -221,27 +220,3 @@ def test_what_a_communicator_raises_stays_what_it_is(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BackendUnavailableError, match="serial is for one rank"):
         communicators.build(composed("comm=serial").comm, "comm")
-
-
-# The architecture -------------------------------------------------------------------------------
-
-
-def imports(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
-    return {name.split(".")[0] for name in names}
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "minidist").glob("*.py")), ids=lambda path: path.name)
-def test_minidist_knows_no_backend_and_only_config_knows_hydra(path: Path) -> None:
-    forbidden = {"backends", "experiments", "mpi4py"} | ({"hydra", "omegaconf"} if path.name != "config.py" else set())
-    assert not imports(path) & forbidden
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "backends").glob("*.py")), ids=lambda path: path.name)
-def test_backends_know_only_minidist(path: Path) -> None:
-    assert not imports(path) & {"experiments", "hydra", "omegaconf", "tests"}

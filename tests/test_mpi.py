@@ -12,7 +12,8 @@ HEAD = """
 import os, sys, time
 import torch
 from minidist.errors import BackendUnavailableError, MismatchError, PeerLostError
-from backends.mpi import MpiCommunicator, notices
+from backends.mpi import MpiCommunicator
+from backends.mpi.process import notices
 """
 IMPORTS = {
     "minidist first": HEAD,

@@ -138,7 +138,7 @@ def _meet_at_master(world: launch.World) -> Meeting:
 
 
 def _meet_over_mpi(world: launch.World) -> Meeting:
-    from backends.mpi import from_rank_0
+    from backends.mpi.process import from_rank_0
 
     store = None
     if world.rank == 0:

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from experiments.running.build import build, check_available
 from experiments.running.choices import check_groups
-from experiments.running.tables import Row, table, write_csv, write_json
+from experiments.running.tables import Row, multiplied, table, write_csv, write_json
 from minidist.communicator import Communicator
 from minidist.errors import ConfigError
 from minidist.launch import detect
@@ -63,6 +63,11 @@ def _check_name(name: object, key: str) -> None:
 def _overrides(name: str) -> list[str]:
     groups = ("comm", "comm/transport", "comm/transport/transport")
     return [f"{group}={choice}" for group, choice in zip(groups, name.split("/"), strict=False)]
+
+
+def sizes(cfg: DictConfig) -> Iterator[int]:
+    """Return the sizes in bytes."""
+    return multiplied(cfg.min_bytes, cfg.max_bytes, cfg.factor)
 
 
 def interleaved(

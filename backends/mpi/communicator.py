@@ -10,13 +10,7 @@ business: mpirun ends the job.
 
 from __future__ import annotations
 
-import atexit
-import functools
-import math
-import os
 import secrets
-import signal
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -25,7 +19,7 @@ import torch
 from torch import Tensor
 
 from backends import cores
-from backends.notices import Notices
+from backends.mpi import process
 from backends.scheduled import ScheduledCommunicator
 from minidist import launch
 from minidist.communicator import Communicator, ReduceOp, Work
@@ -37,71 +31,8 @@ BACKGROUND_SPIN_S = 1e-4
 PAUSE_S = 1e-5
 GRACE_S = 0.5
 """How long an operation may go on after a rank has left: it may have got all that it needs."""
-LAST_WORDS_S = 3.0
-"""How long a rank that failed waits for the others to fail before it ends the job."""
 
 Request = Any  # mpi4py is imported only where it is used
-_open: set[MpiCommunicator] = set()  # per process, as MPI itself: what has to be told at exit
-
-
-def load() -> Any:
-    """Return mpi4py's MPI, not initialised.
-
-    Raises:
-        BackendUnavailableError: mpi4py or the MPI library is missing.
-    """
-    try:
-        import mpi4py
-
-        if "mpi4py.MPI" not in sys.modules:  # else it says how MPI was initialised
-            mpi4py.rc.initialize = False
-        from mpi4py import MPI
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"mpi needs mpi4py: {error}; run pip install mpi4py mpich, or use comm=gloo"
-        ) from error
-    except RuntimeError as error:
-        raise BackendUnavailableError(
-            f"mpi4py finds no MPI library ({str(error).splitlines()[0]}); run pip install mpich, "
-            "or install Open MPI or MPICH on the system"
-        ) from error
-    return MPI
-
-
-@functools.cache
-def initialised() -> Any:
-    """Return mpi4py's MPI, ready for use from several threads.
-
-    Where a program has imported it before, mpi4py has initialised MPI and finalises it, after this module's farewell:
-    it does so when the interpreter is gone. Whoever initialises it by hand may leave its end to the farewell.
-    """
-    MPI = load()
-    import mpi4py
-
-    by_mpi4py = mpi4py.rc.initialize and mpi4py.rc.finalize is not False
-    if not MPI.Is_initialized():
-        if MPI.Init_thread(MPI.THREAD_MULTIPLE) != MPI.THREAD_MULTIPLE:
-            raise BackendUnavailableError("this MPI library was built without MPI_THREAD_MULTIPLE; install another")
-    elif MPI.Is_finalized():
-        raise BackendUnavailableError("MPI was finalised before a communicator was made; leave that to the end")
-    elif MPI.Query_thread() != MPI.THREAD_MULTIPLE:
-        raise BackendUnavailableError(
-            "MPI was initialised without MPI_THREAD_MULTIPLE before minidist could ask for it; "
-            "leave mpi4py.rc.thread_level at 'multiple', or make the communicator first"
-        )
-    atexit.register(_end, os.getpid(), not by_mpi4py)
-    return MPI
-
-
-@functools.cache
-def notices() -> Notices:
-    """Return the notices of this process; the first call is collective."""
-    return Notices(initialised())
-
-
-def from_rank_0(value: Any) -> Any:
-    """Return what rank 0 of the whole world gave; all processes call it."""
-    return initialised().COMM_WORLD.bcast(value)
 
 
 class MpiCommunicator(ScheduledCommunicator):
@@ -120,11 +51,11 @@ class MpiCommunicator(ScheduledCommunicator):
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, mpi_comm: Any = None) -> None:
         self.check_available()
-        MPI = self._MPI = initialised()
+        MPI = self._MPI = process.initialised()
         self._comm = MPI.COMM_WORLD.Dup() if mpi_comm is None else mpi_comm
-        _check_world(MPI.COMM_WORLD.size)
+        process.check_world(MPI.COMM_WORLD.size)
         super().__init__(self._comm.rank, self._comm.size, timeout_s, segment_bytes)
-        self._notices = notices()
+        self._notices = process.notices()
         self._key = self._comm.bcast(secrets.token_hex(8))
         self._notices.watch(self._key)
         # Every rank is in it before one can be out of it, so all of them watch by now.
@@ -148,7 +79,7 @@ class MpiCommunicator(ScheduledCommunicator):
             torch.complex128: MPI.C_DOUBLE_COMPLEX,
         }
         self._types_by_size = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
-        _open.add(self)
+        process.open_communicators.add(self)
 
     def _cores_per_rank(self) -> int:
         return cores.per_rank(self._comm.allgather(cores.here()), self.rank, launch.detect().local_world_size)
@@ -160,7 +91,7 @@ class MpiCommunicator(ScheduledCommunicator):
                 "mpi was started by torchrun, where every process is an MPI world of its own and would train alone; "
                 "start with mpirun -n 2 python ..., or use comm=gloo"
             )
-        load()
+        process.load()
 
     # Point to point ---------------------------------------------------------------------------
 
@@ -294,7 +225,7 @@ class MpiCommunicator(ScheduledCommunicator):
         return MpiCommunicator(self.timeout_s, self.segment_bytes, child)
 
     def _close(self) -> None:
-        _open.discard(self)
+        process.open_communicators.discard(self)
         self._tell(self.rank, None)
         self._notices.forget(self._key)
         if self._failure is None:  # else messages may be on their way, and the next one like it would get them
@@ -361,45 +292,3 @@ class _MpiMessage(Work):
 
 def _parts(tensor: Tensor) -> list[Tensor]:
     return [tensor] if tensor.numel() <= MAX_COUNT else list(torch.split(tensor.view(-1), 2**30))
-
-
-def _check_world(mpi_size: int) -> None:
-    world = launch.detect()
-    if mpi_size != world.world_size:
-        raise BackendUnavailableError(
-            f"{world.launcher} started {world.world_size} processes, but this MPI library sees {mpi_size}: it is "
-            f"not the one of that launcher ({sys.executable}); use the mpirun of the MPI that mpi4py finds"
-        )
-
-
-def _end(pid: int, finalise: bool) -> None:
-    """Leave MPI at exit: in order, or by ending the job where this rank failed and the others do not end too.
-
-    MPI_Finalize waits for all ranks, so a rank that failed must not enter it alone. The others get a moment to
-    raise what they have been told, and to print it, before the launcher kills them.
-
-    Args:
-        pid: the process whose farewell it is; one that it forked says none.
-        finalise: whether nobody else does. MPICH's mpirun takes the first rank that ends without it for the whole job.
-    """
-    MPI = load()
-    if os.getpid() != pid or MPI.Is_finalized():
-        return
-    failed = any(comm.failed for comm in _open)
-    for comm in _open:
-        comm.abort("it ended without closing its communicator")
-    together = MPI.COMM_WORLD.Ibarrier()
-    deadline = time.monotonic() + (LAST_WORDS_S if failed else math.inf)
-    while not together.Test() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if not together.Test():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(1)
-    if failed:  # what it left on its way may keep MPI_Finalize waiting; then the signal ends the process
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, LAST_WORDS_S)
-    if not finalise:
-        return
-    MPI.Finalize()
-    signal.setitimer(signal.ITIMER_REAL, 0)
