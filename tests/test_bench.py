@@ -13,10 +13,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from backends.thread import ThreadCommunicator, run_threads
-from experiments.bench import check, sizes
+from experiments.bench import check
 from experiments.drawing.pictures import draw_bandwidth, draw_steps
 from experiments.measuring.collectives import BUSBW, Collective
-from experiments.measuring.compare import communicators
+from experiments.measuring.compare import communicators, sizes
 from experiments.running.choices import at_least, several
 from experiments.running.tables import table, write_csv, write_json
 from minidist.communicator import Communicator, ReduceOp

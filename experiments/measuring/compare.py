@@ -15,6 +15,7 @@ import hydra
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
 from experiments.running.build import build, check_available
 from experiments.running.choices import check_groups
