@@ -27,7 +27,8 @@ from backends.contact import LEFT, ContactLostError
 from backends.scheduled import ScheduledCommunicator
 from minidist.communicator import Work
 from minidist.contract.envelope import received, to
-from minidist.errors import CommError, CommTimeoutError, MismatchError, PeerLostError
+from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, MismatchError, PeerLostError
+from minidist.launch import detect
 
 T = TypeVar("T")
 _this_thread = threading.local()  # its world and its rank, set by run_threads
@@ -146,9 +147,21 @@ class ThreadCommunicator(ScheduledCommunicator):
     checks_sizes = checks_dtypes = True
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22) -> None:
-        world, rank = getattr(_this_thread, "place", None) or (ThreadWorld(1), 0)
+        place = getattr(_this_thread, "place", None)
+        if place is None:
+            self.check_available()
+        world, rank = place or (ThreadWorld(1), 0)
         super().__init__(rank, world.world_size, timeout_s, segment_bytes)
         self.exchange = world.next_exchange(rank)
+
+    @classmethod
+    def check_available(cls) -> None:
+        world = detect()
+        if world.world_size > 1:
+            raise BackendUnavailableError(
+                f"thread has its ranks in one process, but {world.launcher} started {world.world_size}, and each would "
+                "train alone; start with python, or choose comm=gloo or another that communicates"
+            )
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
         half = _Half(self, tensor, dst, timeout_s)

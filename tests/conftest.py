@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 
 import pytest
 
@@ -31,6 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--comm"):
+        try:
+            pkgutil.resolve_name(path)
+        except (ImportError, AttributeError, ValueError) as error:
+            message = f"--comm={path} cannot be imported ({error}); set PYTHONPATH to where it lies"
+            raise pytest.UsageError(message) from error
     os.environ[DEVICE] = config.getoption("--comm-device")  # for the ranks, which are processes
 
 

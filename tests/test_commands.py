@@ -251,12 +251,21 @@ def test_a_job_of_a_sweep_goes_on_from_itself_and_not_from_the_job_before(tmp_pa
     sweep = ("python", MNIST, "-m", "optim.lr=0.1,0.2", "engine.resume=true", *TINY)
     first = run(tmp_path, *sweep)
     assert first.returncode == 0, first.stderr
-    assert first.stderr.count("no earlier run has a checkpoint; starting anew") == 2
+    assert first.stderr.count("no earlier run of this command has a checkpoint; starting anew") == 2
     directory = only_run(tmp_path, "multirun/*")
     again = run(tmp_path, *sweep, "engine.epochs=2")
     assert again.returncode == 0, again.stderr
     for number in range(2):
         assert f"going on from {directory / str(number) / 'checkpoints'}" in again.stderr
+
+
+def test_a_run_goes_on_from_its_own_command_and_not_from_the_last_one(tmp_path: Path) -> None:
+    own, other = (("python", MNIST, f"optim.lr={lr}", *TINY) for lr in ("0.1", "0.2"))
+    assert run(tmp_path, *own).returncode == 0
+    first = only_run(tmp_path)
+    assert run(tmp_path, *other).returncode == 0
+    again = run(tmp_path, *own, "engine.epochs=2", "engine.resume=true")
+    assert f"going on from {first / 'checkpoints'}" in again.stderr, again.stderr
 
 
 @pytest.mark.slow

@@ -215,8 +215,12 @@ def test_a_setting_that_the_target_does_not_take_is_refused() -> None:
         communicators.build(section, "comm")
 
 
-def test_what_a_communicator_raises_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("comm", "message"), [("serial", "serial is for one rank"), ("thread", "thread has its ranks in one process")]
+)
+def test_ranks_that_would_train_alone_are_refused(comm: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a communicator raises stays what it is."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BackendUnavailableError, match="serial is for one rank"):
-        communicators.build(composed("comm=serial").comm, "comm")
+    with pytest.raises(BackendUnavailableError, match=message):
+        communicators.build(composed(f"comm={comm}").comm, "comm")

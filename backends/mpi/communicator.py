@@ -200,7 +200,7 @@ class MpiCommunicator(ScheduledCommunicator):
             self._tell(*gone)  # so that those who wait for this rank hear the cause
             return PeerLostError(f"rank {gone[0]} is gone: {gone[1]}", (gone[0],))
         if time.monotonic() > deadline:
-            return CommTimeoutError(f"no answer within {timeout_s:g} s; a rank did not take part")
+            return CommTimeoutError(f"no answer within {timeout_s:.3g} s; a rank did not take part")
         return None
 
     # Life -------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ class GlooCommunicator(TorchDistCommunicator):
         except RuntimeError as error:
             # A rank whose time is up closes its connections, which can reach us before our own time is up.
             if time.monotonic() - started > 0.8 * timeout_s:
-                raise CommTimeoutError(f"no answer within {timeout_s:g} s; a rank did not take part") from error
+                raise CommTimeoutError(f"no answer within {timeout_s:.3g} s; a rank did not take part") from error
             raise
 
     # Collectives ------------------------------------------------------------------------------

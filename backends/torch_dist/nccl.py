@@ -84,7 +84,7 @@ class NcclCommunicator(TorchDistCommunicator):
         except RuntimeError as error:
             if time.monotonic() - started < timeout_s:
                 raise
-            raise CommTimeoutError(f"no answer within {timeout_s:g} s; a rank did not take part") from error
+            raise CommTimeoutError(f"no answer within {timeout_s:.3g} s; a rank did not take part") from error
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
         return self._batches[tag >> SIZE_SHIFT > 0].add(self._group.send, tensor, dst, tag, timeout_s)
