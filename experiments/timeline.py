@@ -37,9 +37,9 @@ def trace(comm: Communicator, schedule: Schedule, nbytes: int, warmup: int) -> l
     return timed(simulate(schedule, comm.world_size, nbytes, Flat(1, 0), record=True).messages, logs)
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="trace")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="timeline")
 def experiment(cfg: DictConfig) -> None:
-    """Run, and write trace.png and trace.svg."""
+    """Run, and write timeline.png and timeline.svg."""
     with communicators([cfg.transport], "transport") as comms:
         (comm,) = comms.values()
         schedule = schedule_of(cfg.algorithm, "all_reduce", comm.world_size)
@@ -48,7 +48,7 @@ def experiment(cfg: DictConfig) -> None:
         messages = trace(comm, schedule, cfg.nbytes, cfg.warmup)
         if comm.rank == 0:
             what = f"{cfg.algorithm} all_reduce of {cfg.nbytes} bytes over {cfg.transport}"
-            path = Path(HydraConfig.get().runtime.output_dir) / "trace"
+            path = Path(HydraConfig.get().runtime.output_dir) / "timeline"
             draw_timeline(path, f"{what}, {comm.world_size} ranks, as it ran", comm.world_size, messages)
             print(f"written: {path}.png, .svg", flush=True)
 

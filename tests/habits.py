@@ -1,7 +1,7 @@
 """Programs as users write them, with whatever wraps their models: torch's DDP, or ours over some communicator.
 
-Started by `test_habits` as ``-m tests.habits DIRECTORY torch`` under torchrun, which leaves what torch's DDP makes of
-each program, and with dotted paths of communicators, which compares.
+Started by `test_habits` as ``-m tests.habits DIRECTORY torch:NAME,NAME`` under torchrun, which leaves what torch's DDP
+makes of these programs, and with dotted paths of communicators in its place, which compares.
 """
 
 from __future__ import annotations
@@ -349,10 +349,10 @@ OURS: dict[str, Callable[[Communicator], None]] = {
 }
 
 
-def with_torch(directory: Path) -> None:
+def with_torch(directory: Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
-    for name, program in AGAINST_TORCH.items():
-        torch.save(program(TorchDDP, dist.get_rank()), directory / f"{name}-{dist.get_rank()}.pt")
+    for name in names:
+        torch.save(AGAINST_TORCH[name](TorchDDP, dist.get_rank()), directory / f"{name}-{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -378,20 +378,22 @@ def run(make: str, name: str, directory: Path) -> str:
     return ""
 
 
-def main(directory: Path, *makes: str) -> None:
+def main(directory: Path, *wanted: str) -> None:
     torch.set_num_threads(1)
-    if makes == ("torch",):
-        return with_torch(directory)
+    names = {make: of_make.split(",") for make, of_make in (each.split(":") for each in wanted)}
+    if "torch" in names:
+        return with_torch(directory, names["torch"])
+    first = next(iter(names))
 
     def rank() -> None:
         who = f"{threading.current_thread().name}-{torch.distributed.get_node_local_rank(0)}"
-        with open(directory / f"outcomes-{makes[0]}-{who}.jsonl", "w", encoding="utf-8") as file:
-            for make in makes:
-                for name in (*AGAINST_TORCH, *OURS):
+        with open(directory / f"outcomes-{first}-{who}.jsonl", "w", encoding="utf-8") as file:
+            for make in names:
+                for name in names[make]:
                     file.write(json.dumps({"make": make, "name": name, "failure": run(make, name, directory)}) + "\n")
                     file.flush()
 
-    if "thread" in makes[0]:
+    if "thread" in first:
         spawn_threads(rank, WORLD_SIZE)
     else:
         rank()

@@ -329,8 +329,8 @@ def test_a_calibrated_preset_predicts(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_a_real_run_is_drawn(tmp_path: Path) -> None:
-    command = ["torchrun", "--nproc-per-node=3", str(ROOT / "experiments" / "trace.py"), "algorithm=swing"]
+    command = ["torchrun", "--nproc-per-node=3", str(ROOT / "experiments" / "timeline.py"), "algorithm=swing"]
     done = run(tmp_path, *command, "nbytes=4096", "warmup=1", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "trace.png").stat().st_size > 10_000
-    assert (tmp_path / "trace.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "timeline.png").stat().st_size > 10_000
+    assert (tmp_path / "timeline.svg").read_text().startswith("<?xml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,13 +16,22 @@ Failures = dict[tuple[str, str], list[str]]
 
 
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory: pytest.TempPathFactory) -> Failures:
-    """Run everything; return what each rank said, nothing where all went well, by communicator and program."""
+def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Failures:
+    """Run what was selected; return what each rank said, nothing where all went well, by communicator and program."""
     directory = tmp_path_factory.mktemp("habits")
+    tests = [
+        item for item in request.session.items if isinstance(item, pytest.Function) and item.function is test_habit
+    ]
+    wanted: dict[str, list[str]] = defaultdict(list)
+    for item in tests:
+        wanted[item.callspec.params["make"]].append(item.callspec.params["name"])
+    wanted["torch"] = [name for name in habits.AGAINST_TORCH if any(name in names for names in wanted.values())]
     for launcher, makes in (("torchrun", ("torch",)), ("torchrun", PROCESSES), ("thread", THREADS)):
-        arguments = harness.command(launcher, habits.WORLD_SIZE, "-m", "tests.habits", str(directory), *makes)
-        returncode, output = harness.run_command(arguments, directory / f"{makes[0]}.txt", limit_s=300)
-        assert returncode == 0, output
+        given = [f"{make}:{','.join(wanted[make])}" for make in makes if wanted[make]]
+        if given:
+            arguments = harness.command(launcher, habits.WORLD_SIZE, "-m", "tests.habits", str(directory), *given)
+            returncode, output = harness.run_command(arguments, directory / f"{makes[0]}.txt", limit_s=300)
+            assert returncode == 0, output
     said: Failures = defaultdict(list)
     for path in directory.glob("outcomes-*.jsonl"):
         for line in path.read_text().splitlines():
@@ -30,9 +40,16 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> Failures:
     return said
 
 
+def _cases() -> Iterator[object]:
+    """Yield all programs on all communicators; what is compiled is slow, and by default on shared memory alone."""
+    for make in (*PROCESSES, *THREADS):
+        for name in (*habits.AGAINST_TORCH, *habits.OURS):
+            is_slow = "compiled" in name and make != PROCESSES[0]
+            yield pytest.param(make, name, marks=[pytest.mark.slow] if is_slow else [])
+
+
 @pytest.mark.timeout(900)  # the first of them runs all
-@pytest.mark.parametrize("name", [*habits.AGAINST_TORCH, *habits.OURS])
-@pytest.mark.parametrize("make", [*PROCESSES, *THREADS])
+@pytest.mark.parametrize(("make", "name"), list(_cases()))
 def test_habit(make: str, name: str, failures: Failures) -> None:
     assert len(failures[make, name]) == habits.WORLD_SIZE
     assert not any(failures[make, name]), "\n".join(failures[make, name])
