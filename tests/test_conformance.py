@@ -75,7 +75,7 @@ COMPOSED = ("ring-thread", "group-of-thread", "ring-gloo", "ring-mpi", "ring-shm
 
 
 def _is_slow(row: Row, world_size: int, check: str) -> bool:
-    """By default: processes in twos and threes, and training on two ranks of what moves bytes itself."""
+    """By default: processes in twos and threes, rings over them in threes, and training on two ranks of transports."""
     if row.focus:
         in_focus = any(check.startswith(f"check_{part}") for part in row.focus)
         return not in_focus or world_size != 3 or (row.launcher == "torchrun" and needs_of(check).own_world)
@@ -83,7 +83,7 @@ def _is_slow(row: Row, world_size: int, check: str) -> bool:
         return True
     if needs_of(check).own_world:
         return row.name not in FATAL_BY_DEFAULT
-    if row.name in COMPOSED and world_size == 4:
+    if row.name in COMPOSED and (world_size == 4 or (row.launcher != "thread" and world_size != 3)):
         return True
     return (
         check.startswith("check_training")
