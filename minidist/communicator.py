@@ -106,7 +106,7 @@ class Communicator(Membership, ABC):
     @final
     def all_reduce(self, tensor: Tensor, op: ReduceOp = SUM, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Combine ``tensor`` over all ranks, in place; every rank ends with identical bits."""
-        checks.reduction(self, "all_reduce", op, timeout_s, tensor=tensor)
+        checks.reduction(self, "all_reduce", op, tensor=tensor)
         return self._run("all_reduce", self._all_reduce, (tensor,), (op,), async_op, timeout_s)
 
     @final
@@ -114,7 +114,7 @@ class Communicator(Membership, ABC):
         self, tensor: Tensor, dst: int, op: ReduceOp = SUM, async_op: bool = False, timeout_s: Seconds = None
     ) -> Work:
         """Combine ``tensor`` over all ranks into rank ``dst``'s; the others keep theirs."""
-        checks.reduction(self, "reduce", op, timeout_s, tensor=tensor)
+        checks.reduction(self, "reduce", op, tensor=tensor)
         checks.peer(self, "reduce", "dst", dst)
         return self._run("reduce", self._reduce, (tensor,), (dst, op), async_op, timeout_s, keep=self.rank != dst)
 
@@ -139,7 +139,7 @@ class Communicator(Membership, ABC):
 
         ``input`` keeps its values, but for those in the memory of ``output``.
         """
-        checks.reduction(self, "reduce_scatter", op, timeout_s, output=output)
+        checks.reduction(self, "reduce_scatter", op, output=output)
         checks.blocks(self, "reduce_scatter", "input", output=output, input=input)
         return self._run("reduce_scatter", self._reduce_scatter, (output, input), (op,), async_op, timeout_s)
 

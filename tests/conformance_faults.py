@@ -95,7 +95,7 @@ def check_a_fork_leaves_what_it_inherits_alone(comm: Communicator, meet: Meet) -
         held.clear()
         gc.collect()
 
-    ended = _in_a_fork(use_and_leave)
+    ended = in_a_fork(use_and_leave)
     assert ended == 0, f"the fork ended with {ended}"
     if comm.rank == 0:
         works = [comm.barrier(async_op=True)]
@@ -104,7 +104,7 @@ def check_a_fork_leaves_what_it_inherits_alone(comm: Communicator, meet: Meet) -
     assert held[0].tolist() == [comm.world_size**2] * 1000
 
 
-def _in_a_fork(act: Callable[[], None]) -> int:
+def in_a_fork(act: Callable[[], None]) -> int:
     """Return how a fork ended in which ``act`` runs; it is killed after LIMIT_S."""
     pid = os.fork()
     if pid == 0:

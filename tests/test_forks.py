@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 
 from minidist.contract.forks import Living, Maker, only_here
 from minidist.errors import CommError
+from tests.conformance_faults import in_a_fork
 from tests.harness import command, run_command
 
 
@@ -21,18 +21,6 @@ def run_ranks(kind: str, what: str, tmp_path: Path, world_size: int = 2) -> tupl
     """Run a function of tests/fork_ranks.py on every rank; return how torchrun ended, and what they wrote."""
     arguments = command("torchrun", world_size, "-m", "tests.fork_ranks", kind, what)
     return run_command(arguments, tmp_path / "output.txt", 100, {"REPORT": str(tmp_path)})
-
-
-def in_a_fork(check: Callable[[], None]) -> int:
-    """Return the exit status of a fork in which ``check`` runs."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            check()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_what_is_registered_acts_in_its_own_process_only(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ class Agreement:
             return max(timeout_s - (time.monotonic() - started), 1e-3)
         for target, parts in reads:
             combine(op, [self._piece(*part, target) for part in parts], target)
+        self._comm.traffic.count(0 if source is None else source.nbytes)
         return None
 
     def compare(self, word: int, timeout_s: float) -> None:

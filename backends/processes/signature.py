@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minidist.communicator import ReduceOp
-from minidist.contract.checks import DTYPES
+from minidist.contract.checks import DTYPES, spell
 
 KINDS = (
     "barrier",
@@ -47,4 +47,4 @@ def _spell(word: int) -> str:
     if kind == "barrier":
         return kind
     dtype, op, root, numel = DTYPES[word >> 55 & 15], OPS[word >> 52 & 7], word >> 40 & 0xFFF, word & (1 << 40) - 1
-    return f"{kind} of {numel} {str(dtype).removeprefix('torch.')} with op {op.name} and root {root}"
+    return f"{kind} of {numel} {spell(dtype)} with op {op.name} and root {root}"

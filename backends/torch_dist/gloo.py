@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from backends.contact import ContactLostError
-from backends.processes.agreement import Agreement, Read
+from backends.processes.agreement import Agreement
 from backends.processes.communicator import Place, ProcessCommunicator
 from backends.processes.signature import MEETING, pack
 from minidist.communicator import ReduceOp, Work
@@ -166,43 +166,43 @@ class GlooCommunicator(TorchDistCommunicator):
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:
         reads = [(tensor, self._everyone)]
-        if left := self._settle("all_reduce", tensor, tensor, reads, timeout_s, op=op):
+        if left := self._agreement.settle("all_reduce", tensor, tensor, reads, timeout_s, op=op):
             super()._all_reduce(tensor, op, left)
 
     def _reduce(self, tensor: Tensor, dst: int, op: ReduceOp, timeout_s: float) -> None:
         reads = [(tensor, self._everyone)] if self.rank == dst else []
-        if left := self._settle("reduce", tensor, tensor, reads, timeout_s, op=op, root=dst):
+        if left := self._agreement.settle("reduce", tensor, tensor, reads, timeout_s, op=op, root=dst):
             super()._reduce(tensor, dst, op, left)
 
     def _broadcast(self, tensor: Tensor, src: int, timeout_s: float) -> None:
         reads = [] if self.rank == src else [(tensor, [(src, 0)])]
-        if left := self._settle("broadcast", tensor, tensor, reads, timeout_s, root=src):
+        if left := self._agreement.settle("broadcast", tensor, tensor, reads, timeout_s, root=src):
             super()._broadcast(tensor, src, left)
 
     def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
         reads = zip(self._blocks_of(output), self._each(0), strict=True)
-        if left := self._settle("all_gather", input, input, reads, timeout_s):
+        if left := self._agreement.settle("all_gather", input, input, reads, timeout_s):
             super()._all_gather(output, input, left)
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
         reads = [(output, [(rank, self.rank) for rank in range(self.world_size)])]
-        if left := self._settle("reduce_scatter", output, input, reads, timeout_s, self.world_size, op):
+        if left := self._agreement.settle("reduce_scatter", output, input, reads, timeout_s, self.world_size, op):
             super()._reduce_scatter(output, input, op, left)
 
     def _gather(self, output: Tensor | None, input: Tensor, dst: int, timeout_s: float) -> None:
         reads = [] if output is None else zip(self._blocks_of(output), self._each(0), strict=True)
-        if left := self._settle("gather", input, input, reads, timeout_s, root=dst):
+        if left := self._agreement.settle("gather", input, input, reads, timeout_s, root=dst):
             super()._gather(output, input, dst, left)
 
     def _scatter(self, output: Tensor, input: Tensor | None, src: int, timeout_s: float) -> None:
         reads = [(output, [(src, self.rank)])]
-        if left := self._settle("scatter", output, input, reads, timeout_s, self.world_size, root=src):
+        if left := self._agreement.settle("scatter", output, input, reads, timeout_s, self.world_size, root=src):
             super()._scatter(output, input, src, left)
 
     def _all_to_all(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
         chunks = self._blocks_of(output)
         reads = zip(chunks, self._each(self.rank), strict=True)
-        if left := self._settle("all_to_all", chunks[0], input, reads, timeout_s, self.world_size):
+        if left := self._agreement.settle("all_to_all", chunks[0], input, reads, timeout_s, self.world_size):
             super()._all_to_all(output, input, left)
 
     def _barrier(self, timeout_s: float) -> None:
@@ -212,22 +212,6 @@ class GlooCommunicator(TorchDistCommunicator):
     def _each(self, piece: int) -> list[list[tuple[int, int]]]:
         """Return, for each rank, a piece of its tensor alone."""
         return [[(rank, piece)] for rank in range(self.world_size)]
-
-    def _settle(
-        self,
-        kind: str,
-        like: Tensor,
-        source: Tensor | None,
-        reads: Iterable[Read],
-        timeout_s: float,
-        num_pieces: int = 1,
-        op: ReduceOp = ReduceOp.SUM,
-        root: int = 0,
-    ) -> float | None:
-        left = self._agreement.settle(kind, like, source, reads, timeout_s, num_pieces, op, root)
-        if left is None:
-            self.traffic.count(0 if source is None else source.nbytes)
-        return left
 
     def _interrupt(self) -> None:
         """Break this rank's connections: a receive that times out is all that makes Gloo do so."""

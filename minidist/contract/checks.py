@@ -24,6 +24,11 @@ _DTYPES = frozenset(DTYPES)
 MAX_TAG = 2**15 - 2
 
 
+def spell(dtype: torch.dtype) -> str:
+    """Return the short name of a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
 def group(rank: int, world_size: int, timeout_s: float) -> None:
     """Check what every communicator is made with."""
     if world_size < 1:
@@ -69,7 +74,7 @@ def _tensor(comm: Rank, operation: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _DTYPES:
         raise TypeError(
             f"{comm.who(operation)}: {name} has dtype {tensor.dtype}, which no backend moves; "
-            f"use one of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}"
+            f"use one of {', '.join(map(spell, DTYPES))}"
         )
     if not (tensor.is_cpu and comm.device_type == "cpu") and tensor.device.type not in (comm.device_type, "cuda"):
         raise ValueError(
@@ -115,17 +120,15 @@ def message(comm: Rank, operation: str, tensor: Tensor, name: str, rank: int, ta
         raise ValueError(f"{comm.who(operation)}: tag must be an int from 0 to {MAX_TAG}, got {tag!r}")
 
 
-def reduction(comm: Rank, operation: str, op: ReduceOp, timeout_s: float | None, **named: Tensor) -> None:
-    """Check tensors that are to be combined with ``op``, and all else: an average changes them at once."""
-    if timeout_s is not None:
-        timeout(comm, operation, timeout_s)
+def reduction(comm: Rank, operation: str, op: ReduceOp, **named: Tensor) -> None:
+    """Check tensors that are to be combined with ``op``."""
     if not isinstance(op, ReduceOp):
         raise TypeError(f"{comm.who(operation)}: op must be a ReduceOp, got {op!r}; use ReduceOp.SUM")
     tensors(comm, operation, **named)
     dtype = next(iter(named.values())).dtype
     if dtype.is_floating_point:
         return
-    name = str(dtype).removeprefix("torch.")
+    name = spell(dtype)
     if dtype.is_complex:
         if op not in (ReduceOp.SUM, ReduceOp.AVG):
             raise TypeError(f"{comm.who(operation)}: op {op.name} is not defined for {name}; use SUM or AVG")

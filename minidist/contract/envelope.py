@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minidist.contract.checks import DTYPES
+from minidist.contract.checks import DTYPES, spell
 from minidist.contract.work import Work
 from minidist.errors import CommError, MismatchError
 
@@ -92,11 +92,6 @@ def to(peer: int, sent: int, sent_as: torch.dtype, numel: int, dtype: torch.dtyp
         f"this rank sends {sent} elements of {spell(sent_as)}, rank {peer} receives {numel} of {spell(dtype)}; "
         "both have to name one size and dtype"
     )
-
-
-def spell(dtype: torch.dtype) -> str:
-    """Return the short name of a dtype."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _cut(data: Tensor) -> tuple[Tensor, Tensor]:

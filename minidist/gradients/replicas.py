@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minidist.communicator import Communicator, ReduceOp, Work
+from minidist.contract.checks import spell
 from minidist.errors import MismatchError
 from minidist.gradients.broadcast import Broadcast, kinds
 from minidist.gradients.buckets import Bucket, layout
@@ -59,7 +60,7 @@ def describe(module: nn.Module) -> Description:
 
 def _describe_tensor(tensor: Tensor, devices: Sequence[torch.device]) -> str:
     """Say what the place in a bucket, and in a message, depends on."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = spell(tensor.dtype)
     strides = layout(tensor)
     laid_out = "" if strides is None else f" with strides {strides}"
     # Ranks call their devices differently, but have to share out the parameters among them alike.

@@ -2,8 +2,8 @@
 
 A model can be changed after it was wrapped: a layer replaced or unfrozen, a state loaded with ``assign=True``, a
 parametrization added, a dtype changed. Its buckets then hold the gradients of what is no longer trained, and the
-replicas drift apart without an error. So each forward that will communicate compares; it costs about a microsecond per
-module and half of one per parameter.
+replicas drift apart without an error. So each forward that will communicate compares; it costs one to two microseconds
+per module and per parameter (81 for a ResNet-18).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from minidist.contract.checks import spell
 from minidist.gradients.backward import Listener
 from minidist.gradients.buckets import Bucket, layout
 
@@ -94,4 +95,4 @@ def _place(parameter: nn.Parameter) -> tuple[Any, ...]:
 def _spell(place: tuple[Any, ...]) -> str:
     dtype, device, shape, strides = place
     laid_out = "" if strides is None else f" with strides {strides}"
-    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)} on {device}{laid_out}"
+    return f"{spell(dtype)} {tuple(shape)} on {device}{laid_out}"

@@ -78,5 +78,5 @@ def _of_tensor(tensor: Tensor) -> str | None:
 def _of_trained(parameter: Tensor) -> str | None:
     if parameter.dtype in checks.DTYPES:
         return None
-    choices = ", ".join(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES if dtype.is_floating_point)
+    choices = ", ".join(checks.spell(dtype) for dtype in checks.DTYPES if dtype.is_floating_point)
     return f"has dtype {parameter.dtype}, in which gradients cannot be reduced; use one of {choices}, or freeze it"

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from minidist.contract.checks import spell
 from minidist.training.checkpoint import Checkpoints, Signature, State
 from minidist.training.progress import Position
 from minidist.training.status import Status
@@ -84,7 +85,7 @@ class Resumption:
     def _signature(self) -> Signature:
         kinds = {"the optimizer": _kind(self._optimizer), "the scheduler": _kind(self._scheduler)}
         named = [*self._module.named_parameters(), *self._module.named_buffers()]
-        return kinds | {name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in named}
+        return kinds | {name: f"{spell(t.dtype)}{list(t.shape)}" for name, t in named}
 
 
 def _kind(part: Any) -> str:
