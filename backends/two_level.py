@@ -71,7 +71,7 @@ class TwoLevelCommunicator(AlgorithmCommunicator):
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:
         """The ranks of a group need not be those of whole hosts, so it is left to the transport."""
-        return self.transport._split(groups)
+        return self._inner.split(groups)
 
 
 def _ranks_per_host(transport: Communicator) -> int:

@@ -163,12 +163,10 @@ class GlooCommunicator(TorchDistCommunicator):
 
     # Collectives ------------------------------------------------------------------------------
 
-    def _agree(
-        self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: Sequence[int], timeout_s: float
-    ) -> float:
+    def _agree(self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: int, timeout_s: float) -> float:
         numel = sum(chunk.numel() for chunk in chunks) if collective in IN_PLACE else chunks[0].numel()
         started = time.monotonic()
-        self._agreement.compare(pack(collective, numel, chunks[0].dtype, op, next(iter(root), 0)), timeout_s)
+        self._agreement.compare(pack(collective, numel, chunks[0].dtype, op, root), timeout_s)
         return max(timeout_s - (time.monotonic() - started), 1e-3)
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:
