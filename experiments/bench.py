@@ -52,7 +52,8 @@ def measure(cfg: DictConfig, comms: dict[str, Communicator], nbytes: int) -> lis
     seconds = interleaved(actions, first, cfg.warmup, cfg.iterations, burst)
     volume = {name: _volume(cfg.collective, one, comms[name], first) for name, one in collectives.items()}
     wrong = {name: sum(first.all_gather_object(collective.num_wrong())) for name, collective in collectives.items()}
-    reference, rows = median(next(iter(seconds.values()))), []
+    reference = median(next(iter(seconds.values())))
+    rows: list[Row] = []
     for name, times in seconds.items():
         algbw = nbytes / median(times) / 1e9
         busbw = algbw * BUSBW[cfg.collective](first.world_size)

@@ -63,7 +63,7 @@ def measure(name: str, cfg: DictConfig, comms: dict[str, Communicator]) -> list[
     steps = {variant: step(model, list(section.shape), cfg.batch_size) for variant, model in models.items()}
     times = {v: median(s) for v, s in interleaved(steps, first, cfg.warmup, cfg.iterations).items()}
     numel = sum(parameter.numel() for parameter in module.parameters())
-    rows = []
+    rows: list[Row] = []
     for variant, seconds in times.items():
         exposed, speed = (seconds - times[ALONE]) * 1e3, cfg.batch_size * first.world_size / seconds
         values = (name, numel / 1e6, variant, seconds * 1e3, exposed, seconds / times[TORCH], speed)

@@ -75,7 +75,7 @@ def compare(
     world_size: int, schedules: Schedules, network: Network, seconds: Mapping[tuple[int, str], float]
 ) -> list[Row]:
     """Return one row per size and algorithm: what the model says, and what was measured."""
-    rows = []
+    rows: list[Row] = []
     for (nbytes, name), measured in seconds.items():
         predicted = simulate(schedules[name], world_size, nbytes, network).seconds
         values = (nbytes, name, predicted * 1e6, measured * 1e6, predicted / measured - 1)
@@ -109,7 +109,7 @@ def cost(schedule: Schedule, world_size: int, network: Network) -> Callable[[flo
 def scale(cfg: DictConfig, step: Profile, network: Network) -> list[Row]:
     """Return the predicted training step by number of ranks, algorithm and size of buckets."""
     algorithms = {name: schedules_of(name, "all_reduce") for name in several(cfg, "scale_algorithms")}
-    rows = []
+    rows: list[Row] = []
     for world_size in several(cfg, "world_sizes"):
         for name, schedule_on in algorithms.items():
             costs = cost(schedule_on(world_size), world_size, network)

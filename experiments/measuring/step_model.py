@@ -50,7 +50,7 @@ def profile(module: nn.Module, shape: Sequence[int], batch_size: int, iterations
     inputs, targets = torch.randn(batch_size, *shape), torch.randint(10, (batch_size,))
     optimizer, loss_fn = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9), nn.CrossEntropyLoss()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad][::-1]
-    index = {parameter: number for number, parameter in enumerate(parameters)}
+    index: dict[Tensor, int] = {parameter: number for number, parameter in enumerate(parameters)}
     ready = [[0.0] * len(parameters) for _ in range(iterations)]
     backward, step = [0.0] * iterations, [0.0] * iterations
     for iteration in range(-2, iterations):
@@ -59,7 +59,7 @@ def profile(module: nn.Module, shape: Sequence[int], batch_size: int, iterations
         def note(parameter: Tensor, started: float = started, iteration: int = iteration) -> None:
             ready[iteration][index[parameter]] = time.perf_counter() - started
 
-        hooks = [parameter.register_post_accumulate_grad_hook(note) for parameter in parameters]
+        hooks = [p.register_post_accumulate_grad_hook(note) for p in parameters]  # type: ignore[no-untyped-call]
         optimizer.zero_grad()
         loss_fn(module(inputs), targets).backward()
         backward[iteration] = time.perf_counter() - started

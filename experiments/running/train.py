@@ -141,7 +141,7 @@ def comm_name() -> str:
 
 
 def _write_results(directory: Path, summary: Summary, world_size: int, data_name: str) -> None:
-    job = HydraConfig.get().job
+    job: Any = HydraConfig.get().job  # a section, whatever its type says
     results = {
         "job": job.override_dirname or job.name,
         "number": OmegaConf.select(job, "num", throw_on_missing=False),
