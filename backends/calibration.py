@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from backends.algorithm import AlgorithmCommunicator
 from minidist.analysis.network import Measured
 from minidist.communicator import Communicator
@@ -38,8 +40,7 @@ class Tables:
     @classmethod
     def median(cls, several: Sequence[Tables]) -> Tables:
         """Return the medians of several measurements of the same sizes."""
-        columns = zip(*(tables.columns() for tables in several), strict=True)
-        medians = ([statistics.median(values) for values in zip(*column, strict=True)] for column in columns)
+        medians = np.median([tables.columns() for tables in several], axis=0).tolist()
         start = statistics.median(tables.start for tables in several)
         return cls(several[0].ranks, start, several[0].nbytes, *medians)
 
@@ -60,16 +61,13 @@ class Tables:
 
 def fitted(nbytes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
     """Return alpha and beta, neither below 0, with the least squares of (alpha + beta m) / seconds - 1."""
+    from scipy.optimize import nnls  # half a second, which ranks that only measure need not wait for
+
     points = [(1 / t, m / t) for m, t in zip(nbytes, seconds, strict=True) if t > 0]
     if not points:
         return 0.0, 0.0
-    aa, ab, bb = sum(a * a for a, _ in points), sum(a * b for a, b in points), sum(b * b for _, b in points)
-    a1, b1 = sum(a for a, _ in points), sum(b for _, b in points)
-    determinant = aa * bb - ab * ab
-    alpha, beta = ((a1 * bb - b1 * ab) / determinant, (b1 * aa - a1 * ab) / determinant) if determinant else (-1, -1)
-    if alpha < 0:
-        return 0.0, b1 / bb
-    return (alpha, beta) if beta >= 0 else (a1 / aa, 0.0)
+    (alpha, beta), _ = nnls(np.array(points), np.ones(len(points)))
+    return float(alpha), float(beta)
 
 
 def calibrate(transport: Communicator, sizes: Sequence[int], iterations: int = 5) -> Tables:

@@ -9,14 +9,17 @@ without waiting for anybody.
 
 from __future__ import annotations
 
+from statistics import median
+
 import hydra
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
 from backends.shm.communicator import ShmCommunicator, add_and_write
 from experiments.drawing.pictures import LIMIT, draw_bandwidth
 from experiments.measuring.collectives import BUSBW, LEAST, Collective
-from experiments.measuring.compare import Action, communicators, interleaved, median, percentile_95, report, sizes
+from experiments.measuring.compare import Action, communicators, interleaved, report, sizes
 from experiments.running.choices import at_least, several
 from experiments.running.run import CONF, main
 from experiments.running.tables import Row
@@ -58,7 +61,7 @@ def measure(cfg: DictConfig, comms: dict[str, Communicator], nbytes: int) -> lis
         algbw = nbytes / median(times) / 1e9
         busbw = algbw * BUSBW[cfg.collective](first.world_size)
         what = (nbytes, nbytes // dtype.itemsize, cfg.dtype, cfg.op, name)
-        latency = (median(times) * 1e6, percentile_95(times) * 1e6)
+        latency = (median(times) * 1e6, np.percentile(times, 95, method="higher") * 1e6)
         values = (*what, *latency, algbw, busbw, reference / median(times), volume.get(name, "-"), wrong.get(name, 0))
         rows.append(dict(zip(FORMATS, values, strict=True)))
     return rows

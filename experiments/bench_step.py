@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from datetime import timedelta
+from statistics import median
 
 import hydra
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from backends.processes.rendezvous import meet
 from experiments.drawing.pictures import draw_steps
-from experiments.measuring.compare import Action, communicators, interleaved, median, report
+from experiments.measuring.compare import Action, communicators, interleaved, report
 from experiments.running.build import build
 from experiments.running.choices import at_least, several
 from experiments.running.run import CONF, main

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
 
 import hydra
 from omegaconf import DictConfig
@@ -18,7 +19,7 @@ from omegaconf import DictConfig
 from backends.algorithm import AlgorithmCommunicator
 from backends.calibration import Tables, calibrate, slowest_median
 from experiments.drawing.algorithms import schedule_of, schedules_of
-from experiments.measuring.compare import communicators, median, report, sizes
+from experiments.measuring.compare import communicators, report, sizes
 from experiments.measuring.step_model import MEGABYTE, Profile, profile
 from experiments.running.build import build
 from experiments.running.choices import at_least, several

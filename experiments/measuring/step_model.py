@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,5 +68,5 @@ def profile(module: nn.Module, shape: Sequence[int], batch_size: int, iterations
         step[iteration] = time.perf_counter() - started
         for hook in hooks:
             hook.remove()
-    medians = [statistics.median(times) for times in zip(*ready, strict=True)]
+    medians = np.median(ready, axis=0).tolist()
     return Profile([p.nbytes for p in parameters], medians, statistics.median(backward), statistics.median(step))
