@@ -25,6 +25,7 @@ from experiments.running.run import CONF, main
 from experiments.running.tables import Row
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
+from minidist.launch import counted_ranks
 
 FORMATS = {
     "bytes": "d",
@@ -116,7 +117,7 @@ def bench(cfg: DictConfig) -> None:
         first = next(iter(comms.values()))
         if first.rank == 0:
             memory = "in memory from empty()" if cfg.memory == "empty" else "in ordinary memory"
-            title = f"{cfg.collective} of {cfg.dtype} {memory}, {first.world_size} ranks"
+            title = f"{cfg.collective} of {cfg.dtype} {memory}, {counted_ranks(first.world_size)}"
             path = report(f"{title}, medians of {cfg.iterations} bursts", rows, FORMATS, "bench")
             draw_bandwidth(path.with_suffix(".png"), title, rows)
             print(f"written: {path}.csv, .json, .png", flush=True)

@@ -25,6 +25,7 @@ from experiments.running.run import CONF, main
 from experiments.running.tables import Row
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
+from minidist.launch import counted_ranks
 
 FORMATS = {
     "model": "s",
@@ -86,7 +87,7 @@ def bench_step(cfg: DictConfig) -> None:
         rows = [row for name in names for row in measure(name, cfg, comms)]
         dist.destroy_process_group()
     if world.rank == 0:
-        title = f"{world.world_size} ranks, batch {cfg.batch_size} each, medians of {cfg.iterations} steps"
+        title = f"{counted_ranks(world.world_size)}, batch {cfg.batch_size} each, medians of {cfg.iterations} steps"
         path = report(title, rows, FORMATS, "bench_step")
         draw_steps(path.with_suffix(".png"), title, rows)
         print(f"written: {path}.csv, .json, .png", flush=True)

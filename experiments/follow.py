@@ -36,6 +36,7 @@ from experiments.tasks.datasets import loader
 from minidist.communicator import Communicator
 from minidist.config import Config
 from minidist.ddp import DistributedDataParallel
+from minidist.launch import counted_ranks
 from minidist.training.seed import seed_everything
 
 TEMPLATE = Path(__file__).parent / "drawing" / "follow.html"
@@ -77,7 +78,7 @@ def follow(cfg: DictConfig, checked: Config, trail: Trail) -> None:
         stops, path = trail.stops(), Path(HydraConfig.get().runtime.output_dir) / "path"
         text = "\n".join([*lines(stops), "", total(stops)])
         path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
-        what = f"The path of one gradient, comm={comm_name()}, {comm.world_size} ranks"
+        what = f"The path of one gradient, comm={comm_name()}, {counted_ranks(comm.world_size)}"
         path.with_suffix(".html").write_text(page(what, stops), encoding="utf-8")
         print(f"{text}\nwritten: {path}.txt, .html", flush=True)
 

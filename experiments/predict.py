@@ -28,6 +28,7 @@ from experiments.running.tables import Row, table
 from minidist.analysis.network import Network, interpolated
 from minidist.analysis.simulate import simulate
 from minidist.communicator import Communicator
+from minidist.launch import counted_ranks
 from minidist.schedule import Schedule
 
 FORMATS = {
@@ -144,7 +145,7 @@ def experiment(cfg: DictConfig) -> None:
 
 def show(cfg: DictConfig, world_size: int, rows: list[Row]) -> None:
     """Print and write what was predicted and measured on this machine."""
-    path = report(f"all_reduce over {cfg.transport}, {world_size} ranks", rows, FORMATS, "predict")
+    path = report(f"all_reduce over {cfg.transport}, {counted_ranks(world_size)}", rows, FORMATS, "predict")
     print(f"geometric mean error: {geometric_mean_error(rows):.0%}")
     for kind in ("predicted", "measured"):
         steps = ", ".join(f"{name} from {nbytes} bytes" for nbytes, name in fastest(rows, f"{kind}_us"))
