@@ -21,6 +21,8 @@ from minidist.schedule import Recv, Reduce, Schedule, Send, Step, num_chunks
 
 FEW, MANY = 1, 4
 """Steps of two runs; their difference is what steps take, the rest what it takes to begin."""
+FLOOR_S = 1e-9
+"""What a step takes at least, so that a model of it takes time at all; so little is what noise has hidden."""
 BUDGET_BYTES = 2**23
 """Small messages are measured more often, up to so many bytes at once."""
 
@@ -60,10 +62,13 @@ class Tables:
 
 
 def fitted(nbytes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """Return alpha and beta, neither below 0, with the least squares of (alpha + beta m) / seconds - 1."""
+    """Return alpha and beta, neither below 0, with the least squares of (alpha + beta m) / seconds - 1.
+
+    What noise has hidden is left out: as the shortest of all times it would decide alone.
+    """
     from scipy.optimize import nnls  # half a second, which ranks that only measure need not wait for
 
-    points = [(1 / t, m / t) for m, t in zip(nbytes, seconds, strict=True) if t > 0]
+    points = [(1 / t, m / t) for m, t in zip(nbytes, seconds, strict=True) if t > FLOOR_S]
     if not points:
         return 0.0, 0.0
     (alpha, beta), _ = nnls(np.array(points), np.ones(len(points)))
@@ -110,7 +115,7 @@ def measured(transport: Communicator, nbytes: int, iterations: int, limit_s: flo
         return slowest_median(transport, lambda: comm.all_reduce(memory), nbytes, iterations, limit_s)
 
     few, many = ({name: seconds(make(steps)) for name, make in _EXCHANGES.items()} for steps in (FEW, MANY))
-    steps = {name: max((many[name] - few[name]) / (MANY - FEW), 1e-9) for name in _EXCHANGES}
+    steps = {name: max((many[name] - few[name]) / (MANY - FEW), FLOOR_S) for name in _EXCHANGES}
     return {"start": few["exchange"] - FEW * steps["exchange"], **steps}
 
 
