@@ -1,7 +1,8 @@
 """Measures what a transport takes, so that `minidist.network.Measured` can say what schedules over it will take.
 
-Four exchanges, each of them a schedule of some steps, run on chunks of every size: a message back and forth between two
-ranks with nobody else about, a message from every rank to the next one, and both of these with a reduction.
+Four patterns of messages, each of them a schedule of some steps, run on chunks of every size: one message back and
+forth between two ranks with nobody else about (one way), an exchange, in which every rank sends one to the next, and
+both of these with a reduction.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def tabled(world_size: int, rows: Mapping[int, Mapping[str, float]]) -> Tables:
 
 
 def measured(transport: Communicator, nbytes: int, iterations: int, limit_s: float = math.inf) -> dict[str, float]:
-    """Return the seconds of a step of each exchange, and those of a collective besides its steps.
+    """Return the seconds of a step of each pattern, and those of a collective besides its steps.
 
     Every rank calls it; see `slowest_median`.
     """
@@ -114,8 +115,8 @@ def measured(transport: Communicator, nbytes: int, iterations: int, limit_s: flo
         comm = _Unproved(transport, {"all_reduce": schedule})
         return slowest_median(transport, lambda: comm.all_reduce(memory), nbytes, iterations, limit_s)
 
-    few, many = ({name: seconds(make(steps)) for name, make in _EXCHANGES.items()} for steps in (FEW, MANY))
-    steps = {name: max((many[name] - few[name]) / (MANY - FEW), FLOOR_S) for name in _EXCHANGES}
+    few, many = ({name: seconds(make(steps)) for name, make in _PATTERNS.items()} for steps in (FEW, MANY))
+    steps = {name: max((many[name] - few[name]) / (MANY - FEW), FLOOR_S) for name in _PATTERNS}
     return {"start": few["exchange"] - FEW * steps["exchange"], **steps}
 
 
@@ -173,7 +174,7 @@ def _shift(kind: type[Recv | Reduce], steps: int) -> Schedule:
     return num_chunks(2)(schedule)
 
 
-_EXCHANGES: dict[str, Callable[[int], Schedule]] = {
+_PATTERNS: dict[str, Callable[[int], Schedule]] = {
     "one_way": lambda steps: _back_and_forth(Recv, steps),
     "exchange": lambda steps: _shift(Recv, steps),
     "one_way_reduce": lambda steps: _back_and_forth(Reduce, steps),

@@ -41,7 +41,8 @@ ALONE, TORCH = "no communication", "torch DDP, gloo"
 
 def step(model: nn.Module, shape: list[int], batch_size: int) -> Action:
     """Return a training step of ``model`` on one random batch."""
-    inputs, targets = torch.randn(batch_size, *shape), torch.randint(10, (batch_size,))
+    inputs = torch.randn(batch_size, *shape)
+    targets = torch.randint(10, (batch_size,))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     loss_fn = nn.CrossEntropyLoss()
 
@@ -67,9 +68,17 @@ def measure(name: str, cfg: DictConfig, comms: dict[str, Communicator]) -> list[
     numel = sum(parameter.numel() for parameter in module.parameters())
     rows: list[Row] = []
     for variant, seconds in times.items():
-        exposed, speed = (seconds - times[ALONE]) * 1e3, cfg.batch_size * first.world_size / seconds
-        values = (name, numel / 1e6, variant, seconds * 1e3, exposed, seconds / times[TORCH], speed)
-        rows.append(dict(zip(FORMATS, values, strict=True)))
+        rows.append(
+            {
+                "model": name,
+                "parameters_M": numel / 1e6,
+                "variant": variant,
+                "step_ms": seconds * 1e3,
+                "exposed_ms": (seconds - times[ALONE]) * 1e3,
+                "ratio": seconds / times[TORCH],
+                "samples_per_s": cfg.batch_size * first.world_size / seconds,
+            }
+        )
     return rows
 
 
@@ -79,7 +88,8 @@ def bench_step(cfg: DictConfig) -> None:
     at_least(cfg, batch_size=1, warmup=0, iterations=1)
     names = several(cfg, "models", list(cfg.architectures))
     meeting = meet()
-    world, store = meeting.world, meeting.job_store()
+    world = meeting.world
+    store = meeting.job_store()
     with communicators(several(cfg, "comms")) as comms:
         dist.init_process_group(
             "gloo", store=store, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=300)

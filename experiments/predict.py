@@ -48,8 +48,6 @@ STEP_FORMATS = {
     "exposed_ms": ".1f",
     "efficiency": ".0%",
 }
-
-
 Schedules = Mapping[str, Schedule]
 
 
@@ -80,8 +78,15 @@ def compare(
     rows: list[Row] = []
     for (nbytes, name), measured in seconds.items():
         predicted = simulate(schedules[name], world_size, nbytes, network).seconds
-        values = (nbytes, name, predicted * 1e6, measured * 1e6, predicted / measured - 1)
-        rows.append(dict(zip(FORMATS, values, strict=True)))
+        rows.append(
+            {
+                "bytes": nbytes,
+                "algorithm": name,
+                "predicted_us": predicted * 1e6,
+                "measured_us": measured * 1e6,
+                "error": predicted / measured - 1,
+            }
+        )
     return rows
 
 
@@ -117,8 +122,16 @@ def scale(cfg: DictConfig, step: Profile, network: Network) -> list[Row]:
             costs = cost(schedule_on(world_size), world_size, network)
             for cap in several(cfg, "bucket_caps_mb"):
                 seconds = step.seconds(cap, costs)
-                values = (world_size, name, cap, seconds * 1e3, (seconds - step.step) * 1e3, step.step / seconds)
-                rows.append(dict(zip(STEP_FORMATS, values, strict=True)))
+                rows.append(
+                    {
+                        "world_size": world_size,
+                        "algorithm": name,
+                        "bucket_cap_mb": cap,
+                        "step_ms": seconds * 1e3,
+                        "exposed_ms": (seconds - step.step) * 1e3,
+                        "efficiency": step.step / seconds,
+                    }
+                )
     return rows
 
 

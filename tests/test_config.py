@@ -12,7 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.running import build as communicators
+from experiments.running import build
 from experiments.running.refusal import REFUSALS, explain
 from minidist import config
 from minidist.errors import BackendUnavailableError, ConfigError
@@ -225,7 +225,7 @@ def test_an_open_section_needs_a_target() -> None:
 )
 def test_the_transport_says_what_starts_the_ranks(comm: str, transport: str | None, launcher: str) -> None:
     transports = [] if transport is None else [f"comm/transport={transport}"]
-    assert communicators.launcher(composed(f"comm={comm}", *transports).comm) == launcher
+    assert build.launcher(composed(f"comm={comm}", *transports).comm) == launcher
 
 
 def test_one_job_has_one_launcher() -> None:
@@ -233,7 +233,7 @@ def test_one_job_has_one_launcher() -> None:
     node["intra"] = {"_target_": "backends.torch_dist.GlooCommunicator"}
     node["inter"] = {"_target_": "backends.mpi.MpiCommunicator"}
     with pytest.raises(ConfigError, match="GlooCommunicator needs torchrun and MpiCommunicator needs mpirun"):
-        communicators.launcher(OmegaConf.create(node))
+        build.launcher(OmegaConf.create(node))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_one_job_has_one_launcher() -> None:
 )
 def test_targets_that_are_no_communicators_are_refused(target: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        communicators.check_available(OmegaConf.create({"_target_": target}))
+        build.check_available(OmegaConf.create({"_target_": target}))
 
 
 @pytest.mark.parametrize(
@@ -259,20 +259,20 @@ def test_targets_that_are_no_communicators_are_refused(target: str, message: str
 )
 def test_schedules_that_cannot_be_imported_are_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        communicators.check_importable(composed(*override.split()))
+        build.check_importable(composed(*override.split()))
     assert str(caught.value).startswith(message)
     assert str(caught.value).endswith("; check the name, or set PYTHONPATH to where it lies")
 
 
 @pytest.mark.parametrize("comm", ["auto", "swing", "binomial"])
 def test_schedules_that_are_there_are_found(comm: str) -> None:
-    communicators.check_importable(composed(f"comm={comm}"))
+    build.check_importable(composed(f"comm={comm}"))
 
 
 def test_a_setting_that_the_target_does_not_take_is_refused() -> None:
     section = OmegaConf.create({"_target_": "backends.serial.SerialCommunicator", "colour": "red"})
     with pytest.raises(ConfigError, match=r"comm: .*unexpected keyword argument 'colour'"):
-        communicators.build(section, "comm")
+        build.build(section, "comm")
 
 
 @pytest.mark.parametrize(
@@ -283,4 +283,4 @@ def test_ranks_that_would_train_alone_are_refused(comm: str, message: str, monke
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BackendUnavailableError, match=message):
-        communicators.build(composed(f"comm={comm}").comm, "comm")
+        build.build(composed(f"comm={comm}").comm, "comm")

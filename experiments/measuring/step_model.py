@@ -48,12 +48,16 @@ class Profile:
 
 def profile(module: nn.Module, shape: Sequence[int], batch_size: int, iterations: int = 5) -> Profile:
     """Measure steps of ``module`` on one random batch of 10 classes; the medians count."""
-    inputs, targets = torch.randn(batch_size, *shape), torch.randint(10, (batch_size,))
-    optimizer, loss_fn = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9), nn.CrossEntropyLoss()
+    inputs = torch.randn(batch_size, *shape)
+    targets = torch.randint(10, (batch_size,))
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
+    loss_fn = nn.CrossEntropyLoss()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad][::-1]
     index: dict[Tensor, int] = {parameter: number for number, parameter in enumerate(parameters)}
     ready = [[0.0] * len(parameters) for _ in range(iterations)]
-    backward, step = [0.0] * iterations, [0.0] * iterations
+    backward = [0.0] * iterations
+    step = [0.0] * iterations
+    # Iterations -2 and -1 warm up: they write where the last two will write again.
     for iteration in range(-2, iterations):
         started = time.perf_counter()
 

@@ -71,7 +71,8 @@ class Trail:
     @contextmanager
     def recording(self, rank: int = 0) -> Iterator[None]:
         """Record what this thread calls inside, and what the others of ``rank`` do at the same time."""
-        self._threads, self._rank = {threading.get_ident()}, rank
+        self._threads = {threading.get_ident()}
+        self._rank = rank
         self._base = sys._getframe(2)  # of whom entered this
         try:
             yield

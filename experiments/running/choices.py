@@ -64,7 +64,8 @@ def check_groups() -> None:
     """
     hydra = HydraConfig.get()
     for override in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
-        group, names = override.key_or_group, override.value()
+        group = override.key_or_group
+        names = override.value()
         section = OmegaConf.select(composed(), override.package or group.replace("/", "."))
         if isinstance(names, list) and isinstance(section, DictConfig):
             given = ",".join(map(str, names))

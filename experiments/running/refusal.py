@@ -27,7 +27,7 @@ REFUSALS = (ConfigError, CheckpointError, CommError, HydraException, OmegaConfBa
 # These are the same on every rank of a machine, so that one of them is enough to say it.
 _SHARED = (ConfigError, CheckpointError, BackendUnavailableError, HydraException, OmegaConfBaseException)
 _MISTAKES = (ConfigError, HydraException, OmegaConfBaseException)
-_SLURM, _SLURM_EXTRA = "hydra/launcher/submitit_", "pip install '.[slurm]'"
+_SLURM = "hydra/launcher/submitit_"
 
 
 def refuse(error: Exception) -> NoReturn:
@@ -49,7 +49,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         return _unreadable(error.override)
     if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith(_SLURM):
-        return f"{error.missing_cfg_file} comes with Hydra's launcher for Slurm, which is not installed; {_SLURM_EXTRA}"
+        what = f"{error.missing_cfg_file} comes with Hydra's launcher for Slurm, which is not installed"
+        return f"{what}; pip install '.[slurm]'"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice} is not there to choose; {group} is one of {', '.join(error.options)}"
