@@ -109,12 +109,13 @@ def measured(transport: Communicator, nbytes: int, iterations: int, limit_s: flo
 
     Every rank calls it; see `slowest_median`.
     """
-    memory = transport.empty(2 * max(nbytes // 4, 1)).zero_()
+    memory = transport.empty(2 * max(nbytes // 4, 1)).zero_()  # two chunks, one to send and one to receive
 
     def seconds(schedule: Schedule) -> float:
         comm = _Unproved(transport, {"all_reduce": schedule})
         return slowest_median(transport, lambda: comm.all_reduce(memory), nbytes, iterations, limit_s)
 
+    # What a run takes to begin is in both of them, and falls out of the difference.
     few, many = ({name: seconds(make(steps)) for name, make in _PATTERNS.items()} for steps in (FEW, MANY))
     steps = {name: max((many[name] - few[name]) / (MANY - FEW), FLOOR_S) for name in _PATTERNS}
     return {"start": few["exchange"] - FEW * steps["exchange"], **steps}
@@ -160,7 +161,7 @@ class _Unproved(AlgorithmCommunicator):
 def _back_and_forth(kind: type[Recv | Reduce], steps: int) -> Schedule:
     def schedule(rank: int, world_size: int) -> Iterator[Step]:
         for step in range(steps):
-            if rank < 2:
+            if rank < 2:  # two take turns: each step waits for the message of the one before
                 yield (Send(1 - rank, 0) if rank == step % 2 else kind(1 - rank, 1),)
 
     return num_chunks(2)(schedule)

@@ -100,6 +100,7 @@ class Trail:
     def _event(self, frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and self._base is not None and frame.f_code.co_filename.startswith(self._roots):
             by_recorder = threading.get_ident() in self._threads
+            # A thread without a rank in its name, as one of a pool, may be this rank's: better one stop too many.
             if by_recorder or not self._is_of_other_rank():
                 self._ways[0 if by_recorder else 1].setdefault(self._way(frame))
 

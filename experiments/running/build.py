@@ -62,7 +62,7 @@ def build(section: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
     try:
         return instantiate(section, *args, **kwargs)
     except InstantiationException as error:
-        cause: BaseException = error
+        cause: BaseException = error  # the own error of the target, beneath one or more of Hydra's
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
         if isinstance(cause, CommError):

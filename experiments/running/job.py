@@ -62,7 +62,7 @@ def handed_over() -> Iterator[dict[str, str]]:
 
 def taken_over() -> DictConfig | None:
     """Return the configuration of the job that this process is a rank of, and set Hydra up for it; None without one."""
-    path = os.environ.pop(JOB, None)
+    path = os.environ.pop(JOB, None)  # what this rank may start is no rank of the job
     if path is None:
         return None
     setup_globals()
@@ -71,7 +71,7 @@ def taken_over() -> DictConfig | None:
     HydraConfig.instance().set_config(whole)
     configure_log(whole.hydra.job_logging, whole.hydra.verbose)
     cfg: DictConfig = copy.deepcopy(whole)
-    with read_write(cfg), open_dict(cfg):
+    with read_write(cfg), open_dict(cfg):  # as hydra.main hands it to a job: without Hydra's own section
         del cfg["hydra"]
     return cfg
 
