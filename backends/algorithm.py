@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from backends.executor.executor import Executor
 from backends.scheduled import TAG
 from backends.wrapper import Wrapper
+from minidist.collective import COLLECTIVES
 from minidist.communicator import Communicator
 from minidist.contract import checks
-from minidist.schedule import COLLECTIVES, Schedule
+from minidist.schedule import Schedule
 
 
 class AlgorithmCommunicator(Wrapper):

@@ -17,6 +17,7 @@ from backends.scheduled import TAG
 from backends.wrapper import Wrapper
 from minidist.analysis.network import Network, interpolated
 from minidist.analysis.simulate import simulate
+from minidist.collective import Run
 from minidist.communicator import Communicator
 from minidist.contract import checks
 from minidist.errors import ScheduleError
@@ -136,7 +137,9 @@ class AutoCommunicator(Wrapper):
         seconds: list[tuple[float, Executor | None]] = [(own, None)]
         for executor in self._choices[collective]:
             schedule = executor.schedules[collective]
-            seconds.append((simulate(schedule, self.world_size, nbytes, self._network, collective).seconds, executor))
+            seconds.append(
+                (simulate(schedule, Run(collective, self.world_size), nbytes, self._network).seconds, executor)
+            )
         return min(seconds, key=lambda one: one[0])[1]
 
 

@@ -5,20 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minidist.collective import COLLECTIVES
 from minidist.communicator import ReduceOp
 from minidist.contract.checks import DTYPES, spell
 
-KINDS = (
-    "barrier",
-    "all_reduce",
-    "reduce",
-    "broadcast",
-    "all_gather",
-    "reduce_scatter",
-    "gather",
-    "scatter",
-    "all_to_all",
-)
+KINDS = ("barrier", *(name for name in COLLECTIVES if name != "barrier"))
+"""A collective is its place here; a barrier, which is only a meeting, is 0."""
 OPS = tuple(ReduceOp)
 MEETING = 0
 """The signature of a barrier, and of a meeting in the middle of something else."""

@@ -24,6 +24,7 @@ from backends.processes.agreement import Agreement
 from backends.processes.communicator import Place, ProcessCommunicator
 from backends.processes.rendezvous import from_everyone
 from backends.processes.signature import MEETING, pack
+from minidist.collective import COLLECTIVES
 from minidist.communicator import ReduceOp, Work
 from minidist.contract.forks import kept_in_forks
 from minidist.errors import CommError, CommTimeoutError
@@ -34,8 +35,6 @@ OPS = {
     ReduceOp.MAX: dist.ReduceOp.MAX,
     ReduceOp.PRODUCT: dist.ReduceOp.PRODUCT,
 }
-IN_PLACE = ("all_reduce", "reduce", "broadcast")
-"""The collectives on one tensor; the others have blocks."""
 NEWS_S = 3.0
 """How long to wait for the name of the rank that is gone, after the data path broke."""
 
@@ -164,7 +163,7 @@ class GlooCommunicator(TorchDistCommunicator):
     # Collectives ------------------------------------------------------------------------------
 
     def _agree(self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: int, timeout_s: float) -> float:
-        numel = sum(chunk.numel() for chunk in chunks) if collective in IN_PLACE else chunks[0].numel()
+        numel = sum(chunk.numel() for chunk in chunks) if COLLECTIVES[collective].is_cut else chunks[0].numel()
         started = time.monotonic()
         self._agreement.compare(pack(collective, numel, chunks[0].dtype, op, root), timeout_s)
         return max(timeout_s - (time.monotonic() - started), 1e-3)

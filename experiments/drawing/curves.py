@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from minidist.analysis.network import Network
 from minidist.analysis.simulate import simulate
+from minidist.collective import Run
 from minidist.schedule import Schedule
 
 _TIE = 1 + 1e-9
@@ -84,7 +85,7 @@ def over_sizes(
     """Return what the algorithms take at each size in bytes, on one number of ranks; see `simulate` for the rest."""
 
     def seconds(schedule: Schedule) -> list[float]:
-        return [simulate(schedule, world_size, size, network, collective, root).seconds for size in sizes]
+        return [simulate(schedule, Run(collective, world_size, root), size, network).seconds for size in sizes]
 
     return Curves(sizes, {name: seconds(schedule_of(world_size)) for name, schedule_of in algorithms.items()})
 
@@ -95,6 +96,6 @@ def over_ranks(
     """Return what the algorithms take on each number of ranks, at one size; see `simulate` for the rest."""
 
     def seconds(schedule_of: Callable[[int], Schedule]) -> list[float]:
-        return [simulate(schedule_of(count), count, nbytes, network, collective, root).seconds for count in counts]
+        return [simulate(schedule_of(count), Run(collective, count, root), nbytes, network).seconds for count in counts]
 
     return Curves(counts, {name: seconds(schedule_of) for name, schedule_of in algorithms.items()})

@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
 from minidist.communicator import Communicator, ReduceOp, Work
 
-BUSBW: dict[str, Callable[[int], float]] = {
-    "all_reduce": lambda n: 2 * (n - 1) / n,
-    "reduce": lambda n: 1.0,
-    "broadcast": lambda n: 1.0,
-    "all_gather": lambda n: (n - 1) / n,
-    "reduce_scatter": lambda n: (n - 1) / n,
-    "gather": lambda n: (n - 1) / n,
-    "scatter": lambda n: (n - 1) / n,
-    "all_to_all": lambda n: (n - 1) / n,
-}
-"""From algbw, bytes over time, to busbw; the bytes are those of the larger tensor."""
-LEAST: dict[str, Callable[[int], float]] = {
-    "all_reduce": lambda n: 2 * (n - 1),
-    "gather": lambda n: (n - 1) / n,
-    "scatter": lambda n: (n - 1) / n,
-    **dict.fromkeys(("reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all"), lambda n: n - 1),
-}
-"""What all ranks together have to send at least, in parts of the larger tensor."""
 
-
-class Collective:
+class Repeated:
     """One collective, again and again.
 
     Element i of rank r is i mod 7 + r: of few ranks, sums and products are exact in every dtype.
