@@ -36,7 +36,7 @@ from backends.processes.communicator import Place, ProcessCommunicator
 from backends.processes.signature import MEETING, signature
 from backends.shm import doorbell
 from backends.shm.arena import INLINE_BYTES, NOWHERE, STAGE_BYTES, Arena, ensure_one_host
-from backends.shm.mailbox import Letter
+from backends.shm.mailbox import Message
 from minidist import launch
 from minidist.communicator import Device, ReduceOp, Shape, Work
 from minidist.errors import CommError, CommTimeoutError
@@ -281,12 +281,12 @@ class ShmCommunicator(ProcessCommunicator):
     # Point to point ---------------------------------------------------------------------------
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
-        letter = self._shared.mail.send(tensor.view(-1).view(torch.uint8), dst, tag, tensor.dtype)
-        return _ShmMessage(self, self._shared, letter, dst, timeout_s)
+        message = self._shared.mail.send(tensor.view(-1).view(torch.uint8), dst, tag, tensor.dtype)
+        return _ShmMessage(self, self._shared, message, dst, timeout_s)
 
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        letter = self._shared.mail.receive(tensor.view(-1).view(torch.uint8), src, tag, tensor.dtype)
-        return _ShmMessage(self, self._shared, letter, src, timeout_s)
+        message = self._shared.mail.receive(tensor.view(-1).view(torch.uint8), src, tag, tensor.dtype)
+        return _ShmMessage(self, self._shared, message, src, timeout_s)
 
     # Life -------------------------------------------------------------------------------------
 
@@ -353,26 +353,26 @@ class _Stage:
 class _ShmMessage(Work):
     """A send or receive in the mailbox."""
 
-    def __init__(self, comm: ShmCommunicator, arena: Arena, letter: Letter, peer: int, timeout_s: float) -> None:
-        self._comm, self._arena, self._letter, self._peer = comm, arena, letter, peer
+    def __init__(self, comm: ShmCommunicator, arena: Arena, message: Message, peer: int, timeout_s: float) -> None:
+        self._comm, self._arena, self._message, self._peer = comm, arena, message, peer
         self._deadline = time.monotonic() + timeout_s
 
     def wait(self) -> None:
         if not self._has_moved():
             self._arena.wait_until(self._has_moved, self._peer, self._deadline)
-        if self._letter.error is not None:
-            raise self._letter.error
+        if self._message.error is not None:
+            raise self._message.error
 
     def is_done(self) -> bool:
         return self._has_moved() or self._comm.obstacle(self._peer, self._deadline) is not None
 
     def exception(self) -> BaseException | None:
-        return self._letter.error
+        return self._message.error
 
     def _has_moved(self) -> bool:
-        if not self._letter.done:
+        if not self._message.done:
             self._arena.mail.advance()
-        return self._letter.done
+        return self._message.done
 
 
 def add_and_write(blocks: Blocks, op: ReduceOp) -> None:
