@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from backends.shm.communicator import ShmCommunicator, add_and_write
+from backends.shm.all_reduce import add_and_write
+from backends.shm.communicator import ShmCommunicator
 from experiments.drawing.pictures import LIMIT, draw_bandwidth
 from experiments.measuring.collectives import Repeated
 from experiments.measuring.compare import Action, communicators, interleaved, report, sizes
