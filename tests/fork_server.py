@@ -33,16 +33,18 @@ GRACE_S = 5.0
 
 @dataclass(frozen=True)
 class Order:
-    """What to run, as ``python -m module *arguments`` would.
+    """What to run, as ``python -m program *arguments`` would, or ``python program *arguments`` where it is a file.
 
     Attributes:
         world_size: on how many ranks, which find what torchrun tells its own; None: in one process that has no ranks.
+        directory: where.
         output: the file for all that they write.
     """
 
-    module: str
+    program: str
     arguments: Sequence[str]
     world_size: int | None
+    directory: str
     output: str
     environment: Mapping[str, str]
 
@@ -127,12 +129,17 @@ def become(order: Order) -> None:
     with open(os.devnull) as nothing, open(order.output, "w") as output:
         for file, descriptor in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(file.fileno(), descriptor)
+    os.chdir(order.directory)
     os.environ.clear()
     os.environ.update(order.environment)
     if order.world_size is not None:
         become_ranks(order.world_size)
-    sys.argv = [order.module, *order.arguments]
-    runpy.run_module(order.module, run_name="__main__", alter_sys=True)
+    sys.argv = [order.program, *order.arguments]
+    if order.program.endswith(".py"):
+        sys.path[0] = str(Path(order.program).parent)
+        runpy.run_path(order.program, run_name="__main__")
+    else:
+        runpy.run_module(order.program, run_name="__main__", alter_sys=True)
 
 
 def become_ranks(world_size: int) -> None:

@@ -144,16 +144,17 @@ def start_world(launcher: str, world_size: int, jobs: list[Job], directory: Path
 
 
 def run_forked(
-    module: str,
+    program: str,
     *arguments: str,
     world_size: int | None,
     output: Path,
     limit_s: float,
+    directory: Path = ROOT,
     environment: dict[str, str] | None = None,
 ) -> tuple[int | None, str]:
-    """Do as `run_command` for ``python -m module`` on ranks as torchrun starts them, or on none; see `fork_server`."""
+    """Do as `run_command` for ``python`` on ranks as torchrun starts them, or on none; see `fork_server.Order`."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-    order = fork_server.Order(module, arguments, world_size, str(output), variables)
+    order = fork_server.Order(program, arguments, world_size, str(directory), str(output), variables)
     returncode = fork_server.server().run(order, limit_s)
     return returncode, output.read_text(errors="replace")
 

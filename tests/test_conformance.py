@@ -72,7 +72,7 @@ def _marks(row: Row, world_size: int, check: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.slow] if _is_slow(row, world_size, check) else []
 
 
-FATAL_BY_DEFAULT = ("gloo", "ring-mpi")
+FATAL_BY_DEFAULT = {"gloo": "check_killed_rank_is_named", "ring-mpi": "check_exiting_rank_is_named"}
 OTHER_LAUNCHER = ("shm-mpirun", "ring-shm-mpirun")
 COMPOSED = ("ring-thread", "group-of-thread", "ring-gloo", "ring-mpi", "ring-shm")
 
@@ -85,7 +85,7 @@ def _is_slow(row: Row, world_size: int, check: str) -> bool:
     if row.name in OTHER_LAUNCHER or (row.launcher in ("torchrun", "mpirun") and world_size not in (2, 3)):
         return True
     if needs_of(check).own_world:
-        return row.name not in FATAL_BY_DEFAULT
+        return FATAL_BY_DEFAULT.get(row.name) != check
     if row.name in COMPOSED and (world_size == 4 or (row.launcher != "thread" and world_size != 3)):
         return True
     return (
