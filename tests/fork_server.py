@@ -21,9 +21,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).parent.parent
 PRELOADED = ("torch._dynamo", "tests.table", "tests.models")
@@ -104,13 +106,13 @@ def server() -> ForkServer:
 
 
 def main() -> None:
-    """Serve; return in every process that was ordered, as what it is to be."""
+    """Serve orders until there are no more."""
     for module in PRELOADED:
         importlib.import_module(module)
     for line in iter(sys.stdin.readline, ""):
         pid = fork()
         if pid == 0:
-            return become(Order(**json.loads(line)))
+            leave(lambda: become(Order(**json.loads(line))))  # noqa: B023
         os.write(1, f"{pid}\n".encode())
         os.write(1, f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
 
@@ -121,6 +123,26 @@ def fork() -> int:
     if pid == 0:
         gc.unfreeze()
     return pid
+
+
+def leave(last: Callable[[], None]) -> NoReturn:
+    """Do a last thing and end as the interpreter does, but for the second that it takes to free every module."""
+    status: object = None
+    try:
+        last()
+    except SystemExit as error:
+        status = error.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    if status is not None and not isinstance(status, int):
+        print(status, file=sys.stderr)
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 def become(order: Order) -> None:
