@@ -8,6 +8,7 @@ world; the checks after it run in the next one. A check that ends a process has 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from tests import fork_server
 
@@ -202,10 +205,10 @@ def _end(events: list[Event], directory: str) -> list[int]:
     """End the processes that reported into ``directory`` and are still there; return which."""
     leftovers = []
     for pid in {event.pid for event in events}:
-        try:
-            if any(directory in os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            # A fork has the command line of another; and nobody else who has got the number since has this open.
+            if any(file.path.startswith(directory) for file in process.open_files()):
                 leftovers.append(pid)
-                os.kill(pid, signal.SIGKILL)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+                process.kill()
     return leftovers
