@@ -7,7 +7,7 @@ import pkgutil
 
 import pytest
 
-from tests.inputs import DEVICE
+from tests.inputs import DEVICE, EVERYTHING
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
             message = f"--comm={path} cannot be imported ({error}); set PYTHONPATH to where it lies"
             raise pytest.UsageError(message) from error
     os.environ[DEVICE] = config.getoption("--comm-device")  # for the ranks, which are processes
+    if config.getoption("--slow"):
+        os.environ[EVERYTHING] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

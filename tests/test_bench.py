@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,9 +20,10 @@ from experiments.running.tables import table, write_csv, write_json
 from minidist.collective import COLLECTIVES
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
-from tests.test_commands import ROOT, environment, only_run, run
+from tests.test_commands import ROOT, only_run, run, run_python
 
 CONF = ROOT / "conf" / "bench.yaml"
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def config(**changes: object) -> DictConfig:
@@ -146,11 +145,8 @@ def test_bench_step_measures_the_models_that_are_chosen(tmp_path: Path) -> None:
     ],
 )
 def test_every_program_says_what_there_is_to_choose(script: str, setting: str, message: str, tmp_path: Path) -> None:
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "experiments" / f"{script}.py"), setting, f"hydra.run.dir={tmp_path}/run"],
-        cwd=tmp_path, env=environment() | alone, capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
+    program = str(ROOT / "experiments" / f"{script}.py")
+    done = run_python(tmp_path, program, setting, f"hydra.run.dir={tmp_path}/run", variables=ALONE)
     assert done.returncode == 2
     assert f"error: {message}" in done.stderr
     assert "Traceback" not in done.stderr

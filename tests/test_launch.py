@@ -10,7 +10,7 @@ import pytest
 
 from backends.processes.rendezvous import own_address
 from minidist.launch import World, counted_ranks, detect, host_id, located, without_launcher
-from tests.harness import command, run_command
+from tests.harness import run_command, run_forked
 
 TORCHRUN = {
     "RANK": "5",
@@ -90,9 +90,9 @@ def test_ranks_started_from_here_see_nothing_of_this_world(environ: dict[str, st
 # What the launcher leaves out ---------------------------------------------------------------------
 
 
-def spawned(what: str, address: str, tmp_path: Path) -> str:
-    arguments = command("none", 1, "-m", "tests.spawned_ranks", what, address)
-    returncode, output = run_command(arguments, tmp_path / "output.txt", 60)
+def spawned(what: str, address: str, tmp_path: Path, how: str = "fork") -> str:
+    arguments, output_file = (what, address, how), tmp_path / "output.txt"
+    returncode, output = run_forked("tests.spawned_ranks", *arguments, world_size=None, output=output_file, limit_s=60)
     assert returncode == 0, output
     return output
 
@@ -112,9 +112,9 @@ def test_ranks_are_located_by_their_hosts() -> None:
     assert host_id() == host_id() != ""
 
 
-@pytest.mark.parametrize("what", ["shm", "gloo", "two_level"])
-def test_spawned_ranks_find_out_that_they_share_a_host(what: str, tmp_path: Path) -> None:
-    output = spawned(what, "127.0.0.1", tmp_path)
+@pytest.mark.parametrize(("what", "how"), [("shm", "spawn"), ("gloo", "fork"), ("two_level", "fork")])
+def test_spawned_ranks_find_out_that_they_share_a_host(what: str, how: str, tmp_path: Path) -> None:
+    output = spawned(what, "127.0.0.1", tmp_path, how)
     for rank in range(2):
         assert f"sum 4.0 rank {rank} of 2 here" in output, output
 
