@@ -180,8 +180,8 @@ class Arena:
         for peer, words in self._others:
             if words[COUNT] < count:
                 self.wait_until(functools.partial(_has_come, words, count), peer, deadline)
-            # Read only now: before its rank had come it was the ticket of two meetings ago. Each rank compares with each
-            # other one, so that all raise although none tells another what it found.
+            # Read only now: before its rank had come it was the ticket of two meetings ago. Each rank compares with
+            # each other one, so that all raise although none tells another what it found.
             if words[ticket] != signature:
                 raise MismatchError(difference(self.rank, signature, peer, words[ticket]))
 

@@ -84,7 +84,7 @@ class OwnHeap(Heap):
         if numel == 0:
             return torch.empty(0, dtype=dtype, device="cpu")
         start, length = self.reserve(numel * dtype.itemsize, purpose)
-        # The storage of the tensor holds the view, and so do all tensors that share it: the last one of them lets it go.
+        # The storage of the tensor holds the view, and so do all tensors that share it: the last of them lets it go.
         # The finalizer acts in this process only: a fork has the same file mapped, and a worker of a DataLoader that
         # dropped its copy of the tensor would empty it for the rank. At exit the pages go with the file.
         view = memoryview(self._map)[start : start + numel * dtype.itemsize]
