@@ -13,8 +13,8 @@ rung since it was read::
 
 Either 3 sees the change a, or a came after 3, and so b after 2: then b finds the sleeper and changes the bell, which 4
 notices or is woken by. One gap is left: a core may look (b) before its own store (a) is seen by others, and then
-neither side sees the other. It lasts as long as a store takes to leave the core, and costs a nap (`NAP_S`), as a sleeper wakes
-by itself now and then anyway, to see whether it still has anything to wait for.
+neither side sees the other. It lasts as long as a store takes to leave the core, and costs a nap (`NAP_S`), as a
+sleeper wakes by itself now and then anyway, to see whether it still has anything to wait for.
 
 Every communicator has bells of its own, and a rank that waits on one moves the messages of all. So it sleeps on its
 bells of those that have messages under way too (futex_waitv, Linux 5.16); an older kernel lets it nap.
