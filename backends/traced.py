@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from backends.algorithm import AlgorithmCommunicator
+from backends.wrapper import Wrapper
 from minidist.analysis.simulate import Message
 from minidist.communicator import Communicator, Work
 
@@ -31,8 +31,8 @@ class Entry(NamedTuple):
     ended: float
 
 
-class TracedCommunicator(AlgorithmCommunicator):
-    """Another communicator, with a log of its messages; see `AlgorithmCommunicator`.
+class TracedCommunicator(Wrapper):
+    """Another communicator, with a log of its messages; see `Wrapper`.
 
     A message has ended when its rank came to look for it, not when it came: what arrives while a rank reduces something
     else is seen late.
@@ -42,7 +42,7 @@ class TracedCommunicator(AlgorithmCommunicator):
     """
 
     def __init__(self, transport: Communicator) -> None:
-        super().__init__(transport, {})
+        super().__init__(transport)
         self.log: list[Entry] = []
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:

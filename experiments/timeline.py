@@ -21,6 +21,7 @@ from experiments.running.run import CONF, main
 from minidist.analysis.network import Flat
 from minidist.analysis.simulate import Message, simulate
 from minidist.communicator import Communicator
+from minidist.launch import counted_ranks
 from minidist.schedule import Schedule, chunks_of
 
 
@@ -49,7 +50,7 @@ def experiment(cfg: DictConfig) -> None:
         if comm.rank == 0:
             what = f"{cfg.algorithm} all_reduce of {cfg.nbytes} bytes over {cfg.transport}"
             path = Path(HydraConfig.get().runtime.output_dir) / "timeline"
-            draw_timeline(path, f"{what}, {comm.world_size} ranks, as it ran", comm.world_size, messages)
+            draw_timeline(path, f"{what}, {counted_ranks(comm.world_size)}, as it ran", comm.world_size, messages)
             print(f"written: {path}.png, .svg", flush=True)
 
 

@@ -108,5 +108,12 @@ def send_others(kind: str) -> None:
             comm.abort("the message was wrong")
 
 
+def leave_at_once(kind: str) -> None:
+    """Make a communicator and leave it, again and again: a rank may still be making its connections to this one."""
+    for _ in range(150):
+        GlooCommunicator(timeout_s=60).abort("not needed")
+    say("left and named")
+
+
 if __name__ == "__main__":
-    {"disagree": disagree, "send_others": send_others}[sys.argv[1]](sys.argv[2])
+    {"disagree": disagree, "send_others": send_others, "leave_at_once": leave_at_once}[sys.argv[1]](sys.argv[2])

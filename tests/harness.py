@@ -7,6 +7,7 @@ world; the checks after it run in the next one. A check that ends a process has 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,6 +18,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 CHECK_LIMIT_S = 40.0
@@ -177,10 +180,9 @@ def _end(events: list[Event], directory: str) -> list[int]:
     """End the processes that reported into ``directory`` and are still there; return which."""
     leftovers = []
     for pid in {event.pid for event in events}:
-        try:
-            if directory in Path(f"/proc/{pid}/cmdline").read_text():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if directory in process.cmdline():  # and no other process that has got its number since
                 leftovers.append(pid)
-                os.kill(pid, signal.SIGKILL)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+                process.kill()
     return leftovers

@@ -164,6 +164,11 @@ def test_table_aligns_numbers_right_and_words_left() -> None:
     assert table(rows, {"name": "", "time": ".1f"}).split("\n") == ["name     time", "a         1.0", "longer  123.5"]
 
 
+def test_what_is_not_known_is_a_dash() -> None:
+    rows = [{"name": "a", "time": None}, {"name": "b", "time": 1.5}]
+    assert table(rows, {"name": "", "time": ".1f"}).split("\n") == ["name  time", "a        -", "b      1.5"]
+
+
 def test_files_hold_the_rows(tmp_path: Path) -> None:
     rows = [{"a": 1, "b": 2.5}]
     write_csv(tmp_path / "t.csv", rows, ["b"])

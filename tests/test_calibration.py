@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from backends import auto
 from backends.algorithm import AlgorithmCommunicator
 from backends.auto import OWN, AutoCommunicator, fits, in_order, own_seconds
-from backends.calibration import Tables, calibrate, fitted, slowest_median
+from backends.calibration import FLOOR_S, Tables, calibrate, fitted, slowest_median
 from backends.ring import ring_all_reduce
 from backends.schedules.bruck import bruck_all_to_all
 from backends.schedules.direct import one_shot_all_reduce, two_shot_all_reduce
@@ -47,6 +47,19 @@ def test_a_fit_finds_alpha_and_beta_again() -> None:
     alpha, beta = fitted([1e3, 1e6], [1e-3, 1e-4])  # larger messages that are faster: no line of that kind
     assert alpha >= 0
     assert beta >= 0
+
+
+def test_a_fit_leaves_out_what_noise_has_hidden() -> None:
+    assert fitted([1e3, 1e4, 1e5], [1e-5, FLOOR_S, 1e-5]) == pytest.approx((1e-5, 0), abs=1e-9)
+
+
+def test_what_noise_has_hidden_is_not_shown_as_0_us() -> None:
+    hidden = replace(TABLES, one_way=[FLOOR_S, 1e-3], exchange=[FLOOR_S, 2e-3])
+    _, first, second, *_, last = show(hidden).splitlines()
+    assert first.split() == ["1000", "-", "-", "-", "-", "-"]
+    assert second.split() == ["1000000", "1000.0", "2000.0", "100.0", "200.0", "0.50"]
+    assert last == "-: less than the noise; measure more often, with larger iterations"
+    assert "-:" not in show(replace(TABLES, reduce=[1e-6, 1e-4], reduce_all=[1e-6, 1e-4]))
 
 
 def test_calibration_measures_every_exchange_at_every_size() -> None:

@@ -199,6 +199,11 @@ def check_sweep(directory: Path, stdout: str, jobs: list[tuple[str, int]]) -> No
         (("comm=gloo,ring",), "error: Ambiguous value for argument 'comm=gloo,ring'; add -m to run each of them"),
         (("comm=serial",), "error: launch.nproc=2: backends.serial.SerialCommunicator is one rank alone;"),
         (("comm.colour=red",), "error: comm.colour is not a setting; comm has timeout_s, segment_bytes"),
+        (("comm", "ring"), "error: comm ring: a setting and its value are one word, joined by =; write comm=ring"),
+        (
+            ("comm=swing", "comm.schedules.all_reduce=no.such.schedule"),
+            "error: comm.schedules.all_reduce=no.such.schedule cannot be imported: ",
+        ),
         (("model._target_=no.such.model",), "error: model._target_=no.such.model cannot be imported: "),
     ],
     ids=words,

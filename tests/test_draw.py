@@ -23,7 +23,14 @@ from backends.schedules.doubling import halving_doubling_all_reduce, recursive_d
 from experiments.draw import check, costs, curves, describe, picture
 from experiments.drawing.algorithms import schedule_of
 from experiments.drawing.curves import Curves, over_ranks, over_sizes
-from experiments.drawing.diagrams import chunk_colours, draw_curves, draw_timeline, spell_bytes, spell_chunks
+from experiments.drawing.diagrams import (
+    chunk_colours,
+    draw_curves,
+    draw_timeline,
+    spell_bytes,
+    spell_chunks,
+    spell_ranks,
+)
 from experiments.drawing.page import Frame, frames, write_page
 from experiments.running.build import build
 from experiments.running.tables import multiplied
@@ -93,6 +100,15 @@ def test_every_message_is_an_arrow(tmp_path: Path, schedule: Schedule, collectiv
 def test_nothing_and_no_time_can_be_drawn(tmp_path: Path, messages: list[Message]) -> None:
     draw_timeline(tmp_path / "schedule", "a title", 2, messages)
     ElementTree.parse(tmp_path / "schedule.svg")
+
+
+def test_there_are_no_fractions_of_ranks() -> None:
+    assert [spell_ranks(count) for count in (2, 11.3, 7.9999999999, 2048.7)] == [
+        "2 ranks",
+        "11 ranks",
+        "8 ranks",
+        "2048 ranks",
+    ]
 
 
 def test_chunks_are_spelled_shortly() -> None:

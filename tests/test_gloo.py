@@ -37,3 +37,7 @@ def test_no_disagreement_ends_a_process(kind: str, world_size: int, tmp_path: Pa
 @pytest.mark.parametrize("kind", ["gloo", "ring"])
 def test_no_message_ends_a_process(kind: str, tmp_path: Path) -> None:
     assert run_ranks("send_others", kind, tmp_path, 2) == ["named"] * 14
+
+
+def test_a_rank_may_leave_as_soon_as_it_has_come(tmp_path: Path) -> None:
+    assert run_ranks("leave_at_once", "gloo", tmp_path, 2) == ["left and named"] * 2

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from backends.processes.rendezvous import own_address
-from minidist.launch import World, detect, host_id, located, without_launcher
+from minidist.launch import World, counted_ranks, detect, host_id, located, without_launcher
 from tests.harness import command, run_command
 
 TORCHRUN = {
@@ -71,6 +71,10 @@ SHELL_OF_SLURM = {
 )
 def test_detect(environ: dict[str, str], world: World) -> None:
     assert detect(environ) == world
+
+
+def test_one_rank_is_not_spelled_as_many() -> None:
+    assert [counted_ranks(count) for count in (1, 2, 64)] == ["1 rank", "2 ranks", "64 ranks"]
 
 
 def test_only_an_mpirun_brings_mpi() -> None:

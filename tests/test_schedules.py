@@ -164,9 +164,11 @@ def test_segments_of_any_size_give_the_same_result(segment_bytes: int) -> None:
 def test_scratch_memory_is_kept_between_calls() -> None:
     def job(comm: ScheduledCommunicator) -> bool:
         comm.all_reduce(torch.ones(1000))
-        first = {name: memory.data_ptr() for name, memory in comm._scratch._memory.items()}
+        first = {name: memory.data_ptr() for name, memory in comm._executor.scratch._memory.items()}
         comm.all_reduce(torch.ones(900))
-        return bool(first) and first == {name: memory.data_ptr() for name, memory in comm._scratch._memory.items()}
+        return bool(first) and first == {
+            name: memory.data_ptr() for name, memory in comm._executor.scratch._memory.items()
+        }
 
     assert run_threads(job, 2) == [True, True]
 

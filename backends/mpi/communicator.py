@@ -127,7 +127,7 @@ class MpiCommunicator(ScheduledCommunicator):
         if output.numel() > MAX_COUNT:
             return super()._all_gather(output, input, timeout_s)
         if output.data_ptr() + self.rank * input.nbytes == input.data_ptr():
-            input = self._scratch.copy_of(
+            input = self._executor.scratch.copy_of(
                 "input", input
             )  # MPI takes no shared memory, and IN_PLACE only from all ranks
         request = self._comm.Iallgather(self._moved(input), self._moved(output, input.numel()))
@@ -136,7 +136,7 @@ class MpiCommunicator(ScheduledCommunicator):
     def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
         if not self._reduces(input):
             return super()._reduce_scatter(output, input, op, timeout_s)
-        memory = self._scratch.copy_of("input", input)
+        memory = self._executor.scratch.copy_of("input", input)
         request = self._comm.Ireduce_scatter_block(
             self._reduced(memory, output.numel()), self._reduced(output), self._ops[op]
         )

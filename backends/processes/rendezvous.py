@@ -12,6 +12,7 @@ import secrets
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from minidist import launch
 from minidist.contract.forks import Maker, kept_in_forks
-from minidist.errors import BackendUnavailableError, CommTimeoutError
+from minidist.errors import BackendUnavailableError, CommTimeoutError, PeerLostError
 
 CONNECT_S = 300.0
 CONNECT_TIMEOUT = timedelta(seconds=CONNECT_S)
@@ -57,15 +58,9 @@ class Meeting:
 
     def locate(self, timeout_s: float) -> None:
         """Find out which ranks share a host; all ranks call it."""
-        store, deadline = dist.PrefixStore("hosts", self.store), time.monotonic() + timeout_s
-        keys = [str(rank) for rank in range(self.world.world_size)]
-        store.set(keys[self.world.rank], launch.host_id())
-        while not store.check(keys):
-            if time.monotonic() > deadline:
-                missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-                raise CommTimeoutError(f"[rank {self.world.rank}] ranks {missing} did not come within {timeout_s:g} s")
-            time.sleep(POLL_S)
-        self.world = launch.located(self.world, [store.get(key).decode() for key in keys])
+        world, store = self.world, dist.PrefixStore("hosts", self.store)
+        hosts = from_everyone(store, world.rank, world.world_size, launch.host_id(), timeout_s)
+        self.world = launch.located(world, hosts)
 
     def job_store(self) -> dist.Store:
         """Return an empty store for one communicator; all ranks call it in the same order."""
@@ -110,6 +105,42 @@ def _met(world: launch.World) -> Meeting:
         os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))
     return _meet_at_master(world)
+
+
+def from_everyone(
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    value: str,
+    timeout_s: float,
+    gone: Mapping[int, str] | None = None,
+) -> list[str]:
+    """Return what every rank has put into a store that they use for nothing else; all of them call it.
+
+    Args:
+        store: nothing else is in it.
+        rank: this one.
+        world_size: how many there are.
+        value: what this rank puts into it.
+        timeout_s: for all of them to come.
+        gone: the ranks that are known to be gone and why, as that becomes known.
+
+    Raises:
+        CommTimeoutError: not all of them came in time.
+        PeerLostError: not all of them came, and one is gone.
+    """
+    deadline = time.monotonic() + timeout_s
+    keys = [str(other) for other in range(world_size)]
+    store.set(keys[rank], value)
+    while not store.check(keys):
+        lost = next(iter(gone.items()), None) if gone else None
+        if lost is not None and not store.check(keys):  # asked again, as it may have come and gone since
+            raise PeerLostError(f"[rank {rank}] rank {lost[0]} is gone: {lost[1]}", (lost[0],))
+        if time.monotonic() > deadline:
+            missing = [other for other, key in enumerate(keys) if not store.check([key])]
+            raise CommTimeoutError(f"[rank {rank}] ranks {missing} did not come within {timeout_s:g} s")
+        time.sleep(POLL_S)
+    return [store.get(key).decode() for key in keys]
 
 
 def run_id() -> str:

@@ -22,6 +22,7 @@ from torch.distributed import distributed_c10d as c10d
 from backends.contact import ContactLostError
 from backends.processes.agreement import Agreement
 from backends.processes.communicator import Place, ProcessCommunicator
+from backends.processes.rendezvous import from_everyone
 from backends.processes.signature import MEETING, pack
 from minidist.communicator import ReduceOp, Work
 from minidist.contract.forks import kept_in_forks
@@ -45,7 +46,13 @@ class TorchDistCommunicator(ProcessCommunicator):
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
         self._group: Any = None  # a rank can be lost before it is made
         super().__init__(timeout_s, segment_bytes, place)
-        self._group = kept_in_forks(self._make_group(dist.PrefixStore("group", self._store)))
+        try:
+            self._group = kept_in_forks(self._make_group(dist.PrefixStore("group", self._store)))
+        except RuntimeError as error:
+            self._fail("connect", error)
+        # A rank that closed at once would break the connections of one that is still making its own.
+        connected = dist.PrefixStore("connected", self._store)
+        from_everyone(connected, self.rank, self.world_size, "", timeout_s, self._gone())
 
     def _make_group(self, store: dist.Store) -> Any:
         raise NotImplementedError
@@ -156,12 +163,10 @@ class GlooCommunicator(TorchDistCommunicator):
 
     # Collectives ------------------------------------------------------------------------------
 
-    def _agree(
-        self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: Sequence[int], timeout_s: float
-    ) -> float:
+    def _agree(self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: int, timeout_s: float) -> float:
         numel = sum(chunk.numel() for chunk in chunks) if collective in IN_PLACE else chunks[0].numel()
         started = time.monotonic()
-        self._agreement.compare(pack(collective, numel, chunks[0].dtype, op, next(iter(root), 0)), timeout_s)
+        self._agreement.compare(pack(collective, numel, chunks[0].dtype, op, root), timeout_s)
         return max(timeout_s - (time.monotonic() - started), 1e-3)
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:

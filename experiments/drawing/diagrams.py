@@ -108,8 +108,8 @@ def spell_bytes(nbytes: float) -> str:
 
 
 def spell_ranks(count: float) -> str:
-    """Return a number of ranks, which between two samples is no whole one: ``11.3 ranks``."""
-    return f"{count:.3g} ranks"
+    """Return the most whole ranks up to a place between two samples: ``11 ranks`` for 11.3."""
+    return f"{math.floor(count * (1 + 1e-9))} ranks"  # 8 may have become 7.999... on its way through logarithms
 
 
 def spell_seconds(seconds: float) -> str:

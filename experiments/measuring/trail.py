@@ -71,7 +71,8 @@ class Trail:
     @contextmanager
     def recording(self, rank: int = 0) -> Iterator[None]:
         """Record what this thread calls inside, and what the others of ``rank`` do at the same time."""
-        self._threads, self._rank = {threading.get_ident()}, rank
+        self._threads = {threading.get_ident()}
+        self._rank = rank
         self._base = sys._getframe(2)  # of whom entered this
         try:
             yield
@@ -99,6 +100,7 @@ class Trail:
     def _event(self, frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and self._base is not None and frame.f_code.co_filename.startswith(self._roots):
             by_recorder = threading.get_ident() in self._threads
+            # A thread without a rank in its name, as one of a pool, may be this rank's: better one stop too many.
             if by_recorder or not self._is_of_other_rank():
                 self._ways[0 if by_recorder else 1].setdefault(self._way(frame))
 

@@ -28,7 +28,7 @@ from minidist.config import Config, EngineConfig
 from minidist.ddp import DistributedDataParallel
 from minidist.engine import Engine
 from minidist.errors import ConfigError
-from minidist.launch import detect
+from minidist.launch import counted_ranks, detect
 from minidist.training.checkpoint import Checkpoints
 from minidist.training.report import Report, Summary
 from minidist.training.seed import seed_everything
@@ -125,9 +125,9 @@ def _scheduler(optimizer: Optimizer, settings: EngineConfig, num_batches: int) -
 def _announce(comm: Communicator, chosen: data.Data, model: nn.Module) -> None:
     numel = sum(parameter.numel() for parameter in model.parameters())
     log.info(
-        "%s on %s ranks | data: %s, %s samples | model: %.2f M parameters",
+        "%s on %s | data: %s, %s samples | model: %.2f M parameters",
         comm_name(),
-        comm.world_size,
+        counted_ranks(comm.world_size),
         chosen.name,
         len(chosen.train),
         numel / 1e6,
@@ -141,7 +141,7 @@ def comm_name() -> str:
 
 
 def _write_results(directory: Path, summary: Summary, world_size: int, data_name: str) -> None:
-    job = HydraConfig.get().job
+    job: Any = HydraConfig.get().job  # a section, whatever its type says
     results = {
         "job": job.override_dirname or job.name,
         "number": OmegaConf.select(job, "num", throw_on_missing=False),

@@ -58,7 +58,7 @@ def send(comm: Sender, hook: Hook, tensor: Tensor, dst: int, tag: int, timeout_s
     envelope[HEADER.size : HEADER.size + end.numel()].copy_(end)
     envelope = envelope.to(data.device)
     first = hook(envelope, dst, comm._tag(tag), timeout_s)
-    return _Letter(first, [hook(piece, dst, tag, timeout_s) for piece, tag in _pieces(comm, body, tag)], envelope)
+    return _Enveloped(first, [hook(piece, dst, tag, timeout_s) for piece, tag in _pieces(comm, body, tag)], envelope)
 
 
 def receive(comm: Sender, hook: Hook, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
@@ -67,7 +67,7 @@ def receive(comm: Sender, hook: Hook, tensor: Tensor, src: int, tag: int, timeou
     body, end = _cut(data)
     envelope = torch.empty(ENVELOPE_BYTES, dtype=torch.uint8, device=data.device)
 
-    def take() -> None:
+    def unpack() -> None:
         code, numel = HEADER.unpack_from(envelope.cpu().numpy().data)
         if (numel, DTYPES[code]) != (tensor.numel(), tensor.dtype):
             raise MismatchError(received(src, numel, DTYPES[code], tensor.numel(), tensor.dtype))
@@ -75,7 +75,7 @@ def receive(comm: Sender, hook: Hook, tensor: Tensor, src: int, tag: int, timeou
 
     first = hook(envelope, src, comm._tag(tag), timeout_s)
     rest = [hook(piece, src, tag, timeout_s) for piece, tag in _pieces(comm, body, tag)]
-    return _Letter(first, rest, envelope, take)
+    return _Enveloped(first, rest, envelope, unpack)
 
 
 def received(peer: int, sent: int, sent_as: torch.dtype, numel: int, dtype: torch.dtype) -> str:
@@ -117,11 +117,13 @@ def _pieces(comm: Sender, body: Tensor, tag: int) -> Iterator[tuple[Tensor, int]
             start += size
 
 
-class _Letter(Work):
+class _Enveloped(Work):
     """An envelope and its pieces on their way."""
 
-    def __init__(self, first: Work, rest: list[Work], envelope: Tensor, take: Callable[[], None] | None = None) -> None:
-        self._first, self._rest, self._envelope, self._take = first, rest, envelope, take
+    def __init__(
+        self, first: Work, rest: list[Work], envelope: Tensor, unpack: Callable[[], None] | None = None
+    ) -> None:
+        self._first, self._rest, self._envelope, self._unpack = first, rest, envelope, unpack
         self._is_open = False
         self._error: Exception | None = None
 
@@ -138,8 +140,8 @@ class _Letter(Work):
             return
         try:
             self._first.wait()
-            if self._take is not None:
-                self._take()
+            if self._unpack is not None:
+                self._unpack()
         except Exception as error:
             self._error = error
             raise

@@ -40,7 +40,7 @@ def all_gather_object(comm: Mover, obj: Any, timeout_s: float | None) -> list[An
         raise _refused(comm, "all_gather_object", error) from error
     rows = list(zip(output.cpu(), headers.tolist(), strict=True))
     for rank, (row, (what, size)) in enumerate(rows):
-        _check(comm, "all_gather_object", rank, what, row[:size])
+        _ensure_object(comm, "all_gather_object", rank, what, row[:size])
     return [_object(comm, "all_gather_object", rank, row[:size]) for rank, (row, (_, size)) in enumerate(rows)]
 
 
@@ -57,7 +57,7 @@ def broadcast_object(comm: Mover, obj: Any, src: int, timeout_s: float | None) -
     comm.broadcast(data, src, timeout_s=timeout_s)
     if error is not None:
         raise _refused(comm, "broadcast_object", error) from error
-    _check(comm, "broadcast_object", src, what, data)
+    _ensure_object(comm, "broadcast_object", src, what, data)
     return obj if comm.rank == src else _object(comm, "broadcast_object", src, data)
 
 
@@ -75,7 +75,7 @@ def _refused(comm: Mover, operation: str, error: Exception) -> TypeError:
     return TypeError(f"{comm.who(operation)}: obj cannot be pickled: {type(error).__name__}: {error}")
 
 
-def _check(comm: Mover, operation: str, rank: int, what: int, data: Tensor) -> None:
+def _ensure_object(comm: Mover, operation: str, rank: int, what: int, data: Tensor) -> None:
     if what == IS_REASON:
         reason = data.cpu().numpy().tobytes().decode(errors="replace")
         raise CommError(f"{comm.who(operation)}: rank {rank} has an object that cannot be pickled: {reason}")

@@ -92,8 +92,8 @@ class Pending(Work):
         self._future, self._traffic, self._maker = future, traffic, maker
 
     def wait(self) -> None:
-        if not self._future.done():
-            self._maker.ensure_here("wait")
+        if not self._maker.is_here and not self._future.done():
+            self._maker.ensure_here("wait")  # its thread is not in a fork
         started = time.perf_counter()
         try:
             self._future.result()

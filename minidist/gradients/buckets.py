@@ -67,8 +67,13 @@ class Bucket:
         """Begin the next backward pass."""
         self.missing = set(range(len(self.parameters)))
 
-    def complaint(self, slot: int) -> str | None:
-        """Return why the gradient that just came for ``parameters[slot]`` cannot be put into its place, if so."""
+    def fits(self, slot: int) -> bool:
+        """Whether the gradient that just came for ``parameters[slot]`` can be put into its place."""
+        grad = self.parameters[slot].grad
+        return slot in self.missing and (grad is None or (grad.layout is torch.strided and not grad.requires_grad))
+
+    def complaint(self, slot: int) -> str:
+        """Return why a gradient does not fit."""
         grad = self.parameters[slot].grad
         if grad is not None and grad.layout is not torch.strided:
             return f"{self.names[slot]} has a sparse gradient; make its layer with sparse=False"
@@ -77,12 +82,10 @@ class Bucket:
                 f"{self.names[slot]} has a gradient that is to be differentiated too, by backward(create_graph=True), "
                 "and what is reduced is not; get such gradients from torch.autograd.grad(..., create_graph=True)"
             )
-        if slot not in self.missing:
-            return (
-                f"{self.names[slot]} got a second gradient in one backward pass, as re-entrant checkpoints that share "
-                "parameters cause; checkpoint with use_reentrant=False"
-            )
-        return None
+        return (
+            f"{self.names[slot]} got a second gradient in one backward pass, as re-entrant checkpoints that share "
+            "parameters cause; checkpoint with use_reentrant=False"
+        )
 
     def put(self, slot: int, divisor: int) -> None:
         """Write a parameter's gradient, divided by ``divisor``, into its place, where it lives from now on.

@@ -21,6 +21,7 @@ import torch
 
 from minidist.communicator import Communicator
 from minidist.errors import CheckpointError
+from minidist.launch import counted_ranks
 from minidist.training.storable import original, storable
 
 _KEYS = {"step", "signature", "shared", "locals", "world_size"}
@@ -135,7 +136,7 @@ class Checkpoints:
         who = f"{self._comm.who('Checkpoints.load')}: the checkpoint of step {content['step']} in {self.directory}"
         if content["world_size"] != self._comm.world_size:
             raise CheckpointError(
-                f"{who} is of {content['world_size']} ranks, this run has {self._comm.world_size}; "
+                f"{who} is of {counted_ranks(content['world_size'])}, this run has {self._comm.world_size}; "
                 "start as many ranks as before, or choose another directory"
             )
         saved = content["signature"]
