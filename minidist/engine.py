@@ -16,11 +16,12 @@ from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
 from minidist.training.checkpoint import Checkpoints
 from minidist.training.learning_rate import LearningRate, Scheduler
+from minidist.training.loaders import Batch, Loader, require_eval_batches
 from minidist.training.metrics import Metrics, MetricSums
-from minidist.training.progress import Batch, Loader, Position
+from minidist.training.progress import Position
 from minidist.training.report import Report, Summary
 from minidist.training.resume import Resumption
-from minidist.training.settings import check_fit, check_settings
+from minidist.training.settings import check_settings
 from minidist.training.status import Status
 
 
@@ -96,7 +97,9 @@ class Engine:
             FloatingPointError: a loss is not finite.
             CheckpointError: a checkpoint cannot be written, or does not fit.
         """
-        check_fit(epochs, eval_loader, self.comm)
+        if epochs < 1:
+            raise ValueError(f"{self.comm.who('Engine.fit')}: epochs must be at least 1, got {epochs}")
+        require_eval_batches(eval_loader, self.comm)
         self.learning_rate.check(eval_loader)
         self.resumption.start()
         with self.status.stop_signal:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from minidist.training.progress import Batch, Position, Steps
+from minidist.training.loaders import Batch, Steps
+from minidist.training.progress import Position
 from minidist.training.status import Status, Tally
 
 if TYPE_CHECKING:

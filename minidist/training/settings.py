@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
-
-from minidist.communicator import Communicator
 
 
 def check_settings(
@@ -25,24 +20,3 @@ def check_settings(
         raise ValueError(
             "Engine: autocast_dtype float16 needs loss scaling, or small gradients vanish; use torch.bfloat16"
         )
-
-
-def check_fit(epochs: int, eval_loader: Iterable[Any] | None, comm: Communicator) -> None:
-    """Raise ValueError, on every rank, for what `minidist.engine.Engine.fit` cannot do. Collective."""
-    if epochs < 1:
-        raise ValueError(f"{comm.who('Engine.fit')}: epochs must be at least 1, got {epochs}")
-    lengths = comm.all_gather_object(_length(eval_loader))
-    if any((length is None) != (lengths[0] is None) for length in lengths):
-        given = ", ".join(f"rank {rank} {'none' if length is None else 'one'}" for rank, length in enumerate(lengths))
-        raise ValueError(f"{comm.who('Engine.fit')}: give all ranks an eval_loader or none of them; got {given}")
-    if all(length == 0 for length in lengths):
-        raise ValueError(f"{comm.who('Engine.fit')}: the eval_loader has no batch on any rank; give samples, or None")
-
-
-def _length(loader: Iterable[Any] | None) -> int | str | None:
-    if loader is None:
-        return None
-    try:
-        return len(loader)  # type: ignore[arg-type]  # that is the question
-    except TypeError:
-        return "unknown"
