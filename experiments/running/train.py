@@ -30,6 +30,7 @@ from minidist.engine import Engine
 from minidist.errors import ConfigError
 from minidist.launch import counted_ranks, detect
 from minidist.training.checkpoint import Checkpoints
+from minidist.training.optimisation import Optimisation
 from minidist.training.report import Report, Summary
 from minidist.training.seed import seed_everything
 
@@ -88,25 +89,31 @@ def _engine(
         model, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook
     )
     optimizer = build(cfg.optim, "optim")(replica.parameters())
-    resumes = settings.resume or detect().restarts > 0
-    where = Path(settings.checkpoint_dir) if settings.checkpoint_dir else directory / resume.CHECKPOINTS
-    if resumes and not settings.checkpoint_dir:
-        where = resume.directory(directory, comm)
     return Engine(
         replica,
         optimizer,
         nn.CrossEntropyLoss(),
         comm,
-        scheduler=_scheduler(optimizer, settings, num_batches),
+        Optimisation(
+            _scheduler(optimizer, settings, num_batches),
+            settings.accumulation_steps,
+            settings.max_grad_norm,
+            AUTOCAST_DTYPES[settings.autocast],
+        ),
         device=device,
-        accumulation_steps=settings.accumulation_steps,
-        max_grad_norm=settings.max_grad_norm,
-        autocast_dtype=AUTOCAST_DTYPES[settings.autocast],
         log_every=settings.log_every,
-        checkpoints=Checkpoints(where, comm, settings.checkpoint_every_steps, settings.keep_checkpoints),
+        checkpoints=_checkpoints(settings, comm, directory),
         report=Report(directory, comm.rank, settings.progress, settings.tensorboard),
-        resume=resumes,
     )
+
+
+def _checkpoints(settings: EngineConfig, comm: Communicator, directory: Path) -> Checkpoints:
+    """Return those of this run, or of the one that it goes on from: asked to, or started again after a failure."""
+    resumes = settings.resume or detect().restarts > 0
+    where = Path(settings.checkpoint_dir) if settings.checkpoint_dir else directory / resume.CHECKPOINTS
+    if resumes and not settings.checkpoint_dir:
+        where = resume.directory(directory, comm)
+    return Checkpoints(where, comm, settings.checkpoint_every_steps, settings.keep_checkpoints, resumes)
 
 
 def _scheduler(optimizer: Optimizer, settings: EngineConfig, num_batches: int) -> LambdaLR | None:

@@ -56,18 +56,24 @@ class Checkpoints:
         comm: the ranks that train.
         every_steps: save after each so many optimizer steps, besides the end of each epoch; 0: then only.
         keep: how many files stay.
+        resume: go on from the newest one, if there is one; without it, those of an earlier run are refused.
 
     Raises:
         ValueError: ``every_steps`` below 0, or ``keep`` below 1.
         CheckpointError: the directory cannot be written; on every rank.
     """
 
-    def __init__(self, directory: Path, comm: Communicator, every_steps: int = 0, keep: int = 2) -> None:
+    def __init__(
+        self, directory: Path, comm: Communicator, every_steps: int = 0, keep: int = 2, resume: bool = False
+    ) -> None:
         if every_steps < 0 or keep < 1:
             raise ValueError(
                 f"Checkpoints: every_steps must be at least 0 and keep at least 1, got {every_steps} and {keep}"
             )
-        self.directory, self.every_steps, self.keep = Path(directory), every_steps, keep
+        self.directory = Path(directory)
+        self.every_steps = every_steps
+        self.keep = keep
+        self.resume = resume
         self._comm = comm
         self._on_rank_0("Checkpoints", self._prepare)
 
@@ -87,7 +93,7 @@ class Checkpoints:
         self._on_rank_0("Checkpoints.save", lambda: self._write(path, content))
         return path
 
-    def check(self, state: State) -> None:
+    def ensure_storable(self, state: State) -> None:
         """Raise what `save` would raise of this state before it writes: now, instead of after an hour of training."""
         self._content(state, "Checkpoints")
 

@@ -1,13 +1,13 @@
 """The roll call: what ranks tell each other while they train.
 
-A *roll call* is one small all-gather, in which every rank says what its steps since the last one summed up to, whether a
-loss was not finite, and whether it was asked to stop. It is held at steps that every rank knows beforehand (log
-points, checkpoints, the end of an epoch) and, in between, about once per second. So a SIGTERM on one rank stops
+A *roll call* is one small all-gather, in which every rank says what its steps since the last one summed up to,
+whether a loss was not finite, and whether it was asked to stop. It is held at steps that every rank knows beforehand
+(log points, checkpoints, the end of an epoch) and, in between, about once per second. So a SIGTERM on one rank stops
 all of them after the same step, and fast steps pay nothing.
 
 When the next one is due in between must not depend on a rank's own clock: one rank would hold it and the others
-would not. So the ranks count steps. From the seconds that they told, which all have gathered alike, each derives the same
-number of steps to go::
+would not. So the ranks count steps. From the seconds that they told, which all have gathered alike, each derives the
+same number of steps to go::
 
     step        1   3       7               15                  ...   40                     65
     roll call   x   x       x               x   twice as far each time,   then a second's worth   x

@@ -1,4 +1,4 @@
-"""Sums over steps of training: of this rank alone, and of all ranks since the last log line, in an epoch, in the run."""
+"""Sums over steps: of this rank alone, and of all ranks since the last log line, in an epoch, and in the run."""
 
 from __future__ import annotations
 
