@@ -22,12 +22,13 @@ from torch import Tensor
 from backends.contact import ContactLostError
 from backends.deadline import Deadline
 from backends.processes.communicator import Place, ProcessCommunicator
+from backends.processes.offer import Offer, Read
 from backends.processes.signature import MEETING
 from backends.shm import doorbell
 from backends.shm.all_reduce import AllReduce, Blocks
 from backends.shm.arena import NOWHERE, Arena, ensure_one_host
 from backends.shm.mailbox import Message
-from backends.shm.sharing import Offer, Read, share
+from backends.shm.sharing import share
 from minidist import launch
 from minidist.communicator import Device, ReduceOp, Shape, Work
 from minidist.errors import CommError
