@@ -40,7 +40,8 @@ class AlgorithmCommunicator(Wrapper):
         proves: bool = True,
     ) -> None:
         super().__init__(transport, timeout_s)
-        self.transport, self.segment_bytes = transport, checks.segment_bytes(segment_bytes)
+        self.transport = transport
+        self.segment_bytes = checks.segment_bytes(segment_bytes)
         self.schedules = {
             name: schedule_at(name, schedule) for name, schedule in schedules.items() if schedule is not None
         }

@@ -70,7 +70,8 @@ class AutoCommunicator(Wrapper):
             raise ValueError(f"budget_s must be greater than 0 seconds, got {budget_s}")
         if unknown := schedules.keys() - TIMED:
             raise ValueError(f"auto chooses between schedules of {', '.join(TIMED)}, not of {min(unknown)}")
-        self.transport, self._segment_bytes = transport, checks.segment_bytes(segment_bytes)
+        self.transport = transport
+        self._segment_bytes = checks.segment_bytes(segment_bytes)
         self._choices = {name: list(self._right(name, some)) for name, some in schedules.items()}
         self._fastest = functools.cache(self._find_fastest)
         self._own: dict[str, list[float]] = {}
@@ -84,7 +85,9 @@ class AutoCommunicator(Wrapper):
 
     def _measured(self, with_exchanges: bool, budget_s: float) -> tuple[dict[int, Seconds], dict[int, Seconds]]:
         """Return what exchanges take at each size, and what the transport's own way of each collective takes."""
-        rows, own, took = dict[int, Seconds](), dict[int, Seconds](), dict[int, float]()
+        rows = dict[int, Seconds]()
+        own = dict[int, Seconds]()
+        took = dict[int, float]()
         began = time.monotonic()
         for nbytes in in_order(SIZES):
             if not self.transport.broadcast_object(fits(took, nbytes, budget_s), 0):

@@ -116,7 +116,8 @@ def curves(cfg: DictConfig, network: Network) -> tuple[Curves, Curves]:
         ScheduleError: a schedule cannot be run.
     """
     algorithms = {name: schedules_of(name, cfg.collective, cfg.comm_overrides) for name in cfg.curves}
-    sizes, counts = list(multiplied(cfg.min_bytes, cfg.max_bytes, 2)), list(multiplied(2, cfg.max_world_size, 2))
+    sizes = list(multiplied(cfg.min_bytes, cfg.max_bytes, 2))
+    counts = list(multiplied(2, cfg.max_world_size, 2))
     with _refusing():
         by_size = over_sizes(algorithms, cfg.world_size, sizes, network, cfg.collective, cfg.root)
         by_ranks = over_ranks(algorithms, counts, cfg.nbytes, network, cfg.collective, cfg.root)

@@ -238,9 +238,12 @@ class _Receive:
     """The request of a receive that minds the size of what has come."""
 
     def __init__(self, comm: MpiCommunicator, tensor: Tensor, src: int, tag: int) -> None:
-        self._MPI, self._numel, self._src = comm._MPI, tensor.numel(), src
+        self._MPI = comm._MPI
+        self._numel = tensor.numel()
+        self._src = src
         self._buffer = comm._moved(tensor)
-        self._request, self._status = comm._comm.Irecv(self._buffer, src, tag), comm._MPI.Status()
+        self._request = comm._comm.Irecv(self._buffer, src, tag)
+        self._status = comm._MPI.Status()
         self._is_done = False
 
     def Test(self) -> bool:
@@ -264,7 +267,10 @@ class _MpiMessage(Work):
     def __init__(
         self, comm: MpiCommunicator, requests: list[Request], tensor: Tensor, peer: int, timeout_s: float
     ) -> None:
-        self._comm, self._requests, self._tensor, self._peer = comm, requests, tensor, peer
+        self._comm = comm
+        self._requests = requests
+        self._tensor = tensor
+        self._peer = peer
         self._deadline = Deadline(timeout_s)
         self._error: Exception | None = None
 

@@ -56,7 +56,8 @@ class Agreement:
         Raises:
             MismatchError: another rank means to do something else.
         """
-        deadline, source = Deadline(timeout_s), offer.source
+        deadline = Deadline(timeout_s)
+        source = offer.source
         is_small = offer.nbytes <= SMALL_BYTES
         if is_small and source is not None:
             self._rows[0, DATA : DATA + source.nbytes].view(source.dtype).copy_(source.view(-1))
@@ -70,7 +71,8 @@ class Agreement:
 
     def compare(self, word: int, deadline: Deadline) -> None:
         """Tell all ranks what this one means to do, and raise MismatchError if another one's ``word`` differs."""
-        comm, n = self._comm, self._comm.world_size
+        comm = self._comm
+        n = self._comm.world_size
         self._words[0, 0] = word
         have = 1  # rows, of this rank and the ones after it; each step doubles them
         while have < n:

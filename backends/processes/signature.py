@@ -38,5 +38,8 @@ def _spell(word: int) -> str:
     kind = KINDS[word >> 59]
     if kind == "barrier":
         return kind
-    dtype, op, root, numel = DTYPES[word >> 55 & 15], OPS[word >> 52 & 7], word >> 40 & 0xFFF, word & (1 << 40) - 1
+    dtype = DTYPES[word >> 55 & 15]
+    op = OPS[word >> 52 & 7]
+    root = word >> 40 & 0xFFF
+    numel = word & (1 << 40) - 1
     return f"{kind} of {numel} {spell(dtype)} with op {op.name} and root {root}"

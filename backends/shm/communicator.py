@@ -178,7 +178,8 @@ class ShmCommunicator(ProcessCommunicator):
         """Nothing to do: who waits looks up often enough."""
 
     def _close(self) -> None:
-        arena, deadline = self._arena, Deadline(self.timeout_s)
+        arena = self._arena
+        deadline = Deadline(self.timeout_s)
         # What is not in the slots yet lies in this process alone, so it would go with it. What is in them stays there
         # for those who have mapped them.
         for peer in range(self.world_size):

@@ -34,7 +34,8 @@ class Heap:
     def __init__(self, file: int, size: int) -> None:
         self._map = mmap.mmap(file, size)
         self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
-        self.base, self.size = self.memory.data_ptr(), size
+        self.base = self.memory.data_ptr()
+        self.size = size
 
     def words(self, start: int, count: int) -> memoryview:
         """Return ``count`` integers of 8 bytes that begin at byte ``start``; each is read and written at once."""

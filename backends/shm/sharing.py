@@ -40,7 +40,8 @@ def share(arena: Arena, offer: Offer, reads: Sequence[Read], deadline: Deadline)
 
 
 def _share_inline(arena: Arena, offer: Offer, reads: Sequence[Read], deadline: Deadline) -> None:
-    like, inline = offer.like, arena.inline(arena.turn)
+    like = offer.like
+    inline = arena.inline(arena.turn)
     if offer.source is not None:
         arena.view(arena.rank, inline, like.numel() * offer.num_pieces, like.dtype).copy_(offer.source)
     arena.meet(offer.signature, NOWHERE, deadline)

@@ -236,8 +236,12 @@ class _GlooMessage(Work):
     """A send or receive. Gloo says only to one who waits whether it has ended, so who polls has a thread that waits."""
 
     def __init__(self, comm: GlooCommunicator, work: Any, tensor: Tensor, peer: int, timeout_s: float) -> None:
-        self._comm, self._work, self._tensor, self._peer = comm, work, tensor, peer
-        self._deadline, self._timeout_s = time.monotonic() + timeout_s, timeout_s
+        self._comm = comm
+        self._work = work
+        self._tensor = tensor
+        self._peer = peer
+        self._deadline = time.monotonic() + timeout_s
+        self._timeout_s = timeout_s
         self._done = False
         self._ended: Future[None] | None = None
 

@@ -45,7 +45,8 @@ class Curves:
 
     def crossovers(self) -> list[Crossover]:
         """Return where the fastest algorithm changes, ascending; where two are equal, nothing changes."""
-        found, before = [], self.fastest()
+        found = []
+        before = self.fastest()
         for index in range(1, len(self.xs)):
             after = self._fastest(index, before)
             if after != before:
@@ -70,7 +71,8 @@ class Curves:
         """Cut the two straight lines that join the samples before and at ``index`` in logarithms."""
         x0, x1 = (math.log(x) for x in self.xs[index - 1 : index + 1])
         old, new = ([math.log(time) for time in self.seconds[name][index - 1 : index + 1]] for name in (before, after))
-        ahead, behind = new[0] - old[0], old[1] - new[1]
+        ahead = new[0] - old[0]
+        behind = old[1] - new[1]
         part = max(ahead, 0.0) / (max(ahead, 0.0) + behind)
         return Crossover(math.exp(x0 + part * (x1 - x0)), math.exp(old[0] + part * (old[1] - old[0])), before, after)
 

@@ -21,8 +21,11 @@ class Repeated:
     """
 
     def __init__(self, cfg: DictConfig, comm: Communicator, numel: int) -> None:
-        self._name, self._comm, self._async_op = cfg.collective, comm, cfg.async_op
-        self._op, dtype = ReduceOp(cfg.op), getattr(torch, cfg.dtype)
+        self._name = cfg.collective
+        self._comm = comm
+        self._async_op = cfg.async_op
+        self._op = ReduceOp(cfg.op)
+        dtype = getattr(torch, cfg.dtype)
         empty = comm.empty if cfg.memory == "empty" else torch.empty
         block = max(numel // comm.world_size, 1)
         self._pattern = (torch.arange(block * comm.world_size) % 7).to(dtype)
@@ -54,7 +57,10 @@ class Repeated:
         return int((result.view(-1) != expected.reshape(-1)).sum())
 
     def _start(self) -> Work:
-        comm, large, small, is_async = self._comm, self._large, self._small, self._async_op
+        comm = self._comm
+        large = self._large
+        small = self._small
+        is_async = self._async_op
         at_root = large if comm.rank == 0 else None
         match self._name:
             case "all_reduce":
@@ -76,7 +82,8 @@ class Repeated:
 
     def _result(self) -> tuple[Tensor, Tensor]:
         """Return what is there and what should be."""
-        rank, own = self._comm.rank, self._pattern + self._comm.rank
+        rank = self._comm.rank
+        own = self._pattern + self._comm.rank
         ranks = torch.arange(self._comm.world_size).to(own.dtype).view(-1, 1)
         match self._name:
             case "all_reduce":

@@ -70,7 +70,8 @@ def _device(name: str, comm: Communicator) -> torch.device:
 
 def _loader(samples: Samples, checked: Config, comm: Communicator, train: bool) -> Any:
     size = checked.data.batch_size if train else checked.data.eval_batch_size
-    workers, seed = checked.data.num_workers, checked.engine.seed
+    workers = checked.data.num_workers
+    seed = checked.engine.seed
     return loader(samples, comm.rank, comm.world_size, size, workers, train, seed)
 
 
@@ -83,7 +84,8 @@ def _engine(
     num_batches: int,
     directory: Path,
 ) -> Engine:
-    settings, ddp = checked.engine, checked.ddp
+    settings = checked.engine
+    ddp = checked.ddp
     hook = build(cfg.ddp.hook, "ddp.hook")
     replica = DistributedDataParallel(
         model, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook
@@ -117,7 +119,8 @@ def _checkpoints(settings: EngineConfig, comm: Communicator, directory: Path) ->
 
 
 def _scheduler(optimizer: Optimizer, settings: EngineConfig, num_batches: int) -> LambdaLR | None:
-    warmup, cosine = settings.warmup_steps, settings.lr_schedule == "cosine"
+    warmup = settings.warmup_steps
+    cosine = settings.lr_schedule == "cosine"
     num_steps = settings.epochs * math.ceil(num_batches / settings.accumulation_steps)
 
     def factor(step: int) -> float:

@@ -108,7 +108,8 @@ class Execution(ABC):
         Raises:
             ScheduleError: a step is impossible, or ranks wait for each other for ever.
         """
-        world_size, arguments = self.run.world_size, self.run.arguments
+        world_size = self.run.world_size
+        arguments = self.run.arguments
         self.ranks = [RankState(rank, self._schedule(rank, *arguments)) for rank in range(world_size)]
         # A heap by time: of ranks whose step has ended the earliest goes on, so that nobody posts in another's past.
         self._ready = [(start, rank) for rank in range(world_size)]
@@ -144,9 +145,11 @@ class Execution(ABC):
             self._match(*((rank, peer) if isinstance(transfer, Send) else (peer, rank)), time)
 
     def _match(self, sender: RankState, receiver: RankState, time: float) -> None:
-        sends, receives = self._sends[sender.rank, receiver.rank], self._receives[sender.rank, receiver.rank]
+        sends = self._sends[sender.rank, receiver.rank]
+        receives = self._receives[sender.rank, receiver.rank]
         while sends and receives:
-            (send, message), receive = sends.popleft(), receives.popleft()
+            (send, message) = sends.popleft()
+            receive = receives.popleft()
             self._ensure_same_size(sender, send, receiver, receive)
             self.met(sender, send, message, receiver, receive, time)
             for rank, transfer in ((sender, send), (receiver, receive)):
@@ -161,7 +164,8 @@ class Execution(ABC):
 
     def _ensure_same_size(self, sender: RankState, send: Send, receiver: RankState, receive: Transfer) -> None:
         """Refuse a message whose ends differ: the chunks of a tensor that is cut may differ by one element."""
-        sent, received = indices(send.chunk), indices(receive.chunk)
+        sent = indices(send.chunk)
+        received = indices(receive.chunk)
         same = tuple(sent) == tuple(received) if self.run.collective.is_cut else len(sent) == len(received)
         if not same:
             raise ScheduleError(

@@ -207,7 +207,8 @@ class _Values(_Proof):
                 )
 
     def _difference(self, held: Value, wanted: Value) -> str:
-        there, should = held.contributions(), wanted.contributions()
+        there = held.contributions()
+        should = wanted.contributions()
         for (source, origin), count in sorted(there.items()):
             if (source, origin) not in should:
                 return f"it ends with chunk {origin} of rank {source}, which does not belong there"

@@ -125,7 +125,8 @@ class _OneByOne(Execution):
         self, sender: RankState, send: Send, message: Any, receiver: RankState, receive: Transfer, time: float
     ) -> None:
         chunks = indices(send.chunk)
-        nbytes, pair = self._chunk_bytes * len(chunks), (sender.rank, receiver.rank)
+        nbytes = self._chunk_bytes * len(chunks)
+        pair = (sender.rank, receiver.rank)
         key = (*pair, nbytes, isinstance(receive, Reduce))
         if key not in self._routes:
             self._routes[key] = self._network.route(*key)
@@ -134,7 +135,8 @@ class _OneByOne(Execution):
         sender.ends = max(sender.ends, ends)
         self.num_messages += 1
         if self._record:
-            steps, reduces = (sender.step, receiver.step), isinstance(receive, Reduce)
+            steps = (sender.step, receiver.step)
+            reduces = isinstance(receive, Reduce)
             places = (chunks, indices(receive.chunk))
             self.messages.append(Message(*pair, *steps, *places, reduces, nbytes, time, ends))
         if isinstance(receive, Reduce):
@@ -184,7 +186,8 @@ class _Together:
             raise ScheduleError(f"step {number}: where all ranks step alike, each sends one message and receives one")
         send = sends[0]
         receive = step[1] if step[0] is send else step[0]
-        dst, src = np.asarray(send.peer), np.asarray(receive.peer)
+        dst = np.asarray(send.peer)
+        src = np.asarray(receive.peer)
         self._ensure_meeting(number, send, receive, dst, src)
         alone = self._network.alone(self._everyone, dst)
         assert alone is not None  # on such a network it never is

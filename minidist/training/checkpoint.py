@@ -120,7 +120,9 @@ class Checkpoints:
 
     def _content(self, state: State, operation: str) -> dict[str, Any]:
         """Return what goes into the file, where every rank's part of it can be read back."""
-        shared, local, problem = None, None, ""
+        shared = None
+        local = None
+        problem = ""
         try:
             shared = storable(state.shared) if self._comm.rank == 0 else None
             local = storable(state.local)
@@ -157,7 +159,8 @@ class Checkpoints:
 
     def _on_rank_0(self, operation: str, action: Callable[[], Any]) -> Any:
         """Return what ``action`` returned there, or raise what went wrong there, on every rank."""
-        result, problem = None, ""
+        result = None
+        problem = ""
         if self._comm.rank == 0:
             try:
                 result = action()

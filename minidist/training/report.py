@@ -63,7 +63,8 @@ class Report:
 
     def __init__(self, directory: Path | None, rank: int = 0, progress: bool = True, tensorboard: bool = False) -> None:
         self._directory = Path(directory) if directory is not None and rank == 0 else None
-        self._speaks, self._progress = rank == 0, progress
+        self._speaks = rank == 0
+        self._progress = progress
         self._writer = _tensorboard_writer(directory, rank) if tensorboard else None
         if self._directory is not None:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,8 @@ class Report:
 
     def end_epoch(self, position: Position, tallies: Tallies) -> None:
         """Record and print how the epoch of ``position`` went."""
-        epoch, metrics = tallies.epoch, tallies.metrics
+        epoch = tallies.epoch
+        metrics = tallies.metrics
         self._record(
             position, train_loss=epoch.loss, eval_loss=metrics.loss, accuracy=metrics.accuracy, **_speed(epoch)
         )
