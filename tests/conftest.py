@@ -12,7 +12,7 @@ from tests.inputs import DEVICE, EVERYTHING
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("minidist")
-    group.addoption("--slow", action="store_true", help="run the slow tests too: larger worlds, larger tensors")
+    group.addoption("--slow", action="store_true", help="run the slow tests too, and all inputs of all")
     group.addoption("--comm", metavar="PATH", help="conformance of this communicator (dotted path) and no other")
     group.addoption(
         "--comm-launcher",

@@ -71,7 +71,7 @@ def test_calibration_measures_every_exchange_at_every_size() -> None:
         assert 0 < tables.start < 1
         assert min(tables.one_way + tables.exchange) > 0
         assert min(tables.reduce + tables.reduce_all) >= 0
-        assert simulate(ring_all_reduce, Run("all_reduce", 3), 2**20, tables.network()).seconds > tables.start
+        assert simulate(ring_all_reduce, Run("all_reduce", 3), 2**20, tables.network()).seconds >= tables.start
 
 
 def test_one_rank_has_nothing_to_measure() -> None:

@@ -279,7 +279,7 @@ def test_a_job_of_a_sweep_goes_on_from_itself_and_not_from_the_job_before(tmp_pa
     assert first.returncode == 0, first.stderr
     assert first.stderr.count("no earlier run of this command has a checkpoint; starting anew") == 2
     directory = only_run(tmp_path, "multirun/*")
-    again = run_python(tmp_path, *sweep, "engine.epochs=2")
+    again = run(tmp_path, "python", *sweep, "engine.epochs=2")  # in a later second, by which runs are named
     assert again.returncode == 0, again.stderr
     for number in range(2):
         assert f"going on from {directory / str(number) / 'checkpoints'}" in again.stderr
@@ -290,7 +290,7 @@ def test_a_run_goes_on_from_its_own_command_and_not_from_the_last_one(tmp_path: 
     assert run_python(tmp_path, *own).returncode == 0
     first = only_run(tmp_path)
     assert run_python(tmp_path, *other).returncode == 0
-    again = run_python(tmp_path, *own, "engine.epochs=2", "engine.resume=true")
+    again = run(tmp_path, "python", *own, "engine.epochs=2", "engine.resume=true")  # in a later second, see above
     assert f"going on from {first / 'checkpoints'}" in again.stderr, again.stderr
 
 

@@ -42,7 +42,8 @@ def _world_sizes(config: pytest.Config, row: Row) -> list[int]:
         return [1]
     if chosen := config.getoption("--world-sizes"):
         return [int(size) for size in chosen.split(",")]
-    return [1, 2, 3, 4, 5, 8] if config.getoption("--slow") and row.launcher != "thread" else [1, 2, 3, 4]
+    more = [5] if row.launcher == "thread" else [5, 8]
+    return [1, 2, 3, 4, *(more if config.getoption("--slow") else [])]
 
 
 def _wanted(row: Row, world_size: int, check: str) -> bool:
@@ -82,7 +83,11 @@ def _is_slow(row: Row, world_size: int, check: str) -> bool:
     if row.focus:
         in_focus = any(check.startswith(f"check_{part}") for part in row.focus)
         return not in_focus or world_size != 3 or (row.launcher == "torchrun" and needs_of(check).own_world)
-    if row.name in OTHER_LAUNCHER or (row.launcher in ("torchrun", "mpirun") and world_size not in (2, 3)):
+    if (
+        row.name in OTHER_LAUNCHER
+        or world_size > 4
+        or (row.launcher in ("torchrun", "mpirun") and world_size not in (2, 3))
+    ):
         return True
     if needs_of(check).own_world:
         return FATAL_BY_DEFAULT.get(row.name) != check

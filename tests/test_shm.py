@@ -316,7 +316,7 @@ def test_a_rank_that_cannot_take_part_is_named(tmp_path: Path) -> None:
     assert "rank 1 is gone: CommError: shm needs" in output, output
 
 
-def test_a_killed_rank_is_named_within_two_seconds(tmp_path: Path) -> None:
+def test_a_killed_rank_is_named_long_before_the_timeout(tmp_path: Path) -> None:
     output = run_ranks("one_dies", tmp_path, world_size=3, status=1)
     assert output.count("named rank 1") == 2, output
 
