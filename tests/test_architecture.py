@@ -18,6 +18,18 @@ FILES = {
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 MAX_LINES = 400
+HOOKS = {
+    "_isend",
+    "_irecv",
+    "_collective",
+    "_agree",
+    "_dispatch",
+    "_split",
+    "_gone",
+    "_translate",
+    "_progress",
+    "_root",
+}
 PUBLIC = (
     "backends.shm.ShmCommunicator",
     "backends.ring.RingCommunicator",
@@ -65,6 +77,22 @@ def test_entry_points_do_not_import_each_other() -> None:
     entries = {f"experiments.{path.stem}" for path in (ROOT / "experiments").glob("*.py")}
     users = {name: modules_of(path) & entries - {name} for name, path in FILES.items() if "experiments" in name}
     assert not {name: found for name, found in users.items() if found}
+
+
+def hooks_read(path: Path) -> set[str]:
+    """Return the hooks of communicators that a file reads of others than its own classes' objects."""
+    tree = ast.parse(path.read_text())
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    own = ("self", "cls", "self._comm")  # the last one: a Work's communicator, which has made it
+    reads = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in HOOKS - defined]
+    return {node.attr for node in reads if ast.unparse(node.value) not in own}
+
+
+def test_only_inner_reads_the_hooks_of_another_communicator(tmp_path: Path) -> None:
+    """What one may use of another has names of its own, in minidist/contract/inner.py."""
+    assert {name for name, path in FILES.items() if hooks_read(path)} == {"minidist.contract.inner"}
+    (tmp_path / "module.py").write_text("def f(comm):\n    comm._isend()\n    return comm._gone()\n")
+    assert hooks_read(tmp_path / "module.py") == {"_isend", "_gone"}
 
 
 def test_no_circle() -> None:

@@ -25,7 +25,8 @@ from backends.deadline import Deadline
 from backends.executor.reductions import combine
 from backends.processes.offer import Offer, Read
 from backends.processes.signature import difference
-from backends.scheduled import TAG, ScheduledCommunicator
+from minidist.communicator import Communicator
+from minidist.contract.inner import Inner
 from minidist.errors import MismatchError
 
 SMALL_BYTES = 2**11
@@ -39,9 +40,10 @@ DATA = 64
 class Agreement:
     """How the ranks of ``comm`` compare; over its send and receive, which must be fine with messages of one size."""
 
-    def __init__(self, comm: ScheduledCommunicator) -> None:
+    def __init__(self, comm: Communicator, tag: int) -> None:
         self._comm = comm
-        self._tag = comm._tag(TAG)  # that of schedules: what runs over one transport runs in one order
+        self._transport = Inner(comm)
+        self._tag = tag
         self._rows = torch.empty(comm.world_size, DATA + SMALL_BYTES, dtype=torch.uint8, device="cpu")
         self._words = self._rows.view(torch.int64)
 
@@ -78,8 +80,8 @@ class Agreement:
         while have < n:
             count = min(have, n - have)
             left = deadline.left_s or LEAST_S
-            receive = comm._irecv(self._rows[have : have + count], (comm.rank + have) % n, self._tag, left)
-            send = comm._isend(self._rows[:count], (comm.rank - have) % n, self._tag, left)
+            receive = self._transport.irecv(self._rows[have : have + count], (comm.rank + have) % n, self._tag, left)
+            send = self._transport.isend(self._rows[:count], (comm.rank - have) % n, self._tag, left)
             receive.wait()
             send.wait()
             have += count

@@ -26,6 +26,7 @@ from backends.processes.communicator import Place, ProcessCommunicator
 from backends.processes.offer import Offer
 from backends.processes.rendezvous import from_everyone
 from backends.processes.signature import MEETING, pack
+from backends.scheduled import TAG
 from minidist.collective import COLLECTIVES
 from minidist.communicator import ReduceOp, Work
 from minidist.contract.forks import kept_in_forks
@@ -133,7 +134,7 @@ class GlooCommunicator(TorchDistCommunicator):
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
         super().__init__(timeout_s, segment_bytes, place)
-        self._agreement = Agreement(self)
+        self._agreement = Agreement(self, self._tag(TAG))  # in one order with the messages of schedules
         self._everyone = [(rank, 0) for rank in range(self.world_size)]
 
     def _make_group(self, store: dist.Store) -> Any:
