@@ -79,7 +79,7 @@ COMPOSED = ("ring-thread", "group-of-thread", "ring-gloo", "ring-mpi", "ring-shm
 
 
 def _is_slow(row: Row, world_size: int, check: str) -> bool:
-    """By default: processes in twos and threes, rings over them in threes, and training on two ranks of transports."""
+    """By default: processes in threes, rings over them too, shared memory also in twos, and training on two ranks."""
     if row.focus:
         in_focus = any(check.startswith(f"check_{part}") for part in row.focus)
         return not in_focus or world_size != 3 or (row.launcher == "torchrun" and needs_of(check).own_world)
@@ -88,6 +88,8 @@ def _is_slow(row: Row, world_size: int, check: str) -> bool:
         or world_size > 4
         or (row.launcher in ("torchrun", "mpirun") and world_size not in (2, 3))
     ):
+        return True
+    if row.name in ("gloo", "mpi") and world_size == 2 and not check.startswith("check_training"):
         return True
     if needs_of(check).own_world:
         return FATAL_BY_DEFAULT.get(row.name) != check
