@@ -13,7 +13,8 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from backends.shm.communicator import ShmCommunicator, add_and_write
+from backends.shm.all_reduce import add_and_write
+from backends.shm.communicator import ShmCommunicator
 from experiments.drawing.pictures import LIMIT, draw_bandwidth
 from experiments.measuring.collectives import BUSBW, LEAST, Collective
 from experiments.measuring.compare import Action, communicators, interleaved, median, percentile_95, report, sizes

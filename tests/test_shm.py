@@ -33,21 +33,21 @@ def run_ranks(what: str, tmp_path: Path, world_size: int = 2, limit_s: float = 1
 
 def test_memory_goes_back_and_is_used_again() -> None:
     heap = OwnHeap()
-    first, second, third = (heap.take(1000, torch.float32, "test") for _ in range(3))
+    first, second, third = (heap.allocate(1000, torch.float32, "test") for _ in range(3))
     places = [heap.offset_of(tensor) for tensor in (first, second, third)]
     assert places == [0, ALIGNMENT, 2 * ALIGNMENT]
     view = second[10:20]
     del second
-    assert heap.offset_of(heap.take(1, torch.uint8, "test")) == 3 * ALIGNMENT, "a view still needs it"
+    assert heap.offset_of(heap.allocate(1, torch.uint8, "test")) == 3 * ALIGNMENT, "a view still needs it"
     del first, view
     gc.collect()
-    assert heap.offset_of(heap.take(2 * ALIGNMENT, torch.uint8, "test")) == 0, "two neighbours are one piece"
+    assert heap.offset_of(heap.allocate(2 * ALIGNMENT, torch.uint8, "test")) == 0, "two neighbours are one piece"
 
 
 def test_a_tensor_that_is_gone_holds_no_memory() -> None:
     heap = OwnHeap()
     before = os.fstat(heap._file).st_blocks
-    tensor = heap.take(2**24, torch.uint8, "test").fill_(1)
+    tensor = heap.allocate(2**24, torch.uint8, "test").fill_(1)
     assert os.fstat(heap._file).st_blocks * 512 >= 2**24
     del tensor
     assert os.fstat(heap._file).st_blocks == before
@@ -56,13 +56,13 @@ def test_a_tensor_that_is_gone_holds_no_memory() -> None:
 def test_too_little_memory_is_said_with_both_sizes() -> None:
     heap = OwnHeap()
     with pytest.raises(CommError, match=r"empty needs 1125899906842624 bytes of shared memory, but \d+ are available"):
-        heap.take(2**50, torch.uint8, "empty")
+        heap.allocate(2**50, torch.uint8, "empty")
     assert 0 < available_bytes() < 2**50
 
 
 def test_a_process_of_the_same_user_can_map_it_and_another_cannot() -> None:
     heap = OwnHeap()
-    tensor = heap.take(8, torch.int64, "test").fill_(7)
+    tensor = heap.allocate(8, torch.int64, "test").fill_(7)
     assert attach(heap.address).tensor(heap.offset_of(tensor), 8, torch.int64).tolist() == [7] * 8
     program = (
         "import os, sys\n"
@@ -279,6 +279,13 @@ def test_several_hosts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_that_disagree_are_all_told(tmp_path: Path) -> None:
     output = run_ranks("disagree", tmp_path, world_size=3)
     assert output.count("as expected") == 3 * 5
+
+
+def test_a_disagreement_is_named_before_all_ranks_have_come(tmp_path: Path) -> None:
+    output = run_ranks("disagree_before_all_came", tmp_path, world_size=3)
+    assert output.count("MismatchError [rank ") == 2, output
+    assert "[rank 0/3] all_reduce: rank 0 calls all_reduce of 5 float32" in output
+    assert "[rank 2/3] all_reduce: rank 2 calls all_reduce of 5 int32" in output
 
 
 @pytest.mark.slow

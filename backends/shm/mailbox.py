@@ -254,8 +254,8 @@ class Mailbox:
     def _was_refused(self, message: Message, dst: int, pair: _Pair) -> bool:
         """Whether the receiver does not want the message that has begun to go to it; ends it with that error."""
         theirs, refused = self._words[dst], self._refused + LINE * self._rank
-        # They still stand there when later messages are sent, so they name the one that they mean. And nobody overwrites
-        # them while it is read: only what is still coming is refused there, and that is one message at a time.
+        # They still stand there when later messages are sent, so they name the one that they mean. They are overwritten
+        # only when it has ended: what is refused in this way is still coming, and one message comes at a time.
         if message.num_moved == 0 or theirs[refused] != pair.num_begun:
             return False
         message.fail(to(dst, *message.kind, theirs[refused + 1], DTYPES[theirs[refused + 2]]))
