@@ -1,8 +1,8 @@
 # Every target installs what it needs into .venv first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# Two test files at a time: most start processes and wait for them.
-WORKERS := -n 2 --dist loadfile --durations=10
+# Two test files at a time, in their order: by the number of their tests the few long ones would come last.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 INSTALLED := .venv/installed
 
 .PHONY: mnist test test-slow check clean
@@ -13,7 +13,7 @@ mnist: $(INSTALLED)  ## train on handwritten digits, on 2 ranks
 test: $(INSTALLED)
 	$(BIN)/pytest $(WORKERS)
 
-test-slow: $(INSTALLED)  ## what `make test` leaves out: other numbers of ranks, the long sweep
+test-slow: $(INSTALLED)  ## what `make test` leaves out: other ranks, algorithms and inputs of the same checks; long runs
 	$(BIN)/pytest $(WORKERS) --slow -m slow
 
 check: $(INSTALLED)

@@ -6,12 +6,20 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from backends.algorithm import AlgorithmCommunicator
+from torch import Tensor
+
+from backends.algorithm import schedule_at
 from backends.calibration import measured, slowest_median, tabled
+from backends.executor.executor import Executor
+from backends.scheduled import TAG
+from backends.wrapper import Wrapper
 from minidist.analysis.network import Network, interpolated
 from minidist.analysis.simulate import simulate
+from minidist.collective import Run
 from minidist.communicator import Communicator
+from minidist.contract import checks
 from minidist.errors import ScheduleError
 from minidist.schedule import Schedule
 
@@ -29,7 +37,7 @@ OWN = "its own"
 """What a transport does without a schedule."""
 
 
-class AutoCommunicator(AlgorithmCommunicator):
+class AutoCommunicator(Wrapper):
     """Runs each collective by whatever is fastest for so many bytes: a schedule, or the transport's own way.
 
     What a schedule takes is simulated on the model of the network, what the transport's own way takes is measured. The
@@ -57,11 +65,13 @@ class AutoCommunicator(AlgorithmCommunicator):
         segment_bytes: int = 2**22,
         budget_s: float = 5.0,
     ) -> None:
-        super().__init__(transport, {}, timeout_s, segment_bytes)
+        super().__init__(transport, timeout_s)
         if not budget_s > 0:
             raise ValueError(f"budget_s must be greater than 0 seconds, got {budget_s}")
         if unknown := schedules.keys() - TIMED:
             raise ValueError(f"auto chooses between schedules of {', '.join(TIMED)}, not of {min(unknown)}")
+        self.transport = transport
+        self._segment_bytes = checks.segment_bytes(segment_bytes)
         self._choices = {name: list(self._right(name, some)) for name, some in schedules.items()}
         self._fastest = functools.cache(self._find_fastest)
         self._own: dict[str, list[float]] = {}
@@ -75,7 +85,9 @@ class AutoCommunicator(AlgorithmCommunicator):
 
     def _measured(self, with_exchanges: bool, budget_s: float) -> tuple[dict[int, Seconds], dict[int, Seconds]]:
         """Return what exchanges take at each size, and what the transport's own way of each collective takes."""
-        rows, own, took = dict[int, Seconds](), dict[int, Seconds](), dict[int, float]()
+        rows = dict[int, Seconds]()
+        own = dict[int, Seconds]()
+        took = dict[int, float]()
         began = time.monotonic()
         for nbytes in in_order(SIZES):
             if not self.transport.broadcast_object(fits(took, nbytes, budget_s), 0):
@@ -89,40 +101,54 @@ class AutoCommunicator(AlgorithmCommunicator):
             took[nbytes] = time.monotonic() - started
         return rows, own
 
-    def _right(self, collective: str, schedules: Sequence[Schedule | str]) -> Iterator[AlgorithmCommunicator]:
+    def _right(self, collective: str, schedules: Sequence[Schedule | str]) -> Iterator[Executor]:
         """Yield what runs each of the schedules that are right on so many ranks."""
-        for schedule in schedules:
-            one = AlgorithmCommunicator(self.transport, {collective: schedule}, self.timeout_s, self.segment_bytes)
+        for path in schedules:
+            found = {collective: schedule_at(collective, path)}
+            executor = Executor(self._inner, found, self._tag(TAG), self._segment_bytes, proves=True)
             try:
-                one._steps(collective)
+                executor.plan(collective)
             except ScheduleError as error:
                 if self.rank == 0:
-                    log.warning("auto leaves out %s: %s", schedule, error)
+                    log.warning("auto leaves out %s: %s", path, error)
             else:
-                yield one
+                yield executor
 
     def choice(self, collective: str, nbytes: int) -> str:
         """Return the name of what runs ``collective`` on so many bytes, those of its larger tensor."""
-        fastest = self._by(collective, nbytes)
-        if fastest is self.transport or not isinstance(fastest, AlgorithmCommunicator):
+        executor = self._fastest(collective, _power_of_two(nbytes)) if collective in self._own else None
+        if executor is None:
             return OWN
-        return str(getattr(fastest.schedules[collective], "__name__", fastest.schedules[collective]))
+        return str(getattr(executor.schedules[collective], "__name__", executor.schedules[collective]))
 
-    def _by(self, collective: str, nbytes: int) -> Communicator:
-        if collective not in self._own:
-            return self.transport
-        return self._fastest(collective, 1 << max(nbytes - 1, 0).bit_length())
+    def _collective(self, name: str) -> Callable[..., None]:
+        own = super()._collective(name)
+        if name not in self._own:
+            return own
 
-    def _find_fastest(self, collective: str, nbytes: int) -> Communicator:
+        def run_fastest(*args: Any) -> None:
+            nbytes = max(arg.nbytes for arg in args if isinstance(arg, Tensor))
+            executor = self._fastest(name, _power_of_two(nbytes))
+            hook = own if executor is None else getattr(executor, name)
+            hook(*args)
+
+        return run_fastest
+
+    def _find_fastest(self, collective: str, nbytes: int) -> Executor | None:
+        """Return what runs the fastest schedule; None where the transport's own way is faster."""
         own = interpolated(self._sizes, self._own[collective], nbytes) * MARGIN
-        seconds: list[tuple[float, Communicator]] = [(own, self.transport)]
-        for choice in self._choices[collective]:
-            schedule = choice.schedules[collective]
-            seconds.append((simulate(schedule, self.world_size, nbytes, self._network, collective).seconds, choice))
+        seconds: list[tuple[float, Executor | None]] = [(own, None)]
+        for executor in self._choices[collective]:
+            schedule = executor.schedules[collective]
+            seconds.append(
+                (simulate(schedule, Run(collective, self.world_size), nbytes, self._network).seconds, executor)
+            )
         return min(seconds, key=lambda one: one[0])[1]
 
-    def _split(self, groups: list[list[int]]) -> Communicator | None:
-        return self.transport._split(groups)
+
+def _power_of_two(nbytes: int) -> int:
+    """Return the next power of two, for which the choice is made."""
+    return 1 << max(nbytes - 1, 0).bit_length()
 
 
 def own_seconds(transport: Communicator, collective: str, nbytes: int) -> float:

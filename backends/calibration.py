@@ -1,7 +1,8 @@
 """Measures what a transport takes, so that `minidist.network.Measured` can say what schedules over it will take.
 
-Four exchanges, each of them a schedule of some steps, run on chunks of every size: a message back and forth between two
-ranks with nobody else about, a message from every rank to the next one, and both of these with a reduction.
+Four patterns of messages, each of them a schedule of some steps, run on chunks of every size: one message back and
+forth between two ranks with nobody else about (one way), an exchange, in which every rank sends one to the next, and
+both of these with a reduction.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from backends.algorithm import AlgorithmCommunicator
 from minidist.analysis.network import Measured
 from minidist.communicator import Communicator
 from minidist.schedule import Recv, Reduce, Schedule, Send, Step, num_chunks
 
-FEW, MANY = 1, 4
+FEW = 1
+MANY = 4
 """Steps of two runs; their difference is what steps take, the rest what it takes to begin."""
+FLOOR_S = 1e-9
+"""What a step takes at least, so that a model of it takes time at all; so little is what noise has hidden."""
 BUDGET_BYTES = 2**23
 """Small messages are measured more often, up to so many bytes at once."""
 
@@ -38,8 +44,7 @@ class Tables:
     @classmethod
     def median(cls, several: Sequence[Tables]) -> Tables:
         """Return the medians of several measurements of the same sizes."""
-        columns = zip(*(tables.columns() for tables in several), strict=True)
-        medians = ([statistics.median(values) for values in zip(*column, strict=True)] for column in columns)
+        medians = np.median([tables.columns() for tables in several], axis=0).tolist()
         start = statistics.median(tables.start for tables in several)
         return cls(several[0].ranks, start, several[0].nbytes, *medians)
 
@@ -59,17 +64,17 @@ class Tables:
 
 
 def fitted(nbytes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """Return alpha and beta, neither below 0, with the least squares of (alpha + beta m) / seconds - 1."""
-    points = [(1 / t, m / t) for m, t in zip(nbytes, seconds, strict=True) if t > 0]
+    """Return alpha and beta, neither below 0, with the least squares of (alpha + beta m) / seconds - 1.
+
+    What noise has hidden is left out: as the shortest of all times it would decide alone.
+    """
+    from scipy.optimize import nnls  # half a second, which ranks that only measure need not wait for
+
+    points = [(1 / t, m / t) for m, t in zip(nbytes, seconds, strict=True) if t > FLOOR_S]
     if not points:
         return 0.0, 0.0
-    aa, ab, bb = sum(a * a for a, _ in points), sum(a * b for a, b in points), sum(b * b for _, b in points)
-    a1, b1 = sum(a for a, _ in points), sum(b for _, b in points)
-    determinant = aa * bb - ab * ab
-    alpha, beta = ((a1 * bb - b1 * ab) / determinant, (b1 * aa - a1 * ab) / determinant) if determinant else (-1, -1)
-    if alpha < 0:
-        return 0.0, b1 / bb
-    return (alpha, beta) if beta >= 0 else (a1 / aa, 0.0)
+    (alpha, beta), _ = nnls(np.array(points), np.ones(len(points)))
+    return float(alpha), float(beta)
 
 
 def calibrate(transport: Communicator, sizes: Sequence[int], iterations: int = 5) -> Tables:
@@ -101,18 +106,19 @@ def tabled(world_size: int, rows: Mapping[int, Mapping[str, float]]) -> Tables:
 
 
 def measured(transport: Communicator, nbytes: int, iterations: int, limit_s: float = math.inf) -> dict[str, float]:
-    """Return the seconds of a step of each exchange, and those of a collective besides its steps.
+    """Return the seconds of a step of each pattern, and those of a collective besides its steps.
 
     Every rank calls it; see `slowest_median`.
     """
-    memory = transport.empty(2 * max(nbytes // 4, 1)).zero_()
+    memory = transport.empty(2 * max(nbytes // 4, 1)).zero_()  # two chunks, one to send and one to receive
 
     def seconds(schedule: Schedule) -> float:
-        comm = _Unproved(transport, {"all_reduce": schedule})
+        comm = AlgorithmCommunicator(transport, {"all_reduce": schedule}, proves=False)  # exchanges, no all-reduce
         return slowest_median(transport, lambda: comm.all_reduce(memory), nbytes, iterations, limit_s)
 
-    few, many = ({name: seconds(make(steps)) for name, make in _EXCHANGES.items()} for steps in (FEW, MANY))
-    steps = {name: max((many[name] - few[name]) / (MANY - FEW), 1e-9) for name in _EXCHANGES}
+    # What a run takes to begin is in both of them, and falls out of the difference.
+    few, many = ({name: seconds(make(steps)) for name, make in _PATTERNS.items()} for steps in (FEW, MANY))
+    steps = {name: max((many[name] - few[name]) / (MANY - FEW), FLOOR_S) for name in _PATTERNS}
     return {"start": few["exchange"] - FEW * steps["exchange"], **steps}
 
 
@@ -146,17 +152,10 @@ def _once(transport: Communicator, action: Callable[[], object]) -> float:
     return float(max(transport.all_gather_object(time.perf_counter() - started)))
 
 
-class _Unproved(AlgorithmCommunicator):
-    """Its schedules are no collectives."""
-
-    def _prove(self, collective: str, *root: int) -> None:
-        return
-
-
 def _back_and_forth(kind: type[Recv | Reduce], steps: int) -> Schedule:
     def schedule(rank: int, world_size: int) -> Iterator[Step]:
         for step in range(steps):
-            if rank < 2:
+            if rank < 2:  # two take turns: each step waits for the message of the one before
                 yield (Send(1 - rank, 0) if rank == step % 2 else kind(1 - rank, 1),)
 
     return num_chunks(2)(schedule)
@@ -170,7 +169,7 @@ def _shift(kind: type[Recv | Reduce], steps: int) -> Schedule:
     return num_chunks(2)(schedule)
 
 
-_EXCHANGES: dict[str, Callable[[int], Schedule]] = {
+_PATTERNS: dict[str, Callable[[int], Schedule]] = {
     "one_way": lambda steps: _back_and_forth(Recv, steps),
     "exchange": lambda steps: _shift(Recv, steps),
     "one_way_reduce": lambda steps: _back_and_forth(Reduce, steps),

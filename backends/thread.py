@@ -111,7 +111,9 @@ class _Half(Work):
     """A send, or a receive, that finishes when it has met its other half."""
 
     def __init__(self, comm: ThreadCommunicator, tensor: Tensor, peer: int, timeout_s: float) -> None:
-        self._comm, self.tensor, self._peer = comm, tensor, peer
+        self._comm = comm
+        self.tensor = tensor
+        self._peer = peer
         self._deadline = Deadline(timeout_s)
         self.done = False
         self.error: MismatchError | None = None

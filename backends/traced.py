@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from backends.algorithm import AlgorithmCommunicator
+from backends.wrapper import Wrapper
 from minidist.analysis.simulate import Message
 from minidist.communicator import Communicator, Work
 
@@ -31,8 +31,8 @@ class Entry(NamedTuple):
     ended: float
 
 
-class TracedCommunicator(AlgorithmCommunicator):
-    """Another communicator, with a log of its messages; see `AlgorithmCommunicator`.
+class TracedCommunicator(Wrapper):
+    """Another communicator, with a log of its messages; see `Wrapper`.
 
     A message has ended when its rank came to look for it, not when it came: what arrives while a rank reduces something
     else is seen late.
@@ -42,7 +42,7 @@ class TracedCommunicator(AlgorithmCommunicator):
     """
 
     def __init__(self, transport: Communicator) -> None:
-        super().__init__(transport, {})
+        super().__init__(transport)
         self.log: list[Entry] = []
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
@@ -77,7 +77,8 @@ def timed(plan: Iterable[Message], logs: list[list[Entry]]) -> list[Message]:
         pair = message.src, message.dst
         if not sent[pair] or not come[pair]:
             raise ValueError(f"the log of rank {message.src} has no further message to rank {message.dst}")
-        send, receive = sent[pair].popleft(), come[pair].popleft()
+        send = sent[pair].popleft()
+        receive = come[pair].popleft()
         messages.append(message._replace(nbytes=send.nbytes, begins=send.posted - start, ends=receive.ended - start))
     if any(sent.values()) or any(come.values()):
         raise ValueError("the logs hold messages that are not in the plan")

@@ -63,7 +63,7 @@ class TwoLevelCommunicator(AlgorithmCommunicator):
         size = _ranks_per_host(transport) if ranks_per_host is None else ranks_per_host
         if size < 1 or transport.world_size % size:
             raise ValueError(
-                f"ranks_per_host must divide the {transport.world_size} ranks, got {size}; "
+                f"ranks_per_host must divide the {launch.counted_ranks(transport.world_size)}, got {size}; "
                 "set comm.ranks_per_host, or choose comm=ring"
             )
         all_reduce = partial(two_level_all_reduce, ranks_per_host=size)
@@ -71,7 +71,7 @@ class TwoLevelCommunicator(AlgorithmCommunicator):
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:
         """The ranks of a group need not be those of whole hosts, so it is left to the transport."""
-        return self.transport._split(groups)
+        return self._inner.split(groups)
 
 
 def _ranks_per_host(transport: Communicator) -> int:

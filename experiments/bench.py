@@ -9,20 +9,26 @@ without waiting for anybody.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import median
+
 import hydra
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
 from backends.shm.all_reduce import add_and_write
 from backends.shm.communicator import ShmCommunicator
 from experiments.drawing.pictures import LIMIT, draw_bandwidth
-from experiments.measuring.collectives import BUSBW, LEAST, Collective
-from experiments.measuring.compare import Action, communicators, interleaved, median, percentile_95, report, sizes
+from experiments.measuring.collectives import Repeated
+from experiments.measuring.compare import Action, communicators, interleaved, report, sizes
 from experiments.running.choices import at_least, several
 from experiments.running.run import CONF, main
 from experiments.running.tables import Row
+from minidist.collective import COLLECTIVES
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
+from minidist.launch import counted_ranks
 
 FORMATS = {
     "bytes": "d",
@@ -44,33 +50,53 @@ MAX_BURST_BYTES = 2**28
 
 def measure(cfg: DictConfig, comms: dict[str, Communicator], nbytes: int) -> list[Row]:
     """Return one row per communicator."""
-    dtype, first = getattr(torch, cfg.dtype), next(iter(comms.values()))
-    collectives = {name: Collective(cfg, comm, nbytes // dtype.itemsize) for name, comm in comms.items()}
+    dtype: torch.dtype = getattr(torch, cfg.dtype)
+    numel = nbytes // dtype.itemsize
+    first = next(iter(comms.values()))
+    collectives = {name: Repeated(cfg, comm, numel) for name, comm in comms.items()}
     actions: dict[str, Action] = {name: collective.run for name, collective in collectives.items()}
     if cfg.collective == "all_reduce" and (shm := _shared_memory(comms)):
-        actions[LIMIT] = _memory_limit(shm, nbytes // dtype.itemsize, dtype)
+        actions[LIMIT] = _memory_limit(shm, numel, dtype)
     burst = max(2, min(cfg.burst, MAX_BURST_BYTES // nbytes))
     seconds = interleaved(actions, first, cfg.warmup, cfg.iterations, burst)
     volume = {name: _volume(cfg.collective, one, comms[name], first) for name, one in collectives.items()}
     wrong = {name: sum(first.all_gather_object(collective.num_wrong())) for name, collective in collectives.items()}
-    reference, rows = median(next(iter(seconds.values()))), []
+    reference = median(next(iter(seconds.values())))
+    rows: list[Row] = []
     for name, times in seconds.items():
-        algbw = nbytes / median(times) / 1e9
-        busbw = algbw * BUSBW[cfg.collective](first.world_size)
-        what = (nbytes, nbytes // dtype.itemsize, cfg.dtype, cfg.op, name)
-        latency = (median(times) * 1e6, percentile_95(times) * 1e6)
-        values = (*what, *latency, algbw, busbw, reference / median(times), volume.get(name, "-"), wrong.get(name, 0))
-        rows.append(dict(zip(FORMATS, values, strict=True)))
+        rows.append(
+            {
+                "bytes": nbytes,
+                "count": numel,
+                "dtype": cfg.dtype,
+                "op": cfg.op,
+                "comm": name,
+                **_speed(times, nbytes, COLLECTIVES[cfg.collective].bus_factor(first.world_size)),
+                "ratio": reference / median(times),
+                "volume": volume.get(name, "-"),
+                "wrong": wrong.get(name, 0),
+            }
+        )
     return rows
 
 
-def _volume(name: str, collective: Collective, comm: Communicator, first: Communicator) -> str:
+def _speed(times: Sequence[float], nbytes: int, bus_factor: float) -> dict[str, float]:
+    algbw = nbytes / median(times) / 1e9
+    return {
+        "latency_us": median(times) * 1e6,
+        "p95_us": float(np.percentile(times, 95, method="higher")) * 1e6,
+        "algbw_GBps": algbw,
+        "busbw_GBps": algbw * bus_factor,
+    }
+
+
+def _volume(name: str, collective: Repeated, comm: Communicator, first: Communicator) -> str:
     """Return the bytes that all ranks send over the least possible."""
     before = comm.traffic.bytes
     collective.run()
     sent = comm.traffic.bytes - before
     total = sum(first.all_gather_object(sent))
-    return f"{total / LEAST[name](comm.world_size) / collective.nbytes:.2f}" if total else "-"
+    return f"{total / COLLECTIVES[name].least_sent(comm.world_size) / collective.nbytes:.2f}" if total else "-"
 
 
 def _shared_memory(comms: dict[str, Communicator]) -> ShmCommunicator | None:
@@ -89,7 +115,7 @@ def check(cfg: DictConfig) -> None:
         ConfigError: naming the setting and its choices.
     """
     choices = {
-        "collective": list(BUSBW),
+        "collective": [name for name, one in COLLECTIVES.items() if one.has_tensor],
         "op": [op.value for op in ReduceOp],
         "memory": ["empty", "ordinary"],
         "dtype": ["float64", "float32", "float16", "bfloat16", "int64", "int32"],
@@ -113,7 +139,7 @@ def bench(cfg: DictConfig) -> None:
         first = next(iter(comms.values()))
         if first.rank == 0:
             memory = "in memory from empty()" if cfg.memory == "empty" else "in ordinary memory"
-            title = f"{cfg.collective} of {cfg.dtype} {memory}, {first.world_size} ranks"
+            title = f"{cfg.collective} of {cfg.dtype} {memory}, {counted_ranks(first.world_size)}"
             path = report(f"{title}, medians of {cfg.iterations} bursts", rows, FORMATS, "bench")
             draw_bandwidth(path.with_suffix(".png"), title, rows)
             print(f"written: {path}.csv, .json, .png", flush=True)

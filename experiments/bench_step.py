@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from datetime import timedelta
+from statistics import median
 
 import hydra
 import torch
@@ -17,13 +18,14 @@ from torch import nn
 
 from backends.processes.rendezvous import meet
 from experiments.drawing.pictures import draw_steps
-from experiments.measuring.compare import Action, communicators, interleaved, median, report
+from experiments.measuring.compare import Action, communicators, interleaved, report
 from experiments.running.build import build
 from experiments.running.choices import at_least, several
 from experiments.running.run import CONF, main
 from experiments.running.tables import Row
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
+from minidist.launch import counted_ranks
 
 FORMATS = {
     "model": "s",
@@ -34,12 +36,14 @@ FORMATS = {
     "ratio": ".2f",
     "samples_per_s": ".0f",
 }
-ALONE, TORCH = "no communication", "torch DDP, gloo"
+ALONE = "no communication"
+TORCH = "torch DDP, gloo"
 
 
 def step(model: nn.Module, shape: list[int], batch_size: int) -> Action:
     """Return a training step of ``model`` on one random batch."""
-    inputs, targets = torch.randn(batch_size, *shape), torch.randint(10, (batch_size,))
+    inputs = torch.randn(batch_size, *shape)
+    targets = torch.randint(10, (batch_size,))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     loss_fn = nn.CrossEntropyLoss()
 
@@ -63,11 +67,19 @@ def measure(name: str, cfg: DictConfig, comms: dict[str, Communicator]) -> list[
     steps = {variant: step(model, list(section.shape), cfg.batch_size) for variant, model in models.items()}
     times = {v: median(s) for v, s in interleaved(steps, first, cfg.warmup, cfg.iterations).items()}
     numel = sum(parameter.numel() for parameter in module.parameters())
-    rows = []
+    rows: list[Row] = []
     for variant, seconds in times.items():
-        exposed, speed = (seconds - times[ALONE]) * 1e3, cfg.batch_size * first.world_size / seconds
-        values = (name, numel / 1e6, variant, seconds * 1e3, exposed, seconds / times[TORCH], speed)
-        rows.append(dict(zip(FORMATS, values, strict=True)))
+        rows.append(
+            {
+                "model": name,
+                "parameters_M": numel / 1e6,
+                "variant": variant,
+                "step_ms": seconds * 1e3,
+                "exposed_ms": (seconds - times[ALONE]) * 1e3,
+                "ratio": seconds / times[TORCH],
+                "samples_per_s": cfg.batch_size * first.world_size / seconds,
+            }
+        )
     return rows
 
 
@@ -77,7 +89,8 @@ def bench_step(cfg: DictConfig) -> None:
     at_least(cfg, batch_size=1, warmup=0, iterations=1)
     names = several(cfg, "models", list(cfg.architectures))
     meeting = meet()
-    world, store = meeting.world, meeting.job_store()
+    world = meeting.world
+    store = meeting.job_store()
     with communicators(several(cfg, "comms")) as comms:
         dist.init_process_group(
             "gloo", store=store, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=300)
@@ -85,7 +98,7 @@ def bench_step(cfg: DictConfig) -> None:
         rows = [row for name in names for row in measure(name, cfg, comms)]
         dist.destroy_process_group()
     if world.rank == 0:
-        title = f"{world.world_size} ranks, batch {cfg.batch_size} each, medians of {cfg.iterations} steps"
+        title = f"{counted_ranks(world.world_size)}, batch {cfg.batch_size} each, medians of {cfg.iterations} steps"
         path = report(title, rows, FORMATS, "bench_step")
         draw_steps(path.with_suffix(".png"), title, rows)
         print(f"written: {path}.csv, .json, .png", flush=True)

@@ -7,6 +7,7 @@ alpha, beta and gamma come nearest to it. Both work for as many ranks on this ma
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from backends.calibration import Tables, calibrate
+from backends.calibration import FLOOR_S, Tables, calibrate
 from experiments.measuring.compare import communicators, sizes
 from experiments.running.choices import at_least
 from experiments.running.run import CONF, main
-from experiments.running.tables import table
+from experiments.running.tables import Row, table
+from minidist.launch import counted_ranks
 
 FORMATS = {
     "bytes": "d",
@@ -34,7 +36,7 @@ def write(directory: Path, name: str, tables: Tables) -> None:
     """Write both presets into ``directory``/network."""
     directory = directory / "network"
     directory.mkdir(exist_ok=True)
-    about = f"# Measured by experiments/calibrate.py on {tables.ranks} ranks.\n"
+    about = f"# Measured by experiments/calibrate.py on {counted_ranks(tables.ranks)}.\n"
     models = {
         name: {"_target_": "minidist.analysis.network.Measured", **asdict(tables)},
         f"{name}_flat": {"_target_": "minidist.analysis.network.Flat", **tables.alpha_beta_gamma()},
@@ -51,16 +53,25 @@ def _rounded(value: object) -> object:
 
 
 def show(tables: Tables) -> str:
-    """Return the tables as text, and the fit."""
-    rows = [
-        dict(zip(FORMATS, (int(nbytes), *(t * 1e6 for t in times), nbytes / times[1] / 1e9), strict=True))
-        for nbytes, *times in zip(tables.nbytes, *tables.columns(), strict=True)
-    ]
+    """Return the tables as text, and the fit; what noise has hidden is a dash, and not a time of 0."""
+    rows = [_row(int(nbytes), times) for nbytes, *times in zip(tables.nbytes, *tables.columns(), strict=True)]
     fit = tables.alpha_beta_gamma()
-    return (
-        f"{table(rows, FORMATS)}\na collective takes {tables.start * 1e6:.0f} us to begin\nnearest to it: alpha "
-        f"{fit['alpha'] * 1e6:.1f} us, beta {fit['beta'] * 1e9:.3f} ns/byte, gamma {fit['gamma'] * 1e9:.3f} ns/byte"
-    )
+    lines = [
+        table(rows, FORMATS),
+        f"a collective takes {tables.start * 1e6:.0f} us to begin",
+        f"nearest to it: alpha {fit['alpha'] * 1e6:.1f} us, beta {fit['beta'] * 1e9:.3f} ns/byte, "
+        f"gamma {fit['gamma'] * 1e9:.3f} ns/byte",
+    ]
+    if any(value is None for row in rows for value in row.values()):
+        lines.append("-: less than the noise; measure more often, with larger iterations")
+    return "\n".join(lines)
+
+
+def _row(nbytes: int, seconds: Sequence[float]) -> Row:
+    known = [t if t > FLOOR_S else None for t in seconds]
+    exchange = known[1]
+    speed = None if exchange is None else nbytes / exchange / 1e9
+    return dict(zip(FORMATS, (nbytes, *(None if t is None else t * 1e6 for t in known), speed), strict=True))
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="calibrate")
@@ -75,7 +86,7 @@ def experiment(cfg: DictConfig) -> None:
             name = cfg.name or f"{cfg.transport.replace('/', '_')}_{comm.world_size}"
             directory = Path(HydraConfig.get().runtime.output_dir)
             write(directory, name, tables)
-            print(f"{cfg.transport}, {comm.world_size} ranks\n{show(tables)}")
+            print(f"{cfg.transport}, {counted_ranks(comm.world_size)}\n{show(tables)}")
             print(f"written: {directory}/network/{name}.yaml")
             print(f"use it with --config-dir {shlex.quote(str(directory))} network={name}", flush=True)
 

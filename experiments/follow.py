@@ -36,6 +36,7 @@ from experiments.tasks.datasets import loader
 from minidist.communicator import Communicator
 from minidist.config import Config
 from minidist.ddp import DistributedDataParallel
+from minidist.launch import counted_ranks
 from minidist.training.seed import seed_everything
 
 TEMPLATE = Path(__file__).parent / "drawing" / "follow.html"
@@ -50,17 +51,19 @@ def train_steps(cfg: DictConfig, checked: Config, comm: Communicator, trail: Tra
     seed_everything(checked.engine.seed, comm.rank)
     chosen = data.load(checked.data, comm, checked.engine.seed)
     module = build(cfg.model, "model", shape=chosen.shape, num_classes=chosen.num_classes).to(comm.device_type)
-    ddp, hook = checked.ddp, build(cfg.ddp.hook, "ddp.hook")
+    ddp = checked.ddp
+    hook = build(cfg.ddp.hook, "ddp.hook")
     model = DistributedDataParallel(
         module, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook
     )
-    optimizer, loss_fn = build(cfg.optim, "optim")(model.parameters()), nn.CrossEntropyLoss()
-    samples, settings = chosen.train, checked.data
-    batches = loader(samples, comm.rank, comm.world_size, settings.batch_size, 0, True, checked.engine.seed)
+    optimizer = build(cfg.optim, "optim")(model.parameters())
+    loss_fn = nn.CrossEntropyLoss()
+    batches = loader(chosen.train, comm.rank, comm.world_size, checked.data.batch_size, 0, True, checked.engine.seed)
     inputs, targets = (tensor.to(comm.device_type) for tensor in next(iter(batches)))
     for number in range(NUM_WARM + 1):
         optimizer.zero_grad()
-        loss, followed = loss_fn(model(inputs), targets), number == NUM_WARM and comm.rank == 0
+        loss = loss_fn(model(inputs), targets)
+        followed = number == NUM_WARM and comm.rank == 0
         if followed:
             loss.register_hook(lambda _: trail.join())
         with trail.recording() if followed else nullcontext():
@@ -74,18 +77,19 @@ def follow(cfg: DictConfig, checked: Config, trail: Trail) -> None:
     with build(cfg.comm, "comm") as comm:
         train_steps(cfg, checked, comm, trail)
     if comm.rank == 0:
-        stops, path = trail.stops(), Path(HydraConfig.get().runtime.output_dir) / "path"
+        stops = trail.stops()
+        path = Path(HydraConfig.get().runtime.output_dir) / "path"
         text = "\n".join([*lines(stops), "", total(stops)])
         path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
-        what = f"The path of one gradient, comm={comm_name()}, {comm.world_size} ranks"
+        what = f"The path of one gradient, comm={comm_name()}, {counted_ranks(comm.world_size)}"
         path.with_suffix(".html").write_text(page(what, stops), encoding="utf-8")
         print(f"{text}\nwritten: {path}.txt, .html", flush=True)
 
 
 def total(stops: Sequence[Stop]) -> str:
     """Return how long the trail is."""
-    num_lines, files = sum(counted(stops)), {stop.function.file for stop in stops}
-    return f"{len(stops)} functions, {num_lines} lines of code in {len(files)} files"
+    files = {stop.function.file for stop in stops}
+    return f"{len(stops)} functions, {sum(counted(stops))} lines of code in {len(files)} files"
 
 
 def counted(stops: Sequence[Stop]) -> list[int]:
@@ -139,15 +143,18 @@ def marked(function: Function) -> list[str]:
     marks: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         kind = "b" if keyword.iskeyword(token.string) else KINDS.get(token.type)
-        (first, start), (last, end) = token.start, token.end
-        for row in range(first, last + 1) if kind is not None else ():
-            begin, finish = start if row == first else 0, end if row == last else len(text[row - 1])
+        first, start = token.start
+        last, end = token.end
+        for row in range(first, last + 1) if kind is not None else ():  # a string may go over several lines
+            begin = start if row == first else 0
+            finish = end if row == last else len(text[row - 1])
             marks[row].append((begin, finish, str(kind)))
     return [_line(line, marks[row]) for row, line in enumerate(text, start=1)]
 
 
 def _line(line: str, marks: Sequence[tuple[int, int, str]]) -> str:
-    parts, done = list[str](), 0
+    parts = list[str]()
+    done = 0
     for begin, finish, kind in marks:
         parts.append(f"{escape(line[done:begin])}<{kind}>{escape(line[begin:finish])}</{kind}>")
         done = finish

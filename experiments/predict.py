@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
 
 import hydra
 from omegaconf import DictConfig
@@ -18,7 +19,7 @@ from omegaconf import DictConfig
 from backends.algorithm import AlgorithmCommunicator
 from backends.calibration import Tables, calibrate, slowest_median
 from experiments.drawing.algorithms import schedule_of, schedules_of
-from experiments.measuring.compare import communicators, median, report, sizes
+from experiments.measuring.compare import communicators, report, sizes
 from experiments.measuring.step_model import MEGABYTE, Profile, profile
 from experiments.running.build import build
 from experiments.running.choices import at_least, several
@@ -26,7 +27,9 @@ from experiments.running.run import CONF, main
 from experiments.running.tables import Row, table
 from minidist.analysis.network import Network, interpolated
 from minidist.analysis.simulate import simulate
+from minidist.collective import Run
 from minidist.communicator import Communicator
+from minidist.launch import counted_ranks
 from minidist.schedule import Schedule
 
 FORMATS = {
@@ -46,8 +49,6 @@ STEP_FORMATS = {
     "exposed_ms": ".1f",
     "efficiency": ".0%",
 }
-
-
 Schedules = Mapping[str, Schedule]
 
 
@@ -75,11 +76,18 @@ def compare(
     world_size: int, schedules: Schedules, network: Network, seconds: Mapping[tuple[int, str], float]
 ) -> list[Row]:
     """Return one row per size and algorithm: what the model says, and what was measured."""
-    rows = []
+    rows: list[Row] = []
     for (nbytes, name), measured in seconds.items():
-        predicted = simulate(schedules[name], world_size, nbytes, network).seconds
-        values = (nbytes, name, predicted * 1e6, measured * 1e6, predicted / measured - 1)
-        rows.append(dict(zip(FORMATS, values, strict=True)))
+        predicted = simulate(schedules[name], Run("all_reduce", world_size), nbytes, network).seconds
+        rows.append(
+            {
+                "bytes": nbytes,
+                "algorithm": name,
+                "predicted_us": predicted * 1e6,
+                "measured_us": measured * 1e6,
+                "error": predicted / measured - 1,
+            }
+        )
     return rows
 
 
@@ -102,21 +110,29 @@ def fastest(rows: Sequence[Row], column: str) -> Iterator[tuple[int, str]]:
 def cost(schedule: Schedule, world_size: int, network: Network) -> Callable[[float], float]:
     """Return what an all-reduce takes by its bytes: simulated at some sizes, on lines between them."""
     at = [float(16 * 1024 * 16**power) for power in range(5)]
-    seconds = [simulate(schedule, world_size, nbytes, network).seconds for nbytes in at]
+    seconds = [simulate(schedule, Run("all_reduce", world_size), nbytes, network).seconds for nbytes in at]
     return lambda nbytes: interpolated(at, seconds, nbytes)
 
 
 def scale(cfg: DictConfig, step: Profile, network: Network) -> list[Row]:
     """Return the predicted training step by number of ranks, algorithm and size of buckets."""
     algorithms = {name: schedules_of(name, "all_reduce") for name in several(cfg, "scale_algorithms")}
-    rows = []
+    rows: list[Row] = []
     for world_size in several(cfg, "world_sizes"):
         for name, schedule_on in algorithms.items():
             costs = cost(schedule_on(world_size), world_size, network)
             for cap in several(cfg, "bucket_caps_mb"):
                 seconds = step.seconds(cap, costs)
-                values = (world_size, name, cap, seconds * 1e3, (seconds - step.step) * 1e3, step.step / seconds)
-                rows.append(dict(zip(STEP_FORMATS, values, strict=True)))
+                rows.append(
+                    {
+                        "world_size": world_size,
+                        "algorithm": name,
+                        "bucket_cap_mb": cap,
+                        "step_ms": seconds * 1e3,
+                        "exposed_ms": (seconds - step.step) * 1e3,
+                        "efficiency": step.step / seconds,
+                    }
+                )
     return rows
 
 
@@ -143,7 +159,7 @@ def experiment(cfg: DictConfig) -> None:
 
 def show(cfg: DictConfig, world_size: int, rows: list[Row]) -> None:
     """Print and write what was predicted and measured on this machine."""
-    path = report(f"all_reduce over {cfg.transport}, {world_size} ranks", rows, FORMATS, "predict")
+    path = report(f"all_reduce over {cfg.transport}, {counted_ranks(world_size)}", rows, FORMATS, "predict")
     print(f"geometric mean error: {geometric_mean_error(rows):.0%}")
     for kind in ("predicted", "measured"):
         steps = ", ".join(f"{name} from {nbytes} bytes" for nbytes, name in fastest(rows, f"{kind}_us"))

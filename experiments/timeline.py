@@ -20,7 +20,9 @@ from experiments.running.choices import at_least
 from experiments.running.run import CONF, main
 from minidist.analysis.network import Flat
 from minidist.analysis.simulate import Message, simulate
+from minidist.collective import Run
 from minidist.communicator import Communicator
+from minidist.launch import counted_ranks
 from minidist.schedule import Schedule, chunks_of
 
 
@@ -34,7 +36,7 @@ def trace(comm: Communicator, schedule: Schedule, nbytes: int, warmup: int) -> l
         traced.log.clear()
         algorithm.all_reduce(tensor)
     logs = comm.all_gather_object(traced.log)
-    return timed(simulate(schedule, comm.world_size, nbytes, Flat(1, 0), record=True).messages, logs)
+    return timed(simulate(schedule, Run("all_reduce", comm.world_size), nbytes, Flat(1, 0), record=True).messages, logs)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="timeline")
@@ -49,7 +51,7 @@ def experiment(cfg: DictConfig) -> None:
         if comm.rank == 0:
             what = f"{cfg.algorithm} all_reduce of {cfg.nbytes} bytes over {cfg.transport}"
             path = Path(HydraConfig.get().runtime.output_dir) / "timeline"
-            draw_timeline(path, f"{what}, {comm.world_size} ranks, as it ran", comm.world_size, messages)
+            draw_timeline(path, f"{what}, {counted_ranks(comm.world_size)}, as it ran", comm.world_size, messages)
             print(f"written: {path}.png, .svg", flush=True)
 
 

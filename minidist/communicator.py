@@ -2,18 +2,17 @@
 
 `Communicator` is what users call and what backends implement. The public methods are final: they
 check their arguments once, on the rank that made the mistake and before a byte moves, and then
-call a hook beneath (`_all_reduce` for `all_reduce`). A hook may rely on what was checked: tensors
-are dense, contiguous, on the backend's own kind of device, not empty, and fit together.
+call a hook beneath. A hook may rely on what was checked: tensors are dense, contiguous, on the
+backend's own kind of device, not empty, and fit together.
 
-To write a backend, derive from `backends.scheduled.ScheduledCommunicator` and implement `_isend`
-and `_irecv`; every collective then runs as a schedule over them. Override the hooks that your
-transport does better. Every hook gets ``timeout_s`` and must end, one way or another, about then.
+To write a transport, derive from `backends.scheduled.ScheduledCommunicator`; to write something
+around or over another communicator, from `backends.wrapper.Wrapper`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -33,7 +32,7 @@ Shape = int | Sequence[int]
 Device = torch.device | str | None
 
 
-class Communicator(Membership, ABC):
+class Communicator(Membership):
     """A fixed group of ranks that exchange tensors.
 
     Every rank of the group calls the same collectives in the same order with tensors of the same
@@ -107,7 +106,7 @@ class Communicator(Membership, ABC):
     def all_reduce(self, tensor: Tensor, op: ReduceOp = SUM, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Combine ``tensor`` over all ranks, in place; every rank ends with identical bits."""
         checks.reduction(self, "all_reduce", op, tensor=tensor)
-        return self._run("all_reduce", self._all_reduce, (tensor,), (op,), async_op, timeout_s)
+        return self._run("all_reduce", (tensor,), (op,), async_op, timeout_s)
 
     @final
     def reduce(
@@ -116,20 +115,20 @@ class Communicator(Membership, ABC):
         """Combine ``tensor`` over all ranks into rank ``dst``'s; the others keep theirs."""
         checks.reduction(self, "reduce", op, tensor=tensor)
         checks.peer(self, "reduce", "dst", dst)
-        return self._run("reduce", self._reduce, (tensor,), (dst, op), async_op, timeout_s, keep=self.rank != dst)
+        return self._run("reduce", (tensor,), (dst, op), async_op, timeout_s, keep=self.rank != dst)
 
     @final
     def broadcast(self, tensor: Tensor, src: int, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Overwrite ``tensor`` on every rank with that of rank ``src``."""
         checks.tensors(self, "broadcast", tensor=tensor)
         checks.peer(self, "broadcast", "src", src)
-        return self._run("broadcast", self._broadcast, (tensor,), (src,), async_op, timeout_s)
+        return self._run("broadcast", (tensor,), (src,), async_op, timeout_s)
 
     @final
     def all_gather(self, output: Tensor, input: Tensor, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Write every rank's ``input`` into ``output`` (world_size times its numel), rank by rank."""
         checks.blocks(self, "all_gather", "output", output=output, input=input)
-        return self._run("all_gather", self._all_gather, (output, input), (), async_op, timeout_s)
+        return self._run("all_gather", (output, input), (), async_op, timeout_s)
 
     @final
     def reduce_scatter(
@@ -141,7 +140,7 @@ class Communicator(Membership, ABC):
         """
         checks.reduction(self, "reduce_scatter", op, output=output)
         checks.blocks(self, "reduce_scatter", "input", output=output, input=input)
-        return self._run("reduce_scatter", self._reduce_scatter, (output, input), (op,), async_op, timeout_s)
+        return self._run("reduce_scatter", (output, input), (op,), async_op, timeout_s)
 
     @final
     def gather(
@@ -149,7 +148,7 @@ class Communicator(Membership, ABC):
     ) -> Work:
         """Write every rank's ``input`` into rank ``dst``'s ``output``; None on the other ranks."""
         checks.rooted(self, "gather", ("dst", dst), "output", output=output, input=input)
-        return self._run("gather", self._gather, (output, input), (dst,), async_op, timeout_s)
+        return self._run("gather", (output, input), (dst,), async_op, timeout_s)
 
     @final
     def scatter(
@@ -157,18 +156,18 @@ class Communicator(Membership, ABC):
     ) -> Work:
         """Write block r of rank ``src``'s ``input`` into rank r's ``output``; None elsewhere."""
         checks.rooted(self, "scatter", ("src", src), "input", output=output, input=input)
-        return self._run("scatter", self._scatter, (output, input), (src,), async_op, timeout_s)
+        return self._run("scatter", (output, input), (src,), async_op, timeout_s)
 
     @final
     def all_to_all(self, output: Tensor, input: Tensor, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Send block r of ``input`` to rank r; block r of ``output`` comes from rank r."""
-        checks.exchange(self, "all_to_all", output, input)
-        return self._run("all_to_all", self._all_to_all, (output, input), (), async_op, timeout_s)
+        checks.equal_blocks(self, "all_to_all", output, input)
+        return self._run("all_to_all", (output, input), (), async_op, timeout_s)
 
     @final
     def barrier(self, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Finish once every rank has started it."""
-        return self._run("barrier", self._barrier, (), (), async_op, timeout_s)
+        return self._run("barrier", (), (), async_op, timeout_s)
 
     @final
     def all_gather_object(self, obj: Any, timeout_s: Seconds = None) -> list[Any]:
@@ -211,7 +210,7 @@ class Communicator(Membership, ABC):
         self._root._num_channels = channel = max(used) + 1
         return channel
 
-    # Hooks: what a backend implements ---------------------------------------------------------
+    # Hooks: what every communicator implements -------------------------------------------------
 
     @abstractmethod
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
@@ -222,33 +221,12 @@ class Communicator(Membership, ABC):
         """Start a receive. What comes is as large as ``tensor``, unless ``checks_sizes`` makes others errors."""
 
     @abstractmethod
-    def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:
-        """Block until done. ``op`` is never AVG in any hook: the caller divides."""
+    def _collective(self, name: str) -> Callable[..., None]:
+        """Return what runs a collective and blocks until it is done.
 
-    @abstractmethod
-    def _reduce(self, tensor: Tensor, dst: int, op: ReduceOp, timeout_s: float) -> None:
-        """Only dst's result counts: ``tensor`` is scratch on the other ranks."""
-
-    @abstractmethod
-    def _broadcast(self, tensor: Tensor, src: int, timeout_s: float) -> None: ...
-
-    @abstractmethod
-    def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None: ...
-
-    @abstractmethod
-    def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None: ...
-
-    @abstractmethod
-    def _gather(self, output: Tensor | None, input: Tensor, dst: int, timeout_s: float) -> None: ...
-
-    @abstractmethod
-    def _scatter(self, output: Tensor, input: Tensor | None, src: int, timeout_s: float) -> None: ...
-
-    @abstractmethod
-    def _all_to_all(self, output: Tensor, input: Tensor, timeout_s: float) -> None: ...
-
-    @abstractmethod
-    def _barrier(self, timeout_s: float) -> None: ...
+        It takes the tensors, the root and the op of the public method of that name, in its order and as far as it has
+        them, and last ``timeout_s``. The op is never AVG.
+        """
 
     @abstractmethod
     def _split(self, groups: list[list[int]]) -> Communicator | None:

@@ -68,8 +68,12 @@ class DistributedDataParallel(nn.Module):
         hook: Hook = AllReduce(),  # noqa: B008  (an AllReduce has no state)
     ) -> None:
         super().__init__()
-        self.module, self.comm, self.hook, self.bucket_cap_mb = module, comm, hook, bucket_cap_mb
-        self.broadcast_buffers, self.find_unused_parameters = broadcast_buffers, find_unused_parameters
+        self.module = module
+        self.comm = comm
+        self.hook = hook
+        self.bucket_cap_mb = bucket_cap_mb
+        self.broadcast_buffers = broadcast_buffers
+        self.find_unused_parameters = find_unused_parameters
         arguments = bucket_cap_mb, broadcast_buffers, find_unused_parameters
         make_replicas(comm, module, arguments, DistributedDataParallel)
         self._prepare()
@@ -130,7 +134,8 @@ class DistributedDataParallel(nn.Module):
 
         A backward pass through a forward outside as well does.
         """
-        before, self._sync_wanted = self._sync_wanted, False
+        before = self._sync_wanted
+        self._sync_wanted = False
         try:
             yield
         finally:
@@ -168,22 +173,24 @@ class DistributedDataParallel(nn.Module):
         Backward ends with it. Call it yourself only where the other ranks have a backward pass and this one has none.
         """
         for bucket in self.buckets:
-            bucket.put_missing(self.comm.world_size)
+            if bucket.missing:
+                bucket.put_missing(self.comm.world_size)
         self._start_full_buckets()
         if self.find_unused_parameters:
             self._works.append(share_used(self.comm, self.buckets))
         for work in self._works:
             work.wait()
-        self._reset(reduced=True)
+        self._end_pass(reduced=True)
         if self._reduced_grad_hooks:
             call_hooks(self._reduced_grad_hooks, self.buckets)
 
     def _on_gradient(self, bucket: Bucket, slot: int) -> None:
+        """Take a gradient that autograd has just written."""
         if not self._backward_pass.communicates:
             return
         self._backward_pass.begin()
-        if complaint := bucket.complaint(slot):
-            self._fail(complaint)
+        if not bucket.fits(slot):
+            self._fail(bucket.complaint(slot))
         bucket.put(slot, self.comm.world_size)
         self._start_full_buckets()
 
@@ -195,21 +202,31 @@ class DistributedDataParallel(nn.Module):
             self._works.append(self.hook(bucket, self.comm))
 
     def _on_backward_end(self) -> None:
-        if name := self._backward_pass.changed():
+        """Reduce what backward brought, unless it left something out, or something behind."""
+        if self._backward_pass.has_changed:
             self._fail(
-                f"{name} was changed while backward ran, before its gradient was reduced over the ranks; {USE_HOOK}"
+                f"{self._backward_pass.changed()} was changed while backward ran, before its gradient was reduced "
+                f"over the ranks; {USE_HOOK}"
             )
-        missing = [bucket.names[slot] for bucket in self.buckets for slot in bucket.missing]
-        nothing_came = len(missing) == sum(len(bucket.names) for bucket in self.buckets)
-        if nothing_came and not (self._backward_pass.communicates and self.find_unused_parameters):
-            self._reset(reduced=False)  # torch.autograd.grad() gets here too
-        elif missing and not self.find_unused_parameters:
-            fix = "use find_unused_parameters=True, or set requires_grad=False before wrapping"
-            self._fail(f"no gradient for {', '.join(missing)}; {fix}")
+        if any(bucket.missing for bucket in self.buckets):
+            self._end_incomplete()
         else:
             self.reduce_gradients()
 
-    def _reset(self, reduced: bool) -> None:
+    def _end_incomplete(self) -> None:
+        """End a pass that did not bring every gradient."""
+        missing = [bucket.names[slot] for bucket in self.buckets for slot in bucket.missing]
+        nothing_came = len(missing) == sum(len(bucket.names) for bucket in self.buckets)
+        if nothing_came and not (self._backward_pass.communicates and self.find_unused_parameters):
+            self._end_pass(reduced=False)  # torch.autograd.grad() gets here too
+        elif self.find_unused_parameters:
+            self.reduce_gradients()
+        else:
+            fix = "use find_unused_parameters=True, or set requires_grad=False before wrapping"
+            self._fail(f"no gradient for {', '.join(missing)}; {fix}")
+
+    def _end_pass(self, reduced: bool) -> None:
+        """Be ready for the next backward pass."""
         self._works = []
         self._backward_pass.end(reduced)
         for bucket in self.buckets:

@@ -84,6 +84,11 @@ def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in names}
 
 
+def counted_ranks(count: int) -> str:
+    """Return a number of ranks in words: ``1 rank``, ``2 ranks``."""
+    return f"{count} rank" if count == 1 else f"{count} ranks"
+
+
 def host_id() -> str:
     """Return what is the same for processes that share a host, and another for those of two hosts or containers."""
     boot_id = Path("/proc/sys/kernel/random/boot_id")

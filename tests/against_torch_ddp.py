@@ -1,4 +1,4 @@
-"""One rank that trains a model twice, with torch's DDP over Gloo and with ours, and compares: started by torchrun.
+"""One rank that trains a model twice, with torch's DDP over Gloo and with ours, and compares.
 
 Arguments: the dotted path of the communicator, and a file for torch's own rendezvous.
 """

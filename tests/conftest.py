@@ -7,12 +7,12 @@ import pkgutil
 
 import pytest
 
-from tests.inputs import DEVICE
+from tests.inputs import DEVICE, EVERYTHING
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("minidist")
-    group.addoption("--slow", action="store_true", help="run the slow tests too: larger worlds, larger tensors")
+    group.addoption("--slow", action="store_true", help="run the slow tests too, and all inputs of all")
     group.addoption("--comm", metavar="PATH", help="conformance of this communicator (dotted path) and no other")
     group.addoption(
         "--comm-launcher",
@@ -39,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
             message = f"--comm={path} cannot be imported ({error}); set PYTHONPATH to where it lies"
             raise pytest.UsageError(message) from error
     os.environ[DEVICE] = config.getoption("--comm-device")  # for the ranks, which are processes
+    if config.getoption("--slow"):
+        os.environ[EVERYTHING] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -21,7 +21,7 @@ from minidist.communicator import Communicator
 from minidist.errors import CommError, PeerLostError
 
 BACKENDS = {"shm": ShmCommunicator, "gloo": GlooCommunicator}
-LIMIT_S = 8.0
+LIMIT_S = 30.0
 BUSY_S = 60.0
 
 

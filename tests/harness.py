@@ -1,12 +1,14 @@
 """Starts worlds the way users do and runs checks in them.
 
 One world per launcher and number of ranks runs all checks of all its communicators in turn, because
-starting Python and torch takes longer than most checks. A check that fails, hangs or crashes ends its
+starting Python and torch takes longer than most checks, and where nothing depends on what starts the ranks they are
+forks of a process that has done so. A check that fails, hangs or crashes ends its
 world; the checks after it run in the next one. A check that ends a process has a world of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,8 +20,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+from tests import fork_server
+
 ROOT = Path(__file__).parent.parent
-CHECK_LIMIT_S = 40.0
+CHECK_LIMIT_S = 120.0
 """A check that takes longer hangs: its threads are dumped and its world ends."""
 WORLD_LIMIT_S = 1200.0
 MAX_FAILURES = 12
@@ -73,13 +79,15 @@ def command(launcher: str, world_size: int, *arguments: str) -> list[str]:
     return [*mpirun, sys.executable, *start, *arguments]
 
 
-def run_jobs(launcher: str, world_size: int, jobs: list[Job], directory: Path) -> dict[Job, str | None]:
+def run_jobs(
+    launcher: str, world_size: int, jobs: list[Job], directory: Path, forked: bool = False
+) -> dict[Job, str | None]:
     """Run ``jobs`` in as few worlds as they let; return what went wrong, or None, for each."""
     outcomes: dict[Job, str | None] = {}
     num_failures = 0
     while jobs and num_failures < MAX_FAILURES:
         here = directory / f"world-{num_failures}"
-        world = start_world(launcher, world_size, jobs, here)
+        world = start_world(launcher, world_size, jobs, here, forked)
         passed, failure = judge(world, jobs, world_size)
         outcomes |= dict.fromkeys(jobs[:passed])
         if failure is not None:
@@ -122,16 +130,36 @@ def run_fatal_job(launcher: str, world_size: int, job: Job, directory: Path) -> 
     return None if world.ended_at < began + 20 else world.explain("the launcher took long to end the world")
 
 
-def start_world(launcher: str, world_size: int, jobs: list[Job], directory: Path) -> World:
-    """Run ``jobs`` in one world, to its end or to WORLD_LIMIT_S."""
+def start_world(launcher: str, world_size: int, jobs: list[Job], directory: Path, forked: bool = False) -> World:
+    """Run ``jobs`` in one world, to its end or to WORLD_LIMIT_S; its ranks are forks if they can be."""
     directory.mkdir(parents=True)
     plan = {"launcher": launcher, "world_size": world_size, "jobs": [dataclasses.asdict(job) for job in jobs]}
     (directory / "plan.json").write_text(json.dumps(plan))
-    arguments = command(launcher, world_size, "-m", "tests.rank_main", str(directory))
-    returncode, output = run_command(arguments, directory / "output.txt", WORLD_LIMIT_S)
+    module, output_file = ("tests.rank_main", str(directory)), directory / "output.txt"
+    if forked and launcher != "mpirun":
+        num_ranks = world_size if launcher == "torchrun" else None
+        returncode, output = run_forked(*module, world_size=num_ranks, output=output_file, limit_s=WORLD_LIMIT_S)
+    else:
+        returncode, output = run_command(command(launcher, world_size, "-m", *module), output_file, WORLD_LIMIT_S)
     ended_at = time.time()
     events = [event for rank in range(world_size) for event in _read(directory / f"rank-{rank}.jsonl", rank)]
     return World(returncode, ended_at, output, events, _end(events, str(directory)))
+
+
+def run_forked(
+    program: str,
+    *arguments: str,
+    world_size: int | None,
+    output: Path,
+    limit_s: float,
+    directory: Path = ROOT,
+    environment: dict[str, str] | None = None,
+) -> tuple[int | None, str]:
+    """Do as `run_command` for ``python`` on ranks as torchrun starts them, or on none; see `fork_server.Order`."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    order = fork_server.Order(program, arguments, world_size, str(directory), str(output), variables)
+    returncode = fork_server.server().run(order, limit_s)
+    return returncode, output.read_text(errors="replace")
 
 
 def run_command(
@@ -177,10 +205,10 @@ def _end(events: list[Event], directory: str) -> list[int]:
     """End the processes that reported into ``directory`` and are still there; return which."""
     leftovers = []
     for pid in {event.pid for event in events}:
-        try:
-            if directory in Path(f"/proc/{pid}/cmdline").read_text():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            # A fork has the command line of another; and nobody else who has got the number since has this open.
+            if any(file.path.startswith(directory) for file in process.open_files()):
                 leftovers.append(pid)
-                os.kill(pid, signal.SIGKILL)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+                process.kill()
     return leftovers

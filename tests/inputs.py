@@ -7,7 +7,9 @@ expected is computed without communication.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,11 +19,15 @@ from torch import Tensor
 from minidist.communicator import ReduceOp
 from minidist.contract import checks
 
+A = TypeVar("A")
+B = TypeVar("B")
 Check = TypeVar("Check", bound=Callable[..., None])
 FLOATS = tuple(dtype for dtype in checks.DTYPES if dtype.is_floating_point)
 SENTINEL = 99
 DEVICE = "MINIDIST_TEST_DEVICE"
 """The variable that tells ranks on which device their tensors are; see `--comm-device`."""
+EVERYTHING = "MINIDIST_TEST_EVERYTHING"
+"""The variable that is set where checks are to go through every combination of their inputs; see `--slow`."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +63,42 @@ def sizes(world_size: int) -> list[int]:
     return sorted({0, 1, world_size - 1, world_size, world_size + 1, 1000})
 
 
-def reductions() -> Iterator[tuple[torch.dtype, ReduceOp]]:
-    """Yield every dtype with every operation that is defined for it."""
-    for dtype in checks.DTYPES:
-        defined = [op for op in ReduceOp if dtype.is_floating_point or op is not ReduceOp.AVG]
-        if dtype == torch.bool:
-            defined = [ReduceOp.MIN, ReduceOp.MAX]
-        if dtype.is_complex:
-            defined = [ReduceOp.SUM, ReduceOp.AVG]
-        yield from ((dtype, op) for op in defined)
+def reductions(numels: Sequence[int]) -> Iterator[tuple[torch.dtype, ReduceOp, int]]:
+    """Yield every dtype with every operation that is defined for it, and with every number of elements."""
+    for turn, dtype in enumerate(checks.DTYPES):
+        for op, numel in combinations(_defined(dtype), numels, turn):
+            yield dtype, op, numel
+
+
+def _defined(dtype: torch.dtype) -> Sequence[ReduceOp]:
+    if dtype == torch.bool:
+        return [ReduceOp.MIN, ReduceOp.MAX]
+    if dtype.is_complex:
+        return [ReduceOp.SUM, ReduceOp.AVG]
+    return [op for op in ReduceOp if dtype.is_floating_point or op is not ReduceOp.AVG]
+
+
+def moves(numels: Sequence[int], roots: Sequence[int]) -> Iterator[tuple[torch.dtype, int, int]]:
+    """Yield every dtype with every number of elements, and with every root."""
+    for turn, dtype in enumerate(checks.DTYPES):
+        for numel, root in combinations(numels, roots, turn):
+            yield dtype, numel, root
+
+
+def wants_everything() -> bool:
+    return EVERYTHING in os.environ
+
+
+def combinations(first: Sequence[A], second: Sequence[B], turn: int) -> Iterator[tuple[A, B]]:
+    """Yield each of both at least once; over as many turns as the longer has members, each of one with each other.
+
+    So what is wrong with a value, or with two of three values together, is found in a third or less of the product,
+    which the slow set goes through.
+    """
+    if wants_everything():
+        return itertools.product(first, second)
+    steps = range(max(len(first), len(second)))
+    return ((first[(step - turn) % len(first)], second[step % len(second)]) for step in steps)
 
 
 @functools.lru_cache(maxsize=4096)

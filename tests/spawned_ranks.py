@@ -1,6 +1,6 @@
-"""Ranks that torch's mp.spawn starts, which are told their place in the world and none on their host.
+"""Ranks that torch's mp.spawn starts, or forks, which are told their place in the world and none on their host.
 
-``python -m tests.spawned_ranks shm 127.0.0.1``: what to run, and the address of rank 0.
+``python -m tests.spawned_ranks shm 127.0.0.1 fork``: what to run, the address of rank 0, and how to start the ranks.
 """
 
 from __future__ import annotations
@@ -57,4 +57,4 @@ def run(rank: int, what: str, address: str, port: int) -> None:
 if __name__ == "__main__":
     with socket.create_server(("", 0)) as server:
         free_port = server.getsockname()[1]
-    mp.spawn(run, (sys.argv[1], sys.argv[2], free_port), nprocs=2)
+    mp.start_processes(run, (sys.argv[1], sys.argv[2], free_port), nprocs=2, start_method=sys.argv[3])

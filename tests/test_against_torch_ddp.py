@@ -18,7 +18,8 @@ from tests import harness
     ],
 )
 def test_same_parameters_as_torch_ddp(communicator: str, world_size: int, tmp_path: Path) -> None:
-    arguments = ["-m", "tests.against_torch_ddp", communicator, str(tmp_path / "rendezvous")]
-    command = harness.command("torchrun", world_size, *arguments)
-    returncode, output = harness.run_command(command, tmp_path / "output.txt", limit_s=100)
+    arguments, output_file = (communicator, str(tmp_path / "rendezvous")), tmp_path / "output.txt"
+    returncode, output = harness.run_forked(
+        "tests.against_torch_ddp", *arguments, world_size=world_size, output=output_file, limit_s=100
+    )
     assert returncode == 0, output

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,15 +13,17 @@ from omegaconf import DictConfig, OmegaConf
 from backends.thread import ThreadCommunicator, run_threads
 from experiments.bench import check
 from experiments.drawing.pictures import draw_bandwidth, draw_steps
-from experiments.measuring.collectives import BUSBW, Collective
+from experiments.measuring.collectives import Repeated
 from experiments.measuring.compare import communicators, sizes
 from experiments.running.choices import at_least, several
 from experiments.running.tables import table, write_csv, write_json
+from minidist.collective import COLLECTIVES
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
-from tests.test_commands import ROOT, environment, only_run, run
+from tests.test_commands import ROOT, only_run, run, run_python
 
 CONF = ROOT / "conf" / "bench.yaml"
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def config(**changes: object) -> DictConfig:
@@ -32,24 +32,24 @@ def config(**changes: object) -> DictConfig:
     return DictConfig({**{key: value for key, value in cfg.items() if key not in ("defaults", "hydra")}, **changes})
 
 
-@pytest.mark.parametrize("collective", BUSBW)
+@pytest.mark.parametrize("collective", [name for name, one in COLLECTIVES.items() if one.has_tensor])
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("is_async", [False, True])
 def test_every_collective_has_a_closed_form(collective: str, world_size: int, is_async: bool) -> None:
     cfg = config(collective=collective, async_op=is_async)
-    assert run_threads(lambda comm: Collective(cfg, comm, 1000).num_wrong(), world_size) == [0] * world_size
+    assert run_threads(lambda comm: Repeated(cfg, comm, 1000).num_wrong(), world_size) == [0] * world_size
 
 
 @pytest.mark.parametrize("op", ReduceOp)
 @pytest.mark.parametrize("collective", ["all_reduce", "reduce", "reduce_scatter"])
 def test_every_op_has_a_closed_form(collective: str, op: ReduceOp) -> None:
     cfg = config(collective=collective, op=op.value, dtype="float64")
-    assert run_threads(lambda comm: Collective(cfg, comm, 50).num_wrong(), 2) == [0, 0]
+    assert run_threads(lambda comm: Repeated(cfg, comm, 50).num_wrong(), 2) == [0, 0]
 
 
 def test_all_gather_in_place() -> None:
     cfg = config(collective="all_gather", in_place=True)
-    assert run_threads(lambda comm: Collective(cfg, comm, 50).num_wrong(), 2) == [0, 0]
+    assert run_threads(lambda comm: Repeated(cfg, comm, 50).num_wrong(), 2) == [0, 0]
 
 
 class _Wrong(ThreadCommunicator):
@@ -63,7 +63,7 @@ class _Wrong(ThreadCommunicator):
 def test_wrong_elements_are_counted() -> None:
     def job(comm: Communicator) -> int:
         with _Wrong() as wrong:
-            return Collective(config(), wrong, 50).num_wrong()
+            return Repeated(config(), wrong, 50).num_wrong()
 
     assert run_threads(job, 3) == [0, 1, 1]
 
@@ -145,11 +145,8 @@ def test_bench_step_measures_the_models_that_are_chosen(tmp_path: Path) -> None:
     ],
 )
 def test_every_program_says_what_there_is_to_choose(script: str, setting: str, message: str, tmp_path: Path) -> None:
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "experiments" / f"{script}.py"), setting, f"hydra.run.dir={tmp_path}/run"],
-        cwd=tmp_path, env=environment() | alone, capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
+    program = str(ROOT / "experiments" / f"{script}.py")
+    done = run_python(tmp_path, program, setting, f"hydra.run.dir={tmp_path}/run", variables=ALONE)
     assert done.returncode == 2
     assert f"error: {message}" in done.stderr
     assert "Traceback" not in done.stderr
@@ -162,6 +159,11 @@ def test_sizes_are_powers_of_the_factor() -> None:
 def test_table_aligns_numbers_right_and_words_left() -> None:
     rows = [{"name": "a", "time": 1.0}, {"name": "longer", "time": 123.456}]
     assert table(rows, {"name": "", "time": ".1f"}).split("\n") == ["name     time", "a         1.0", "longer  123.5"]
+
+
+def test_what_is_not_known_is_a_dash() -> None:
+    rows = [{"name": "a", "time": None}, {"name": "b", "time": 1.5}]
+    assert table(rows, {"name": "", "time": ".1f"}).split("\n") == ["name  time", "a        -", "b      1.5"]
 
 
 def test_files_hold_the_rows(tmp_path: Path) -> None:

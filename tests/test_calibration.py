@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from backends import auto
 from backends.algorithm import AlgorithmCommunicator
 from backends.auto import OWN, AutoCommunicator, fits, in_order, own_seconds
-from backends.calibration import Tables, calibrate, fitted, slowest_median
+from backends.calibration import FLOOR_S, Tables, calibrate, fitted, slowest_median
 from backends.ring import ring_all_reduce
 from backends.schedules.bruck import bruck_all_to_all
 from backends.schedules.direct import one_shot_all_reduce, two_shot_all_reduce
@@ -31,6 +31,7 @@ from experiments.measuring.step_model import MEGABYTE, Profile, profile
 from experiments.predict import fastest, geometric_mean_error, recommended
 from minidist.analysis.network import Flat
 from minidist.analysis.simulate import Message, simulate
+from minidist.collective import Run
 from minidist.communicator import Communicator
 from minidist.schedule import Reduce, Send, Step, num_chunks
 from tests.test_commands import ROOT, run
@@ -49,6 +50,19 @@ def test_a_fit_finds_alpha_and_beta_again() -> None:
     assert beta >= 0
 
 
+def test_a_fit_leaves_out_what_noise_has_hidden() -> None:
+    assert fitted([1e3, 1e4, 1e5], [1e-5, FLOOR_S, 1e-5]) == pytest.approx((1e-5, 0), abs=1e-9)
+
+
+def test_what_noise_has_hidden_is_not_shown_as_0_us() -> None:
+    hidden = replace(TABLES, one_way=[FLOOR_S, 1e-3], exchange=[FLOOR_S, 2e-3])
+    _, first, second, *_, last = show(hidden).splitlines()
+    assert first.split() == ["1000", "-", "-", "-", "-", "-"]
+    assert second.split() == ["1000000", "1000.0", "2000.0", "100.0", "200.0", "0.50"]
+    assert last == "-: less than the noise; measure more often, with larger iterations"
+    assert "-:" not in show(replace(TABLES, reduce=[1e-6, 1e-4], reduce_all=[1e-6, 1e-4]))
+
+
 def test_calibration_measures_every_exchange_at_every_size() -> None:
     for tables in run_threads(lambda comm: calibrate(comm, [1024, 65536], iterations=1), 3):
         columns = (tables.nbytes, tables.one_way, tables.exchange, tables.reduce, tables.reduce_all)
@@ -57,7 +71,7 @@ def test_calibration_measures_every_exchange_at_every_size() -> None:
         assert 0 < tables.start < 1
         assert min(tables.one_way + tables.exchange) > 0
         assert min(tables.reduce + tables.reduce_all) >= 0
-        assert simulate(ring_all_reduce, 3, 2**20, tables.network()).seconds > tables.start
+        assert simulate(ring_all_reduce, Run("all_reduce", 3), 2**20, tables.network()).seconds >= tables.start
 
 
 def test_one_rank_has_nothing_to_measure() -> None:
@@ -226,7 +240,7 @@ def test_a_trace_has_the_messages_of_the_schedule_with_real_times(schedule) -> N
         algorithm.all_reduce(torch.ones(1200))
         return traced.log
 
-    plan = simulate(schedule, 3, 4800, Flat(1, 0), record=True).messages
+    plan = simulate(schedule, Run("all_reduce", 3), 4800, Flat(1, 0), record=True).messages
     messages = timed(plan, spawn_threads(job, 3))
     assert len(messages) == len(plan)
     assert {message[:4] for message in messages} == {message[:4] for message in plan}
@@ -280,7 +294,7 @@ def test_bruck_is_chosen_for_small_blocks_on_many_ranks() -> None:
 
     def faster(nbytes: int) -> bool:
         both = (
-            simulate(s, 32, nbytes, Flat(1e-5, 1e-9), "all_to_all").seconds
+            simulate(s, Run("all_to_all", 32), nbytes, Flat(1e-5, 1e-9)).seconds
             for s in (bruck_all_to_all, pairwise_all_to_all)
         )
         return next(both) < next(both)

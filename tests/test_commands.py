@@ -8,12 +8,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.harness import run_forked
 
 ROOT = Path(__file__).parent.parent
 MNIST = str(ROOT / "experiments" / "mnist.py")
@@ -45,6 +48,24 @@ def run(directory: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
+
+
+def run_python(
+    directory: Path, script: str, *arguments: str, variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As ``run(directory, "python", ...)``, in a fork of a process that has torch loaded; both outputs are stderr."""
+    with tempfile.TemporaryDirectory() as elsewhere:
+        status, output = run_forked(
+            script,
+            *arguments,
+            world_size=None,
+            output=Path(elsewhere) / "output.txt",
+            limit_s=TIMEOUT_S,
+            directory=directory,
+            environment={**environment(), **(variables or {})},
+        )
+    assert status is not None, output
+    return subprocess.CompletedProcess((script, *arguments), status, "", output)
 
 
 @contextmanager
@@ -126,7 +147,7 @@ IN_A_JOB = {
 }
 
 
-@pytest.mark.parametrize("comm", ["gloo", "mpi"])
+@pytest.mark.parametrize("comm", [pytest.param("gloo", marks=pytest.mark.slow), "mpi"])
 def test_a_shell_in_a_job_starts_ranks_on_its_own_machine(
     comm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +166,7 @@ def test_the_number_of_ranks_is_the_launchers_where_there_is_one(tmp_path: Path)
 
 
 def test_the_other_experiment(tmp_path: Path) -> None:
-    done = run(tmp_path, "python", str(ROOT / "experiments" / "cifar10.py"), *TINY, "optim.nesterov=false")
+    done = run_python(tmp_path, str(ROOT / "experiments" / "cifar10.py"), *TINY, "optim.nesterov=false")
     assert done.returncode == 0, done.stderr
     check_run(only_run(tmp_path), "gloo", 1)
 
@@ -199,12 +220,17 @@ def check_sweep(directory: Path, stdout: str, jobs: list[tuple[str, int]]) -> No
         (("comm=gloo,ring",), "error: Ambiguous value for argument 'comm=gloo,ring'; add -m to run each of them"),
         (("comm=serial",), "error: launch.nproc=2: backends.serial.SerialCommunicator is one rank alone;"),
         (("comm.colour=red",), "error: comm.colour is not a setting; comm has timeout_s, segment_bytes"),
+        (("comm", "ring"), "error: comm ring: a setting and its value are one word, joined by =; write comm=ring"),
+        (
+            ("comm=swing", "comm.schedules.all_reduce=no.such.schedule"),
+            "error: comm.schedules.all_reduce=no.such.schedule cannot be imported: ",
+        ),
         (("model._target_=no.such.model",), "error: model._target_=no.such.model cannot be imported: "),
     ],
     ids=words,
 )
 def test_mistakes_are_one_line_before_any_rank_starts(overrides: Sequence[str], message: str, tmp_path: Path) -> None:
-    done = run(tmp_path, "python", MNIST, "launch.nproc=2", *overrides)
+    done = run_python(tmp_path, MNIST, "launch.nproc=2", *overrides)
     assert done.returncode == 2
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
@@ -248,23 +274,23 @@ def test_ranks_die_with_the_one_who_started_them(comm: str, tmp_path: Path) -> N
 
 
 def test_a_job_of_a_sweep_goes_on_from_itself_and_not_from_the_job_before(tmp_path: Path) -> None:
-    sweep = ("python", MNIST, "-m", "optim.lr=0.1,0.2", "engine.resume=true", *TINY)
-    first = run(tmp_path, *sweep)
+    sweep = (MNIST, "-m", "optim.lr=0.1,0.2", "engine.resume=true", *TINY)
+    first = run_python(tmp_path, *sweep)
     assert first.returncode == 0, first.stderr
     assert first.stderr.count("no earlier run of this command has a checkpoint; starting anew") == 2
     directory = only_run(tmp_path, "multirun/*")
-    again = run(tmp_path, *sweep, "engine.epochs=2")
+    again = run(tmp_path, "python", *sweep, "engine.epochs=2")  # in a later second, by which runs are named
     assert again.returncode == 0, again.stderr
     for number in range(2):
         assert f"going on from {directory / str(number) / 'checkpoints'}" in again.stderr
 
 
 def test_a_run_goes_on_from_its_own_command_and_not_from_the_last_one(tmp_path: Path) -> None:
-    own, other = (("python", MNIST, f"optim.lr={lr}", *TINY) for lr in ("0.1", "0.2"))
-    assert run(tmp_path, *own).returncode == 0
+    own, other = ((MNIST, f"optim.lr={lr}", *TINY) for lr in ("0.1", "0.2"))
+    assert run_python(tmp_path, *own).returncode == 0
     first = only_run(tmp_path)
-    assert run(tmp_path, *other).returncode == 0
-    again = run(tmp_path, *own, "engine.epochs=2", "engine.resume=true")
+    assert run_python(tmp_path, *other).returncode == 0
+    again = run(tmp_path, "python", *own, "engine.epochs=2", "engine.resume=true")  # in a later second, see above
     assert f"going on from {first / 'checkpoints'}" in again.stderr, again.stderr
 
 

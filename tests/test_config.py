@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pkgutil
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.running import build as communicators
+from experiments.running import build
 from experiments.running.refusal import REFUSALS, explain
 from minidist import config
 from minidist.errors import BackendUnavailableError, ConfigError
@@ -161,6 +163,45 @@ def test_an_unknown_choice_is_refused_with_the_others() -> None:
     assert refusal("comm=telepathy") == f"comm=telepathy is not there to choose; comm is one of {choices}"
 
 
+@pytest.mark.parametrize(
+    ("override", "value", "written"),
+    [
+        ("hydra.run.dir=a b=c", "a b=c", "'hydra.run.dir=\"a b=c\"'"),
+        ("hydra.run.dir=x(2)", "x(2)", "'hydra.run.dir=\"x(2)\"'"),
+        ('data.root=an "odd" [one', 'an "odd" [one', """'data.root="an \\"odd\\" [one"'"""),
+        ("data.root={a", "{a", "'data.root=\"{a\"'"),
+    ],
+)
+def test_text_that_hydra_cannot_read_is_shown_in_quotes(override: str, value: str, written: str) -> None:
+    message = refusal(override)
+    assert message == f"{override}: text with such characters wants quotes inside of the shell's; write {written}"
+    (word,) = shlex.split(written)
+    read = composed(word) if word.startswith("data") else compose("mnist", [word], return_hydra_config=True)
+    assert value in (read.data.root, read.get("hydra", read).get("run", {}).get("dir"))
+
+
+@pytest.mark.parametrize("override", ["comm ring", "comm = ring"])
+def test_a_space_in_the_place_of_an_equals_sign_is_named(override: str) -> None:
+    assert refusal(override) == f"{override}: a setting and its value are one word, joined by =; write comm=ring"
+
+
+def test_a_setting_without_a_value_is_named() -> None:
+    assert refusal("engine.resume") == "engine.resume has no value; write engine.resume=<value>"
+
+
+def test_what_is_no_setting_at_all_is_refused() -> None:
+    assert refusal("(comm)=ring") == "(comm)=ring is not a setting; write one as name=value"
+
+
+@pytest.mark.parametrize("choice", ["slurm", "submitit_slurm"])
+@pytest.mark.skipif(importlib.util.find_spec("submitit") is not None, reason="there is a launcher for Slurm")
+def test_a_launcher_that_is_not_installed_is_named_with_its_extra(choice: str) -> None:
+    assert refusal(f"hydra/launcher={choice}") == (
+        "hydra/launcher/submitit_slurm comes with Hydra's launcher for Slurm, which is not installed; "
+        "pip install '.[slurm]'"
+    )
+
+
 def test_an_open_section_needs_a_target() -> None:
     assert refusal("ddp.hook=float16") == (
         "ddp.hook must be a section with a _target_, got 'float16'; choose one of conf/ with ddp/hook=<name>"
@@ -184,7 +225,7 @@ def test_an_open_section_needs_a_target() -> None:
 )
 def test_the_transport_says_what_starts_the_ranks(comm: str, transport: str | None, launcher: str) -> None:
     transports = [] if transport is None else [f"comm/transport={transport}"]
-    assert communicators.launcher(composed(f"comm={comm}", *transports).comm) == launcher
+    assert build.launcher(composed(f"comm={comm}", *transports).comm) == launcher
 
 
 def test_one_job_has_one_launcher() -> None:
@@ -192,7 +233,7 @@ def test_one_job_has_one_launcher() -> None:
     node["intra"] = {"_target_": "backends.torch_dist.GlooCommunicator"}
     node["inter"] = {"_target_": "backends.mpi.MpiCommunicator"}
     with pytest.raises(ConfigError, match="GlooCommunicator needs torchrun and MpiCommunicator needs mpirun"):
-        communicators.launcher(OmegaConf.create(node))
+        build.launcher(OmegaConf.create(node))
 
 
 @pytest.mark.parametrize(
@@ -205,13 +246,33 @@ def test_one_job_has_one_launcher() -> None:
 )
 def test_targets_that_are_no_communicators_are_refused(target: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        communicators.check_available(OmegaConf.create({"_target_": target}))
+        build.check_available(OmegaConf.create({"_target_": target}))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("comm=swing comm.schedules.all_reduce=no_such.mine", "comm.schedules.all_reduce=no_such.mine cannot"),
+        ("comm=auto comm.schedules.all_gather=[backends.ring.x]", "comm.schedules.all_gather=backends.ring.x cannot"),
+        ("comm=ring +comm.transport.schedules={barrier:mine}", "comm.transport.schedules.barrier=mine cannot"),
+    ],
+)
+def test_schedules_that_cannot_be_imported_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build.check_importable(composed(*override.split()))
+    assert str(caught.value).startswith(message)
+    assert str(caught.value).endswith("; check the name, or set PYTHONPATH to where it lies")
+
+
+@pytest.mark.parametrize("comm", ["auto", "swing", "binomial"])
+def test_schedules_that_are_there_are_found(comm: str) -> None:
+    build.check_importable(composed(f"comm={comm}"))
 
 
 def test_a_setting_that_the_target_does_not_take_is_refused() -> None:
     section = OmegaConf.create({"_target_": "backends.serial.SerialCommunicator", "colour": "red"})
     with pytest.raises(ConfigError, match=r"comm: .*unexpected keyword argument 'colour'"):
-        communicators.build(section, "comm")
+        build.build(section, "comm")
 
 
 @pytest.mark.parametrize(
@@ -222,4 +283,4 @@ def test_ranks_that_would_train_alone_are_refused(comm: str, message: str, monke
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BackendUnavailableError, match=message):
-        communicators.build(composed(f"comm={comm}").comm, "comm")
+        build.build(composed(f"comm={comm}").comm, "comm")

@@ -42,11 +42,15 @@ def _world_sizes(config: pytest.Config, row: Row) -> list[int]:
         return [1]
     if chosen := config.getoption("--world-sizes"):
         return [int(size) for size in chosen.split(",")]
-    return [1, 2, 3, 4, 5, 8] if config.getoption("--slow") and row.launcher != "thread" else [1, 2, 3, 4]
+    more = [5] if row.launcher == "thread" else [5, 8]
+    return [1, 2, 3, 4, *(more if config.getoption("--slow") else [])]
 
 
-def _wanted(check: str, world_size: int) -> bool:
+def _wanted(row: Row, world_size: int, check: str) -> bool:
+    """Whether it says anything; what a row of the table lacks is declared there, and no lack of this machine."""
     needs = needs_of(check)
+    if row in ROWS and row.missing(check) is not None:
+        return False
     return world_size >= needs.ranks and (world_size == 3 or not needs.own_world)
 
 
@@ -56,7 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for row in _rows(metafunc.config)
         for world_size in _world_sizes(metafunc.config, row)
         for check in CHECKS
-        if _wanted(check, world_size)
+        if _wanted(row, world_size, check)
         for case in [Case(row, world_size, check)]
     ]
     metafunc.parametrize("case", cases)
@@ -69,7 +73,7 @@ def _marks(row: Row, world_size: int, check: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.slow] if _is_slow(row, world_size, check) else []
 
 
-FATAL_BY_DEFAULT = ("gloo", "ring-mpi")
+FATAL_BY_DEFAULT = {"gloo": "check_killed_rank_is_named", "ring-mpi": "check_exiting_rank_is_named"}
 OTHER_LAUNCHER = ("shm-mpirun", "ring-shm-mpirun")
 COMPOSED = ("ring-thread", "group-of-thread", "ring-gloo", "ring-mpi", "ring-shm")
 
@@ -79,10 +83,14 @@ def _is_slow(row: Row, world_size: int, check: str) -> bool:
     if row.focus:
         in_focus = any(check.startswith(f"check_{part}") for part in row.focus)
         return not in_focus or world_size != 3 or (row.launcher == "torchrun" and needs_of(check).own_world)
-    if row.name in OTHER_LAUNCHER or (row.launcher in ("torchrun", "mpirun") and world_size not in (2, 3)):
+    if (
+        row.name in OTHER_LAUNCHER
+        or world_size > 4
+        or (row.launcher in ("torchrun", "mpirun") and world_size not in (2, 3))
+    ):
         return True
     if needs_of(check).own_world:
-        return row.name not in FATAL_BY_DEFAULT
+        return FATAL_BY_DEFAULT.get(row.name) != check
     if row.name in COMPOSED and (world_size == 4 or (row.launcher != "thread" and world_size != 3)):
         return True
     return (
@@ -95,8 +103,8 @@ def _is_slow(row: Row, world_size: int, check: str) -> bool:
 class Worlds:
     """Runs the cases that were selected, those that share a world together, and keeps the outcomes."""
 
-    def __init__(self, cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> None:
-        self._cases, self._tmp_path_factory = cases, tmp_path_factory
+    def __init__(self, cases: list[Case], tmp_path_factory: pytest.TempPathFactory, forked: bool) -> None:
+        self._cases, self._tmp_path_factory, self._forked = cases, tmp_path_factory, forked
         self._outcomes: dict[tuple[str, int], dict[Job, str | None]] = {}
 
     def outcome(self, case: Case) -> str | None:
@@ -109,14 +117,16 @@ class Worlds:
 
     def _run_all(self, world: tuple[str, int]) -> dict[Job, str | None]:
         jobs = [case.job for case in self._cases if case.world == world and not needs_of(case.check).own_world]
-        return harness.run_jobs(*world, jobs, self._tmp_path_factory.mktemp(f"{world[0]}-{world[1]}"))
+        return harness.run_jobs(*world, jobs, self._tmp_path_factory.mktemp(f"{world[0]}-{world[1]}"), self._forked)
 
 
 @pytest.fixture(scope="session")
 def worlds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     selected = [item for item in request.session.items if isinstance(item, pytest.Function)]
     run = [item for item in selected if item.function is test_conformance and item.get_closest_marker("skip") is None]
-    return Worlds([item.callspec.params["case"] for item in run], tmp_path_factory)
+    # Launchers start the ranks of the slow set, of other people's communicators, and of what ends processes.
+    forked = not (request.config.getoption("--slow") or request.config.getoption("--comm"))
+    return Worlds([item.callspec.params["case"] for item in run], tmp_path_factory, forked)
 
 
 @pytest.mark.timeout(3600)  # the first test of a world runs all of it; the harness has its own limits

@@ -23,15 +23,23 @@ from backends.schedules.doubling import halving_doubling_all_reduce, recursive_d
 from experiments.draw import check, costs, curves, describe, picture
 from experiments.drawing.algorithms import schedule_of
 from experiments.drawing.curves import Curves, over_ranks, over_sizes
-from experiments.drawing.diagrams import chunk_colours, draw_curves, draw_timeline, spell_bytes, spell_chunks
+from experiments.drawing.diagrams import (
+    chunk_colours,
+    draw_curves,
+    draw_timeline,
+    spell_bytes,
+    spell_chunks,
+    spell_ranks,
+)
 from experiments.drawing.page import Frame, frames, write_page
 from experiments.running.build import build
 from experiments.running.tables import multiplied
 from minidist import config
 from minidist.analysis.network import Flat, Torus
 from minidist.analysis.simulate import Message, Timeline, simulate
+from minidist.collective import COLLECTIVES, Run
 from minidist.errors import ConfigError
-from minidist.schedule import ROOTED, Schedule
+from minidist.schedule import Schedule
 from tests.test_commands import ROOT
 from tests.zoo import ALGORITHMS, collectives, make
 
@@ -50,11 +58,12 @@ def hydra() -> Iterator[None]:
 
 
 def recorded(schedule: Schedule, world_size: int, collective: str = "all_reduce", root: int = 0) -> Timeline:
-    return simulate(schedule, world_size, 4096, Flat(ALPHA, BETA, GAMMA), collective, root, record=True)
+    return simulate(schedule, Run(collective, world_size, root), 4096, Flat(ALPHA, BETA, GAMMA), record=True)
 
 
 def shown(schedule: Schedule, world_size: int, collective: str = "all_reduce", root: int = 0) -> list[Frame]:
-    return frames(schedule, collective, world_size, root, recorded(schedule, world_size, collective, root).messages)
+    run = Run(collective, world_size, root)
+    return frames(schedule, run, recorded(schedule, world_size, collective, root).messages)
 
 
 def holdings(frames_: list[Frame], number: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
@@ -93,6 +102,15 @@ def test_every_message_is_an_arrow(tmp_path: Path, schedule: Schedule, collectiv
 def test_nothing_and_no_time_can_be_drawn(tmp_path: Path, messages: list[Message]) -> None:
     draw_timeline(tmp_path / "schedule", "a title", 2, messages)
     ElementTree.parse(tmp_path / "schedule.svg")
+
+
+def test_there_are_no_fractions_of_ranks() -> None:
+    assert [spell_ranks(count) for count in (2, 11.3, 7.9999999999, 2048.7)] == [
+        "2 ranks",
+        "11 ranks",
+        "8 ranks",
+        "2048 ranks",
+    ]
 
 
 def test_chunks_are_spelled_shortly() -> None:
@@ -158,7 +176,7 @@ def test_only_what_is_promised_is_complete() -> None:
 
 def test_the_page_holds_every_step_and_loads_nothing(tmp_path: Path) -> None:
     ring, page = shown(ring_all_reduce, 4), tmp_path / "schedule.html"
-    write_page(page, "a <title> & more", "all_reduce", 4, ring)
+    write_page(page, "a <title> & more", Run("all_reduce", 4), ring)
     text, data = page.read_text(encoding="utf-8"), data_of(page)
     assert [len(frame["messages"]) for frame in data["frames"]] == [0, 4, 4, 4, 4, 4, 4]
     assert [len(frame["changes"]) for frame in data["frames"]] == [16, 4, 4, 4, 4, 4, 4]
@@ -175,7 +193,7 @@ def test_the_page_holds_every_step_and_loads_nothing(tmp_path: Path) -> None:
 )
 def test_every_algorithm_can_be_shown(name: str, collective: str) -> None:
     schedule = make(f"{name}/serial").schedules[collective]
-    assert complete(shown(schedule, 6, collective, root=1 if collective in ROOTED else 0))
+    assert complete(shown(schedule, 6, collective, root=1 if COLLECTIVES[collective].is_rooted else 0))
 
 
 @pytest.mark.usefixtures("hydra")
@@ -323,4 +341,4 @@ def test_ranks_that_a_network_does_not_have_are_refused() -> None:
 @pytest.mark.parametrize("name", [path.stem for path in (ROOT / "conf" / "network").glob("*.yaml")])
 def test_every_network_carries_messages(name: str) -> None:
     network = build(compose("draw", overrides=[f"network={name}"]).network, "network")
-    assert simulate(ring_all_reduce, 4, 4096, network).seconds > 0
+    assert simulate(ring_all_reduce, Run("all_reduce", 4), 4096, network).seconds > 0

@@ -25,7 +25,7 @@ from experiments.measuring.trail import Stop, Trail
 from tests.test_commands import ROOT, TIMEOUT_S, environment, only_run, run
 
 README = (ROOT / "README.md").read_text().split("## The path of one gradient")[1].split("\n## ")[0]
-MAX_LINES = 500
+MAX_LINES = 400
 TOTAL = re.compile(r"(\d+) functions, (\d+) lines of code in (\d+) files")
 ROW = re.compile(r"(?P<file>\S+):(?P<line>\d+) +(?P<name>\S+) +(?P<count>\d+)  (?P<purpose>.*)")
 LANDMARKS = (
@@ -133,7 +133,7 @@ def test_the_path_passes_its_landmarks_in_order(followed: Callable[..., Followed
     passed = [row for row in followed("comm=ring").rows if row.name in LANDMARKS]
     assert [row.name for row in passed] == list(LANDMARKS)
     names = followed("comm=ring").names()
-    assert names.index("GlooCommunicator._isend") < names.index("ScheduledCommunicator._execute") < names.index("take")
+    assert names.index("Executor._run") < names.index("GlooCommunicator._isend") < names.index("store")
     assert all(caller.depth < called.depth for caller, called in pairwise(passed))
 
 
@@ -190,7 +190,7 @@ def test_the_page_shows_every_line_of_every_function(followed: Callable[..., Fol
 
 # Nothing is missed -------------------------------------------------------------------------------
 
-TOUCHED = ("Listener.__call__", "Bucket.put", "Communicator.all_reduce", "ScheduledCommunicator._execute", "take")
+TOUCHED = ("Listener.__call__", "Bucket.put", "Communicator.all_reduce", "Executor._run", "store")
 BEYOND = ("GlooCommunicator._isend", "GlooCommunicator._irecv")
 
 

@@ -26,11 +26,14 @@ def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     for item in tests:
         wanted[item.callspec.params["make"]].append(item.callspec.params["name"])
     wanted["torch"] = [name for name in habits.AGAINST_TORCH if any(name in names for names in wanted.values())]
-    for launcher, makes in (("torchrun", ("torch",)), ("torchrun", PROCESSES), ("thread", THREADS)):
+    n = habits.WORLD_SIZE
+    for num_ranks, makes in ((n, ("torch",)), (n, PROCESSES), (None, THREADS)):
         given = [f"{make}:{','.join(wanted[make])}" for make in makes if wanted[make]]
         if given:
-            arguments = harness.command(launcher, habits.WORLD_SIZE, "-m", "tests.habits", str(directory), *given)
-            returncode, output = harness.run_command(arguments, directory / f"{makes[0]}.txt", limit_s=300)
+            output_file = directory / f"{makes[0]}.txt"
+            returncode, output = harness.run_forked(
+                "tests.habits", str(directory), *given, world_size=num_ranks, output=output_file, limit_s=300
+            )
             assert returncode == 0, output
     said: Failures = defaultdict(list)
     for path in directory.glob("outcomes-*.jsonl"):

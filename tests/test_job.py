@@ -50,7 +50,7 @@ def results(path: Path) -> dict[str, object]:
     return found
 
 
-QUICK = ("config-path", "searchpath")
+QUICK = ("config-path",)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from backends.processes.rendezvous import own_address
-from minidist.launch import World, detect, host_id, located, without_launcher
-from tests.harness import command, run_command
+from minidist.launch import World, counted_ranks, detect, host_id, located, without_launcher
+from tests.harness import run_command, run_forked
 
 TORCHRUN = {
     "RANK": "5",
@@ -73,6 +73,10 @@ def test_detect(environ: dict[str, str], world: World) -> None:
     assert detect(environ) == world
 
 
+def test_one_rank_is_not_spelled_as_many() -> None:
+    assert [counted_ranks(count) for count in (1, 2, 64)] == ["1 rank", "2 ranks", "64 ranks"]
+
+
 def test_only_an_mpirun_brings_mpi() -> None:
     launchers = {detect(environ).launcher: detect(environ).by_mpi for environ in ({}, TORCHRUN, OPENMPI, MPICH, SLURM)}
     assert launchers == {"alone": False, "torchrun": False, "openmpi": True, "mpich": True, "slurm": False}
@@ -86,9 +90,9 @@ def test_ranks_started_from_here_see_nothing_of_this_world(environ: dict[str, st
 # What the launcher leaves out ---------------------------------------------------------------------
 
 
-def spawned(what: str, address: str, tmp_path: Path) -> str:
-    arguments = command("none", 1, "-m", "tests.spawned_ranks", what, address)
-    returncode, output = run_command(arguments, tmp_path / "output.txt", 60)
+def spawned(what: str, address: str, tmp_path: Path, how: str = "fork") -> str:
+    arguments, output_file = (what, address, how), tmp_path / "output.txt"
+    returncode, output = run_forked("tests.spawned_ranks", *arguments, world_size=None, output=output_file, limit_s=60)
     assert returncode == 0, output
     return output
 
@@ -108,9 +112,9 @@ def test_ranks_are_located_by_their_hosts() -> None:
     assert host_id() == host_id() != ""
 
 
-@pytest.mark.parametrize("what", ["shm", "gloo", "two_level"])
-def test_spawned_ranks_find_out_that_they_share_a_host(what: str, tmp_path: Path) -> None:
-    output = spawned(what, "127.0.0.1", tmp_path)
+@pytest.mark.parametrize(("what", "how"), [("shm", "spawn"), ("gloo", "fork"), ("two_level", "fork")])
+def test_spawned_ranks_find_out_that_they_share_a_host(what: str, how: str, tmp_path: Path) -> None:
+    output = spawned(what, "127.0.0.1", tmp_path, how)
     for rank in range(2):
         assert f"sum 4.0 rank {rank} of 2 here" in output, output
 

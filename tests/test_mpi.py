@@ -43,7 +43,9 @@ except PeerLostError as error:
 """
 
 
-@pytest.mark.parametrize("imports", IMPORTS)
+@pytest.mark.parametrize(
+    "imports", ["minidist first", "mpi4py first", pytest.param("mpi4py first, by hand", marks=pytest.mark.slow)]
+)
 def test_a_rank_that_raises_is_noticed_whoever_initialised_mpi(imports: str, tmp_path: Path) -> None:
     returncode, output = run_program(IMPORTS[imports] + RAISES, tmp_path)
     assert "noticed [rank 0/2] all_reduce: rank 1 is gone: it ended without closing its communicator" in output
@@ -62,8 +64,8 @@ with MpiCommunicator(timeout_s=50) as comm:
     ("imports", "end"),
     [
         ("minidist first", "comm = MpiCommunicator()"),
-        ("mpi4py first", ""),
-        ("mpi4py first", "MPI.Finalize()"),
+        pytest.param("mpi4py first", "", marks=pytest.mark.slow),
+        pytest.param("mpi4py first", "MPI.Finalize()", marks=pytest.mark.slow),
         ("mpi4py first, by hand", "MPI.Finalize()"),
     ],
 )

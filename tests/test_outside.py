@@ -39,5 +39,5 @@ def test_a_communicator_that_is_wrong_fails_with_its_traceback(tmp_path: Path) -
     options = ["--comm", "tests.outside.ForgetfulCommunicator", "--world-sizes", "2", "-k", "check_all_reduce_values"]
     returncode, output = _conformance(tmp_path, 100, *options)
     assert returncode == 1, output
-    assert "all_reduce torch.float64 ReduceOp.SUM 1: got" in output
+    assert "all_reduce torch.float64 ReduceOp.AVG 1: got" in output
     assert "1 failed" in output

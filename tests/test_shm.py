@@ -16,15 +16,16 @@ from backends.shm.communicator import ShmCommunicator
 from backends.shm.heap import ALIGNMENT, OwnHeap, attach, available_bytes
 from backends.shm.mailbox import NUM_SLOTS, SLOT_BYTES, Mailbox, Message, num_words
 from minidist.errors import BackendUnavailableError, CommError, MismatchError
-from tests.harness import command, run_command
+from tests.harness import run_forked
 from tests.shm_ranks import footprint
 
 
-def run_ranks(what: str, tmp_path: Path, world_size: int = 2, limit_s: float = 100) -> str:
-    """Run a function of tests/shm_ranks.py on every rank; return what they wrote."""
-    arguments = command("torchrun", world_size, "-m", "tests.shm_ranks", what)
-    returncode, output = run_command(arguments, tmp_path / "output.txt", limit_s)
-    assert returncode == 0, output
+def run_ranks(what: str, tmp_path: Path, world_size: int = 2, status: int = 0) -> str:
+    """Run a function of tests/shm_ranks.py on every rank; return what they wrote, if they ended with ``status``."""
+    returncode, output = run_forked(
+        "tests.shm_ranks", what, world_size=world_size, output=tmp_path / "output.txt", limit_s=100
+    )
+    assert returncode == status, output
     return output
 
 
@@ -295,10 +296,7 @@ def test_use_leaves_memory_as_it_was(tmp_path: Path) -> None:
 
 def test_killed_ranks_leave_no_memory(tmp_path: Path) -> None:
     files, memory = set(os.listdir("/dev/shm")), shared_bytes()
-    returncode, output = run_command(
-        command("torchrun", 2, "-m", "tests.shm_ranks", "die_together"), tmp_path / "output.txt", 100
-    )
-    assert returncode == 1, output
+    output = run_ranks("die_together", tmp_path, status=1)
     assert output.count("holds 64 MiB") == 2, output
     new = {name for name in os.listdir("/dev/shm") if not name.startswith("mpich")} - files  # MPI may run beside it
     assert not new
@@ -321,18 +319,12 @@ def test_both_ends_of_a_refused_message_are_told(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_cannot_take_part_is_named(tmp_path: Path) -> None:
-    returncode, output = run_command(
-        command("torchrun", 2, "-m", "tests.shm_ranks", "one_cannot_start"), tmp_path / "output.txt", 100
-    )
-    assert returncode == 1, output
+    output = run_ranks("one_cannot_start", tmp_path, status=1)
     assert "rank 1 is gone: CommError: shm needs" in output, output
 
 
-def test_a_killed_rank_is_named_within_two_seconds(tmp_path: Path) -> None:
-    returncode, output = run_command(
-        command("torchrun", 3, "-m", "tests.shm_ranks", "one_dies"), tmp_path / "output.txt", 100
-    )
-    assert returncode == 1, output
+def test_a_killed_rank_is_named_long_before_the_timeout(tmp_path: Path) -> None:
+    output = run_ranks("one_dies", tmp_path, world_size=3, status=1)
     assert output.count("named rank 1") == 2, output
 
 

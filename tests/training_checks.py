@@ -22,7 +22,7 @@ from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
 from tests import models
 
-NUM_STEPS = 20
+NUM_STEPS = 8
 BATCH_SIZE = 4
 
 

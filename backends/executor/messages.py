@@ -19,14 +19,23 @@ from minidist.contract.work import Work
 from minidist.schedule import Recv, Transfer, indices
 
 
-def messages(chunks: Sequence[Tensor], move: Transfer, segment_bytes: int) -> Iterator[list[Tensor]]:
-    """Yield the runs of each message of a transfer; both ends cut alike, as they know the same sizes."""
-    pieces, nbytes = list[Tensor](), 0
+def messages(chunks: Sequence[Tensor], move: Transfer, segment_bytes: int) -> list[list[Tensor]]:
+    """Return the runs of each message of a transfer; both ends cut alike, as they know the same sizes."""
+    if isinstance(move.chunk, int) and chunks[move.chunk].nbytes <= segment_bytes:  # most often
+        return [[chunks[move.chunk]]] if chunks[move.chunk].numel() else []
+    return list(_packed(chunks, move, segment_bytes))
+
+
+def _packed(chunks: Sequence[Tensor], move: Transfer, segment_bytes: int) -> Iterator[list[Tensor]]:
+    """Yield messages of several chunks each, up to ``segment_bytes``, and of parts of chunks that are larger."""
+    pieces = list[Tensor]()
+    nbytes = 0
     for index in indices(move.chunk):
         for piece in _segments(chunks[index], segment_bytes):
             if pieces and nbytes + piece.nbytes > segment_bytes:
                 yield _joined(pieces)
-                pieces, nbytes = [], 0
+                pieces = []
+                nbytes = 0
             pieces.append(piece)
             nbytes += piece.nbytes
     if pieces:
@@ -74,12 +83,28 @@ class Arrival:
         return zip(parts, self.runs, strict=False)
 
 
-def take(arrivals: Sequence[Arrival], rank: int, op: ReduceOp) -> None:
-    """Wait for what comes and put it where it belongs, as soon as it is there.
+def store(arrival: Arrival, rank: int, op: ReduceOp) -> None:
+    """Wait for a message and put it where it belongs; of two values that are combined, the lower rank's comes first."""
+    arrival.work.wait()
+    for piece, run in arrival.pieces():
+        if isinstance(arrival.move, Recv):
+            run.copy_(piece)
+        elif arrival.move.peer < rank:
+            COMBINE[op](piece, run, out=run)
+        else:
+            COMBINE[op](run, piece, out=run)
 
-    What is reduced into one place is taken in the order of the ranks, the value of ``rank`` itself at its own place.
+
+def store_in_order(arrivals: Sequence[Arrival], rank: int, op: ReduceOp) -> None:
+    """Wait for the messages of a step in which several are reduced into one place, and put them there.
+
+    A sum of floats depends on the order of its terms. So that ranks that combine the same values get the same bits,
+    all take them in the order of the ranks, the value of ``rank`` itself at its own place: those of lower ranks are
+    combined in scratch, in the message that came first, until the last of them is there and the own value follows.
     """
-    both, sums = COMBINE[op], dict[int, Tensor]()
+    both = COMBINE[op]
+    sums = dict[int, Tensor]()
+    # By place: how many values of lower ranks are still to come before the own one.
     lower = Counter(run.data_ptr() for arrival in arrivals if arrival.move.peer < rank for run in arrival.runs)
     for arrival in sorted(arrivals, key=lambda arrival: arrival.move.peer):
         arrival.work.wait()

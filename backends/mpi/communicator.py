@@ -128,7 +128,7 @@ class MpiCommunicator(ScheduledCommunicator):
         if output.numel() > MAX_COUNT:
             return super()._all_gather(output, input, timeout_s)
         if output.data_ptr() + self.rank * input.nbytes == input.data_ptr():
-            input = self._scratch.copy_of(
+            input = self._executor.scratch.copy_of(
                 "input", input
             )  # MPI takes no shared memory, and IN_PLACE only from all ranks
         request = self._comm.Iallgather(self._moved(input), self._moved(output, input.numel()))
@@ -137,7 +137,7 @@ class MpiCommunicator(ScheduledCommunicator):
     def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
         if not self._reduces(input):
             return super()._reduce_scatter(output, input, op, timeout_s)
-        memory = self._scratch.copy_of("input", input)
+        memory = self._executor.scratch.copy_of("input", input)
         request = self._comm.Ireduce_scatter_block(
             self._reduced(memory, output.numel()), self._reduced(output), self._ops[op]
         )
@@ -238,9 +238,12 @@ class _Receive:
     """The request of a receive that minds the size of what has come."""
 
     def __init__(self, comm: MpiCommunicator, tensor: Tensor, src: int, tag: int) -> None:
-        self._MPI, self._numel, self._src = comm._MPI, tensor.numel(), src
+        self._MPI = comm._MPI
+        self._numel = tensor.numel()
+        self._src = src
         self._buffer = comm._moved(tensor)
-        self._request, self._status = comm._comm.Irecv(self._buffer, src, tag), comm._MPI.Status()
+        self._request = comm._comm.Irecv(self._buffer, src, tag)
+        self._status = comm._MPI.Status()
         self._is_done = False
 
     def Test(self) -> bool:
@@ -264,7 +267,10 @@ class _MpiMessage(Work):
     def __init__(
         self, comm: MpiCommunicator, requests: list[Request], tensor: Tensor, peer: int, timeout_s: float
     ) -> None:
-        self._comm, self._requests, self._tensor, self._peer = comm, requests, tensor, peer
+        self._comm = comm
+        self._requests = requests
+        self._tensor = tensor
+        self._peer = peer
         self._deadline = Deadline(timeout_s)
         self._error: Exception | None = None
 

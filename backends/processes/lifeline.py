@@ -148,7 +148,8 @@ class Lifeline:
 
     def _learn(self, message: Message, came_from: int | None) -> None:
         """Take in a message, and pass it on if this is rank 0 or its source."""
-        rank, why = int(message["rank"]), message.get("lost")
+        rank = int(message["rank"])
+        why = message.get("lost")
         with self._news:
             if why is None:
                 self.left.add(rank)

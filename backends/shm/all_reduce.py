@@ -60,7 +60,8 @@ class AllReduce:
         combine(op, parts, flat)
 
     def _run_staged(self, flat: Tensor, op: ReduceOp, deadline: Deadline) -> None:
-        n, me = self._arena.world_size, self._arena.rank
+        n = self._arena.world_size
+        me = self._arena.rank
         others = [rank for rank in range(n) if rank != me]
         stage = Stage(self._arena, n + 1, flat.dtype)  # the last piece holds the result
         pieces = [stage.pieces_of(chunk) for chunk in torch.tensor_split(flat, n)]

@@ -44,7 +44,10 @@ INLINE_BYTES = 2**14
 """What is so small that copying it costs less than a second meeting."""
 STAGE_BYTES = 2**22
 """Twice as much per rank: in smaller ones ranks spend more time on meetings, larger ones gained nothing."""
-BELL, COUNT, TICKET, SECRET = 0, LINE, 2 * LINE, 3 * LINE
+BELL = 0
+COUNT = LINE
+TICKET = 2 * LINE
+SECRET = 3 * LINE
 """Words of a rank: its bell, its counter, two tickets, and a number that shows whose heap it is."""
 NUM_WORDS = 4 * LINE
 NOWHERE = -1
@@ -132,7 +135,8 @@ class Arena:
         secret = secrets.randbits(62)
         self.heap.words(self._places.words, NUM_WORDS)[SECRET] = secret
         store.set(f"shm{self.rank}", json.dumps((self.heap.address, secret, cores.here())))
-        heaps, hosts = list[Heap](), list[cores.Cores]()
+        heaps = list[Heap]()
+        hosts = list[cores.Cores]()
         for rank in range(self.world_size):
             while not store.check([f"shm{rank}"]):
                 if error := self._why_hopeless(rank, deadline):
@@ -172,32 +176,19 @@ class Arena:
         Raises:
             MismatchError: a rank came with another signature.
         """
-        own, ticket = self._own, TICKET + 2 * self.turn
+        own = self._own
+        ticket = TICKET + 2 * self.turn
         own[ticket] = signature
         own[ticket + 1] = offset
         own[COUNT] = self._count = count = self._count + 1  # after the ticket, and before the bells
         self._bell.ring_all()
         for peer, words in self._others:
             if words[COUNT] < count:
-                try:
-                    self.wait_until(functools.partial(_has_come, words, count), peer, deadline)
-                except Exception:
-                    # A rank that came, disagreed with another one and failed has left its ticket here: that is the
-                    # cause, and to have waited in vain for a third one is not.
-                    self._ensure_agreed(signature, ticket, count)
-                    raise
-            # Read only now: before its rank had come it was the ticket of two meetings ago.
+                self.wait_until(functools.partial(_has_come, words, count), peer, deadline)
+            # Read only now: before its rank had come it was the ticket of two meetings ago. Each rank compares with
+            # each other one, so that all raise although none tells another what it found.
             if words[ticket] != signature:
-                raise self._mismatch(signature, peer, words[ticket])
-
-    def _ensure_agreed(self, signature: int, ticket: int, count: int) -> None:
-        """Raise MismatchError if a rank that has come to this meeting came with another signature."""
-        for peer, words in self._others:
-            if _has_come(words, count) and words[ticket] != signature:
-                raise self._mismatch(signature, peer, words[ticket])
-
-    def _mismatch(self, signature: int, peer: int, theirs: int) -> MismatchError:
-        return MismatchError(difference(self.rank, signature, peer, theirs))
+                raise MismatchError(difference(self.rank, signature, peer, words[ticket]))
 
     def gather_offsets(self, signature: int, offset: int, deadline: Deadline) -> tuple[int, ...]:
         """Meet, and return the offsets that the ranks came with."""

@@ -22,12 +22,13 @@ from torch import Tensor
 from backends.contact import ContactLostError
 from backends.deadline import Deadline
 from backends.processes.communicator import Place, ProcessCommunicator
+from backends.processes.offer import Offer, Read
 from backends.processes.signature import MEETING
 from backends.shm import doorbell
 from backends.shm.all_reduce import AllReduce, Blocks
 from backends.shm.arena import NOWHERE, Arena, ensure_one_host
 from backends.shm.mailbox import Message
-from backends.shm.sharing import Offer, Read, share
+from backends.shm.sharing import share
 from minidist import launch
 from minidist.communicator import Device, ReduceOp, Shape, Work
 from minidist.errors import CommError
@@ -177,7 +178,8 @@ class ShmCommunicator(ProcessCommunicator):
         """Nothing to do: who waits looks up often enough."""
 
     def _close(self) -> None:
-        arena, deadline = self._arena, Deadline(self.timeout_s)
+        arena = self._arena
+        deadline = Deadline(self.timeout_s)
         # What is not in the slots yet lies in this process alone, so it would go with it. What is in them stays there
         # for those who have mapped them.
         for peer in range(self.world_size):

@@ -13,8 +13,8 @@ rung since it was read::
 
 Either 3 sees the change a, or a came after 3, and so b after 2: then b finds the sleeper and changes the bell, which 4
 notices or is woken by. One gap is left: a core may look (b) before its own store (a) is seen by others, and then
-neither side sees the other. It lasts as long as a store takes to leave the core, and costs a nap (`NAP_S`): a sleeper
-wakes by itself now and then anyway, to see whether it still has anything to wait for.
+neither side sees the other. It lasts as long as a store takes to leave the core, and costs a nap (`NAP_S`), as a
+sleeper wakes by itself now and then anyway, to see whether it still has anything to wait for.
 
 Every communicator has bells of its own, and a rank that waits on one moves the messages of all. So it sleeps on its
 bells of those that have messages under way too (futex_waitv, Linux 5.16); an older kernel lets it nap.
@@ -35,8 +35,13 @@ from backends import cores
 from minidist.contract.forks import Living
 from minidist.errors import BackendUnavailableError
 
-SYS_FUTEX, FUTEX_WAIT, FUTEX_WAKE = 202, 0, 1  # Linux on x86-64
-SYS_FUTEX_WAITV, FUTEX_U32, MAX_BELLS = 449, 2, 128
+# Linux on x86-64
+SYS_FUTEX = 202
+FUTEX_WAIT = 0
+FUTEX_WAKE = 1
+SYS_FUTEX_WAITV = 449
+FUTEX_U32 = 2
+MAX_BELLS = 128
 EVERYBODY = 2**31 - 1
 NAP_S = 0.02
 """The longest sleep; also what a ring costs that the memory system delivers too late to be seen. That did not happen in
@@ -155,7 +160,9 @@ def _sleep_on_all(bells: Sequence[Doorbell], seen: Sequence[int]) -> bool:
     """Sleep until one of the bells is rung, or has been since it was seen; whether the kernel can do that."""
     waiters = (_Waiter * len(bells))()
     for waiter, bell, value in zip(waiters, bells, seen, strict=False):
-        waiter.value, waiter.address, waiter.flags = value, bell._address, FUTEX_U32
+        waiter.value = value
+        waiter.address = bell._address
+        waiter.flags = FUTEX_U32
     until = _timespec(time.monotonic() + NAP_S)
     woken = _syscall(SYS_FUTEX_WAITV, waiters, len(bells), 0, until, time.CLOCK_MONOTONIC)
     return woken >= 0 or ctypes.get_errno() in (errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR)

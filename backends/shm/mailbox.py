@@ -226,7 +226,8 @@ class Mailbox:
 
     def _push(self, dst: int, pair: _Pair) -> bool:
         """Fill a slot, if one is free; whether anything has changed."""
-        own, message = self._words[self._rank], pair.outgoing[0]
+        own = self._words[self._rank]
+        message = pair.outgoing[0]
         if self._was_refused(message, dst, pair):
             self._end_send(pair)
             return True
@@ -253,7 +254,8 @@ class Mailbox:
 
     def _was_refused(self, message: Message, dst: int, pair: _Pair) -> bool:
         """Whether the receiver does not want the message that has begun to go to it; ends it with that error."""
-        theirs, refused = self._words[dst], self._refused + LINE * self._rank
+        theirs = self._words[dst]
+        refused = self._refused + LINE * self._rank
         # They still stand there when later messages are sent, so they name the one that they mean. They are overwritten
         # only when it has ended: what is refused in this way is still coming, and one message comes at a time.
         if message.num_moved == 0 or theirs[refused] != pair.num_begun:
@@ -267,7 +269,8 @@ class Mailbox:
 
     def _pull(self, src: int, pair: _Pair) -> bool:
         """Empty a slot, if one is full; whether it was."""
-        own, theirs = self._words[self._rank], self._words[src]
+        own = self._words[self._rank]
+        theirs = self._words[src]
         count = own[self._received + LINE * src]
         if theirs[LINE * self._rank] == count:
             return False
@@ -276,7 +279,8 @@ class Mailbox:
         arrival = pair.arriving
         # The serial tells where a message ends of which the sender has dropped the rest.
         if arrival is None or arrival.serial != theirs[header + 4]:
-            nbytes, dtype = theirs[header + 1], DTYPES[theirs[header + 3]]
+            nbytes = theirs[header + 1]
+            dtype = DTYPES[theirs[header + 3]]
             arrival = self._begin(pair, src, theirs[header], theirs[header + 4], (nbytes // dtype.itemsize, dtype))
             pair.arriving = arrival
         if arrival.message is not None:
@@ -307,7 +311,8 @@ class Mailbox:
     def _refuse(self, arrival: _Arrival, receive: Message, pair: _Pair, src: int) -> None:
         """End a receive that names another kind of message, and tell the sender, which may still hold some of it."""
         if not arrival.is_complete:
-            own, refused = self._words[self._rank], self._refused + LINE * src
+            own = self._words[self._rank]
+            refused = self._refused + LINE * src
             numel, dtype = receive.kind
             own[refused + 1] = numel
             own[refused + 2] = DTYPES.index(dtype)

@@ -11,51 +11,15 @@ Who offers what and who reads which of it is all that they differ in::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from backends.deadline import Deadline
 from backends.executor.reductions import combine
-from backends.processes.signature import MEETING, signature
+from backends.processes.offer import Offer, Read
+from backends.processes.signature import MEETING
 from backends.shm.arena import BLOCK_BYTES, INLINE_BYTES, NOWHERE, Arena
 from backends.shm.stage import Stage, run_rounds
-from minidist.communicator import ReduceOp
-
-ROOTED_SOURCE = ("broadcast", "scatter")
-"""What only the root offers something to."""
-Read = tuple[Tensor, Sequence[tuple[int, int]]]
-"""A target, and the parts that are combined into it: (rank, which piece of that rank's source)."""
-
-
-@dataclass(slots=True)
-class Offer:
-    """What a rank brings to a collective.
-
-    Attributes:
-        kind: its name.
-        like: as large as one piece; the same on all ranks.
-        source: what is offered, 1-d; None from a rank that only reads.
-        num_pieces: how many pieces the source has.
-        op: of a reduction.
-        root: of what has one.
-    """
-
-    kind: str
-    like: Tensor
-    source: Tensor | None
-    num_pieces: int = 1
-    op: ReduceOp = ReduceOp.SUM
-    root: int = 0
-
-    @property
-    def signature(self) -> int:
-        return signature(self.kind, self.like, self.op, self.root)
-
-    @property
-    def is_small(self) -> bool:
-        return self.like.nbytes * self.num_pieces <= INLINE_BYTES
 
 
 def share(arena: Arena, offer: Offer, reads: Sequence[Read], deadline: Deadline) -> None:
@@ -63,12 +27,12 @@ def share(arena: Arena, offer: Offer, reads: Sequence[Read], deadline: Deadline)
 
     A target may be the source itself; what is read from there has to be the first of its parts.
     """
-    if offer.is_small:
+    if offer.nbytes <= INLINE_BYTES:
         return _share_inline(arena, offer, reads, deadline)
     offset = NOWHERE if offer.source is None else arena.heap.offset_of(offer.source)
     offsets = arena.gather_offsets(offer.signature, offset, deadline)
     # All ranks have to go the same way, and know the same offsets. A rank that only reads offers nothing anywhere.
-    offered = offsets[offer.root : offer.root + 1] if offer.kind in ROOTED_SOURCE else offsets
+    offered = offsets if offer.is_everyones else offsets[offer.root : offer.root + 1]
     if NOWHERE in offered:
         return _share_staged(arena, offer, reads, deadline)
     _read_in_place(arena, offer, reads, offsets)
@@ -76,7 +40,8 @@ def share(arena: Arena, offer: Offer, reads: Sequence[Read], deadline: Deadline)
 
 
 def _share_inline(arena: Arena, offer: Offer, reads: Sequence[Read], deadline: Deadline) -> None:
-    like, inline = offer.like, arena.inline(arena.turn)
+    like = offer.like
+    inline = arena.inline(arena.turn)
     if offer.source is not None:
         arena.view(arena.rank, inline, like.numel() * offer.num_pieces, like.dtype).copy_(offer.source)
     arena.meet(offer.signature, NOWHERE, deadline)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,17 +96,6 @@ def _seconds(action: Action) -> float:
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
-
-
-def median(seconds: Sequence[float]) -> float:
-    """Return the median."""
-    return statistics.median(seconds)
-
-
-def percentile_95(seconds: Sequence[float]) -> float:
-    """Return the value that 95 % of ``seconds`` do not exceed."""
-    ordered = sorted(seconds)
-    return ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
 
 
 def report(title: str, rows: Sequence[Row], formats: Mapping[str, str], name: str) -> Path:

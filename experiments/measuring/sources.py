@@ -88,7 +88,8 @@ class Called(NamedTuple):
 @functools.cache
 def function_of(called: Called) -> Function:
     """Return the function that was called, or of which that is a part, as a lambda or a comprehension is."""
-    path, line = Path(called.file), called.line
+    path = Path(called.file)
+    line = called.line
     around = [node for node in _defs(path) if _start(node) <= line <= _end(node)]
     if around:
         return _function(path, around[-1])

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,19 +48,23 @@ class Profile:
 
 def profile(module: nn.Module, shape: Sequence[int], batch_size: int, iterations: int = 5) -> Profile:
     """Measure steps of ``module`` on one random batch of 10 classes; the medians count."""
-    inputs, targets = torch.randn(batch_size, *shape), torch.randint(10, (batch_size,))
-    optimizer, loss_fn = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9), nn.CrossEntropyLoss()
+    inputs = torch.randn(batch_size, *shape)
+    targets = torch.randint(10, (batch_size,))
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
+    loss_fn = nn.CrossEntropyLoss()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad][::-1]
-    index = {parameter: number for number, parameter in enumerate(parameters)}
+    index: dict[Tensor, int] = {parameter: number for number, parameter in enumerate(parameters)}
     ready = [[0.0] * len(parameters) for _ in range(iterations)]
-    backward, step = [0.0] * iterations, [0.0] * iterations
+    backward = [0.0] * iterations
+    step = [0.0] * iterations
+    # Iterations -2 and -1 warm up: they write where the last two will write again.
     for iteration in range(-2, iterations):
         started = time.perf_counter()
 
         def note(parameter: Tensor, started: float = started, iteration: int = iteration) -> None:
             ready[iteration][index[parameter]] = time.perf_counter() - started
 
-        hooks = [parameter.register_post_accumulate_grad_hook(note) for parameter in parameters]
+        hooks = [p.register_post_accumulate_grad_hook(note) for p in parameters]  # type: ignore[no-untyped-call]
         optimizer.zero_grad()
         loss_fn(module(inputs), targets).backward()
         backward[iteration] = time.perf_counter() - started
@@ -67,5 +72,5 @@ def profile(module: nn.Module, shape: Sequence[int], batch_size: int, iterations
         step[iteration] = time.perf_counter() - started
         for hook in hooks:
             hook.remove()
-    medians = [statistics.median(times) for times in zip(*ready, strict=True)]
+    medians = np.median(ready, axis=0).tolist()
     return Profile([p.nbytes for p in parameters], medians, statistics.median(backward), statistics.median(step))

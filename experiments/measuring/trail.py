@@ -71,7 +71,8 @@ class Trail:
     @contextmanager
     def recording(self, rank: int = 0) -> Iterator[None]:
         """Record what this thread calls inside, and what the others of ``rank`` do at the same time."""
-        self._threads, self._rank = {threading.get_ident()}, rank
+        self._threads = {threading.get_ident()}
+        self._rank = rank
         self._base = sys._getframe(2)  # of whom entered this
         try:
             yield
@@ -99,6 +100,7 @@ class Trail:
     def _event(self, frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and self._base is not None and frame.f_code.co_filename.startswith(self._roots):
             by_recorder = threading.get_ident() in self._threads
+            # A thread without a rank in its name, as one of a pool, may be this rank's: better one stop too many.
             if by_recorder or not self._is_of_other_rank():
                 self._ways[0 if by_recorder else 1].setdefault(self._way(frame))
 
@@ -109,7 +111,8 @@ class Trail:
     def _way(self, frame: FrameType | None) -> Way:
         way = list[Called]()
         while frame is not None and frame is not self._base:
-            code, frame = frame.f_code, frame.f_back
+            code = frame.f_code
+            frame = frame.f_back
             if code.co_filename.startswith(self._roots):
                 way.append(Called(code.co_filename, code.co_firstlineno, code.co_qualname))
         return tuple(reversed(way))

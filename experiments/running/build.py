@@ -41,13 +41,15 @@ def launcher(comm: DictConfig) -> str:
 
 
 def check_importable(cfg: DictConfig) -> None:
-    """Refuse targets that do not exist.
+    """Refuse targets and schedules that do not exist, before anything is started.
 
     Raises:
         ConfigError: one of them cannot be imported.
     """
     for key in OPEN_SECTIONS:
-        _object(OmegaConf.select(cfg, key)._target_, key)
+        _object(OmegaConf.select(cfg, key)._target_, f"{key}._target_")
+    for key, path in _schedules(OmegaConf.to_container(cfg.comm, resolve=True), "comm"):
+        _object(path, key)
 
 
 def build(section: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +62,7 @@ def build(section: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
     try:
         return instantiate(section, *args, **kwargs)
     except InstantiationException as error:
-        cause: BaseException = error
+        cause: BaseException = error  # the own error of the target, beneath one or more of Hydra's
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
         if isinstance(cause, CommError):
@@ -78,14 +80,27 @@ def _classes(node: Any, key: str) -> Iterator[tuple[type[Communicator], bool]]:
 
 
 def _class(target: str, key: str) -> type[Communicator]:
-    found = _object(target, key)
+    found = _object(target, f"{key}._target_")
     if not isinstance(found, type) or not issubclass(found, Communicator):
         raise ConfigError(f"{key}._target_={target} is not a Communicator class; derive it from Communicator")
     return found
 
 
-def _object(target: str, key: str) -> Any:
+def _schedules(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield the key and the dotted path of every schedule: of one, or of each of several, for a collective."""
+    for name, child in node.items() if isinstance(node, dict) else ():
+        if name == "schedules" and isinstance(child, dict):
+            for collective, paths in child.items():
+                some = paths if isinstance(paths, list) else [paths]
+                yield from ((f"{key}.schedules.{collective}", path) for path in some if path is not None)
+        else:
+            yield from _schedules(child, f"{key}.{name}")
+
+
+def _object(path: str, key: str) -> Any:
+    """Return what the setting ``key`` names by its dotted path."""
     try:
-        return pkgutil.resolve_name(target)
+        return pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{key}._target_={target} cannot be imported: {error}") from error
+        why = f"{key}={path} cannot be imported: {error}"
+        raise ConfigError(f"{why}; check the name, or set PYTHONPATH to where it lies") from error

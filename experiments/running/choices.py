@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from minidist.errors import ConfigError
+
+
+def composed() -> DictConfig:
+    """Return the whole configuration that Hydra composed, its own section included; a job gets a copy without that."""
+    section = cast(DictConfig, HydraConfig.get())  # typed as the dataclass behind it
+    return cast(DictConfig, section._get_parent())
 
 
 def several(cfg: DictConfig, key: str, allowed: Sequence[str] | None = None) -> list[Any]:
@@ -58,8 +64,9 @@ def check_groups() -> None:
     """
     hydra = HydraConfig.get()
     for override in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
-        group, names = override.key_or_group, override.value()
-        section = OmegaConf.select(hydra._get_parent(), override.package or group.replace("/", "."))
+        group = override.key_or_group
+        names = override.value()
+        section = OmegaConf.select(composed(), override.package or group.replace("/", "."))
         if isinstance(names, list) and isinstance(section, DictConfig):
             given = ",".join(map(str, names))
             key = override.get_key_element()

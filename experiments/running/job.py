@@ -23,12 +23,14 @@ from hydra.core.utils import configure_log, setup_globals
 from omegaconf import DictConfig, open_dict, read_write
 
 from backends.processes.rendezvous import run_id
+from experiments.running.choices import composed
 from minidist import config
 from minidist.errors import ConfigError
 from minidist.launch import detect
 
 # A launcher of Hydra's may run the job in another process, whose own command line says nothing.
-COMMAND, JOB = "MINIDIST_COMMAND", "MINIDIST_JOB"
+COMMAND = "MINIDIST_COMMAND"
+JOB = "MINIDIST_JOB"
 
 
 def note_command() -> None:
@@ -54,24 +56,23 @@ def command() -> list[str]:
 def handed_over() -> Iterator[dict[str, str]]:
     """Keep the job in a file for as long as this is entered; yields the variables with which ranks find it."""
     with tempfile.NamedTemporaryFile(prefix="minidist-job-", suffix=".pickle") as file:
-        composed = HydraConfig.get()._get_parent()  # the whole, which the job got a copy of
-        pickle.dump((composed, run_id()), file)
+        pickle.dump((composed(), run_id()), file)
         file.flush()
         yield {JOB: file.name} | _import_path()
 
 
 def taken_over() -> DictConfig | None:
     """Return the configuration of the job that this process is a rank of, and set Hydra up for it; None without one."""
-    path = os.environ.pop(JOB, None)
+    path = os.environ.pop(JOB, None)  # what this rank may start is no rank of the job
     if path is None:
         return None
     setup_globals()
-    composed, name = pickle.loads(Path(path).read_bytes())
+    whole, name = pickle.loads(Path(path).read_bytes())
     config.register_resolvers(run_id=lambda: str(name), rank=lambda: detect().rank)
-    HydraConfig.instance().set_config(composed)
-    configure_log(composed.hydra.job_logging, composed.hydra.verbose)
-    cfg: DictConfig = copy.deepcopy(composed)
-    with read_write(cfg), open_dict(cfg):
+    HydraConfig.instance().set_config(whole)
+    configure_log(whole.hydra.job_logging, whole.hydra.verbose)
+    cfg: DictConfig = copy.deepcopy(whole)
+    with read_write(cfg), open_dict(cfg):  # as hydra.main hands it to a job: without Hydra's own section
         del cfg["hydra"]
     return cfg
 

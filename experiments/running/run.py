@@ -21,8 +21,7 @@ from omegaconf import DictConfig
 
 from backends.processes.rendezvous import run_id
 from backends.thread import spawn_threads
-from experiments.running import build as communicators
-from experiments.running import job, start
+from experiments.running import build, job, start
 from experiments.running.choices import check_groups
 from experiments.running.refusal import FULL_ERROR, REFUSALS, TRACEBACKS, refuse
 from experiments.running.sweep import RESULTS
@@ -80,9 +79,10 @@ def on_ranks(cfg: DictConfig, part: Part[T]) -> T | None:
 def _on_ranks(cfg: DictConfig, part: Part[T]) -> T | None:
     check_groups()
     checked = config.check(cfg)
-    communicators.check_available(cfg.comm)
-    communicators.check_importable(cfg)
-    world, nproc = detect(), checked.launch.nproc
+    build.check_available(cfg.comm)
+    build.check_importable(cfg)
+    world = detect()
+    nproc = checked.launch.nproc
     if world.launcher != "alone":
         start.die_with_launcher()
         if nproc not in (None, world.world_size) and world.rank == 0:
@@ -97,7 +97,7 @@ def _on_ranks(cfg: DictConfig, part: Part[T]) -> T | None:
 
 
 def _start(cfg: DictConfig, checked: config.Config, nproc: int, part: Part[T]) -> T | None:
-    launcher = communicators.launcher(cfg.comm)
+    launcher = build.launcher(cfg.comm)
     if launcher == "none" and nproc > 1:
         raise ConfigError(f"launch.nproc={nproc}: {cfg.comm._target_} is one rank alone; choose comm=gloo or another")
     if launcher != "torchrun" and checked.launch.max_restarts:

@@ -63,13 +63,14 @@ def run_to_end(arguments: Sequence[str], env: dict[str, str]) -> int:
     It leads a process group, of which nothing is left when this returns.
     """
     die_with_us = _DeathSignal(signal.SIGTERM)
+    # In a session of its own it does not get the terminal's SIGINT as well as ours, which would be its second one.
     child = subprocess.Popen(arguments, env=env, start_new_session=True, preexec_fn=die_with_us)
     try:
         with _forwarded(child) as received:
             status = child.wait()
         return 128 + received[0] if received else status
     finally:
-        _kill_group(child.pid)
+        _kill_group(child.pid)  # the ranks, too, if the launcher left them behind
 
 
 def die_with_launcher() -> None:
@@ -88,7 +89,7 @@ def _forwarded(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
         else:
             received.append(number)
             child.send_signal(signal.SIGTERM)
-            signal.setitimer(signal.ITIMER_REAL, STOP_GRACE_S)
+            signal.setitimer(signal.ITIMER_REAL, STOP_GRACE_S)  # wakes the main thread, which waits for the child
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
     before = {number: signal.signal(number, forward) for number in numbers}

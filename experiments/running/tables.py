@@ -19,8 +19,8 @@ def multiplied(first: int, last: int, factor: int) -> Iterator[int]:
 
 
 def table(rows: Sequence[Row], formats: Mapping[str, str]) -> str:
-    """Return one line per row beneath a line of names: the columns of ``formats``, aligned."""
-    cells = [list(formats), *([format(row[column], how) for column, how in formats.items()] for row in rows)]
+    """Return one line per row beneath a line of names: the columns of ``formats``, aligned; None is a dash."""
+    cells = [list(formats), *([_cell(row[column], how) for column, how in formats.items()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     numbers = [not isinstance(rows[0][column], str) for column in formats] if rows else [False] * len(formats)
     return "\n".join(
@@ -29,6 +29,10 @@ def table(rows: Sequence[Row], formats: Mapping[str, str]) -> str:
         ).rstrip()
         for line in cells
     )
+
+
+def _cell(value: Any, how: str) -> str:
+    return "-" if value is None else format(value, how)
 
 
 def write_csv(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:

@@ -203,7 +203,8 @@ def _stored(config: DataConfig, source: Source, seed: int) -> Data:
 
 def _embedded(config: DataConfig, seed: int) -> Data:
     if isinstance(config, SyntheticConfig):
-        shape, count = tuple(config.shape), config.num_samples
+        shape = tuple(config.shape)
+        count = config.num_samples
         train = Synthetic(shape, config.num_classes, range(count), seed)
         test = Synthetic(shape, config.num_classes, range(count, count + config.num_test_samples), seed)
         return Data("synthetic", train, test, shape, config.num_classes)

@@ -51,7 +51,9 @@ class Images:
         std: Sequence[float],
         augment_seed: int | None = None,
     ) -> None:
-        self.pixels, self.labels, self._augment_seed = pixels, labels.long(), augment_seed
+        self.pixels = pixels
+        self.labels = labels.long()
+        self._augment_seed = augment_seed
         self._mean, self._std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
         self.set_epoch(0)
 
@@ -90,7 +92,10 @@ class Synthetic:
     """
 
     def __init__(self, shape: tuple[int, ...], num_classes: int, numbers: range, seed: int) -> None:
-        self._shape, self._num_classes, self._numbers, self._seed = shape, num_classes, numbers, seed
+        self._shape = shape
+        self._num_classes = num_classes
+        self._numbers = numbers
+        self._seed = seed
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -113,7 +118,8 @@ class _EpochSampler(Sampler[int]):
     """A sampler that tells its data set the epoch, too."""
 
     def __init__(self, samples: Samples, sampler: ShardedSampler) -> None:
-        self._samples, self._sampler = samples, sampler
+        self._samples = samples
+        self._sampler = sampler
         self.batch_size = sampler.batch_size
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -48,25 +50,30 @@ def segment_bytes(value: int) -> int:
 
 def tensors(comm: Rank, operation: str, **named: Tensor) -> None:
     """Check that every tensor can travel at all, and that they are of one kind."""
-    comm.ensure_usable(operation)
-    first = None
+    first = next(iter(named.values()))
     for name, tensor in named.items():
-        _tensor(comm, operation, name, tensor)
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES or not _is_movable(tensor, comm.device_type):
+            _refuse(comm, operation, name, tensor)
         if not tensor.is_contiguous() and name != "input" and operation != "isend" and overlaps_itself(tensor):
             raise ValueError(
                 f"{comm.who(operation)}: elements of {name} share memory (is it expanded, or made of windows that "
                 "overlap?), so it cannot be written into; use .clone()"
             )
-        if first is None:
-            first = tensor
-        elif tensor.dtype != first.dtype or tensor.device != first.device:
+        if tensor is not first and (tensor.dtype != first.dtype or tensor.device != first.device):
             raise TypeError(
                 f"{comm.who(operation)}: {' and '.join(named)} must have one dtype and one device, got "
                 f"{first.dtype} on {first.device} and {tensor.dtype} on {tensor.device}"
             )
 
 
-def _tensor(comm: Rank, operation: str, name: str, tensor: Tensor) -> None:
+def _is_movable(tensor: Tensor, device_type: str) -> bool:
+    """Whether a communicator that moves tensors of such a device can take or stage this one."""
+    on_device = (tensor.is_cpu and device_type == "cpu") or tensor.device.type in (device_type, "cuda")
+    return on_device and tensor.layout is torch.strided
+
+
+def _refuse(comm: Rank, operation: str, name: str, tensor: Tensor) -> NoReturn:
+    """Say why a tensor cannot travel."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{comm.who(operation)}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
@@ -76,18 +83,18 @@ def _tensor(comm: Rank, operation: str, name: str, tensor: Tensor) -> None:
             f"{comm.who(operation)}: {name} has dtype {tensor.dtype}, which no backend moves; "
             f"use one of {', '.join(map(spell, DTYPES))}"
         )
-    if not (tensor.is_cpu and comm.device_type == "cpu") and tensor.device.type not in (comm.device_type, "cuda"):
-        raise ValueError(
-            f"{comm.who(operation)}: {type(comm).__name__} moves {comm.device_type} tensors, "
-            f"but {name} is on {tensor.device}; move it with .to('{comm.device_type}')"
-        )
+    raise ValueError(
+        f"{comm.who(operation)}: {type(comm).__name__} moves {comm.device_type} tensors, "
+        f"but {name} is on {tensor.device}; move it with .to('{comm.device_type}')"
+    )
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether elements of a tensor share memory."""
     if tensor.is_contiguous() or tensor.numel() == 0:
         return False
-    reach, dims = 0, sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    reach = 0
+    dims = sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
     if dims[0][0] == 0:
         return True
     for stride, n in dims:
@@ -126,8 +133,12 @@ def reduction(comm: Rank, operation: str, op: ReduceOp, **named: Tensor) -> None
         raise TypeError(f"{comm.who(operation)}: op must be a ReduceOp, got {op!r}; use ReduceOp.SUM")
     tensors(comm, operation, **named)
     dtype = next(iter(named.values())).dtype
-    if dtype.is_floating_point:
-        return
+    if not dtype.is_floating_point:
+        _defined(comm, operation, op, dtype)
+
+
+def _defined(comm: Rank, operation: str, op: ReduceOp, dtype: torch.dtype) -> None:
+    """Check that ``op`` has a meaning for integers, bool or complex numbers."""
     name = spell(dtype)
     if dtype.is_complex:
         if op not in (ReduceOp.SUM, ReduceOp.AVG):
@@ -165,7 +176,7 @@ def rooted(comm: Rank, operation: str, root: tuple[str, int], many: str, **named
         tensors(comm, operation, **given)  # type: ignore[arg-type]  # likewise
 
 
-def exchange(comm: Rank, operation: str, output: Tensor, input: Tensor) -> None:
+def equal_blocks(comm: Rank, operation: str, output: Tensor, input: Tensor) -> None:
     """Check the tensors of an all-to-all."""
     tensors(comm, operation, output=output, input=input)
     if output.numel() != input.numel() or input.numel() % comm.world_size:
@@ -175,10 +186,8 @@ def exchange(comm: Rank, operation: str, output: Tensor, input: Tensor) -> None:
         )
 
 
-def timeout(comm: Rank, operation: str, timeout_s: float | None) -> float:
+def timeout(comm: Rank, operation: str, timeout_s: float) -> float:
     """Return the seconds that an operation may take."""
-    if timeout_s is None:
-        return comm.timeout_s
     if not timeout_s > 0:
         raise ValueError(f"{comm.who(operation)}: timeout_s must be greater than 0 seconds, got {timeout_s}")
     return timeout_s

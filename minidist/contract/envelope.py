@@ -30,7 +30,8 @@ END_BYTES = 2**11
 ENVELOPE_BYTES = HEADER.size + END_BYTES
 SIZES = tuple(END_BYTES * 8**power for power in range(7))
 """The sizes of pieces, 2 KB to 512 MB."""
-SIZE_SHIFT, MAX_CHANNEL = 28, 2**13
+SIZE_SHIFT = 28
+MAX_CHANNEL = 2**13
 """Three bits of a tag name the size of a piece; 13 are left for the channel, and 15 for the user's tag."""
 
 Hook = Callable[[Tensor, int, int, float], Work]
@@ -58,7 +59,7 @@ def send(comm: Sender, hook: Hook, tensor: Tensor, dst: int, tag: int, timeout_s
     envelope[HEADER.size : HEADER.size + end.numel()].copy_(end)
     envelope = envelope.to(data.device)
     first = hook(envelope, dst, comm._tag(tag), timeout_s)
-    return _Letter(first, [hook(piece, dst, tag, timeout_s) for piece, tag in _pieces(comm, body, tag)], envelope)
+    return _Enveloped(first, [hook(piece, dst, tag, timeout_s) for piece, tag in _pieces(comm, body, tag)], envelope)
 
 
 def receive(comm: Sender, hook: Hook, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
@@ -67,7 +68,7 @@ def receive(comm: Sender, hook: Hook, tensor: Tensor, src: int, tag: int, timeou
     body, end = _cut(data)
     envelope = torch.empty(ENVELOPE_BYTES, dtype=torch.uint8, device=data.device)
 
-    def take() -> None:
+    def unpack() -> None:
         code, numel = HEADER.unpack_from(envelope.cpu().numpy().data)
         if (numel, DTYPES[code]) != (tensor.numel(), tensor.dtype):
             raise MismatchError(received(src, numel, DTYPES[code], tensor.numel(), tensor.dtype))
@@ -75,7 +76,7 @@ def receive(comm: Sender, hook: Hook, tensor: Tensor, src: int, tag: int, timeou
 
     first = hook(envelope, src, comm._tag(tag), timeout_s)
     rest = [hook(piece, src, tag, timeout_s) for piece, tag in _pieces(comm, body, tag)]
-    return _Letter(first, rest, envelope, take)
+    return _Enveloped(first, rest, envelope, unpack)
 
 
 def received(peer: int, sent: int, sent_as: torch.dtype, numel: int, dtype: torch.dtype) -> str:
@@ -117,11 +118,16 @@ def _pieces(comm: Sender, body: Tensor, tag: int) -> Iterator[tuple[Tensor, int]
             start += size
 
 
-class _Letter(Work):
+class _Enveloped(Work):
     """An envelope and its pieces on their way."""
 
-    def __init__(self, first: Work, rest: list[Work], envelope: Tensor, take: Callable[[], None] | None = None) -> None:
-        self._first, self._rest, self._envelope, self._take = first, rest, envelope, take
+    def __init__(
+        self, first: Work, rest: list[Work], envelope: Tensor, unpack: Callable[[], None] | None = None
+    ) -> None:
+        self._first = first
+        self._rest = rest
+        self._envelope = envelope
+        self._unpack = unpack
         self._is_open = False
         self._error: Exception | None = None
 
@@ -138,8 +144,8 @@ class _Letter(Work):
             return
         try:
             self._first.wait()
-            if self._take is not None:
-                self._take()
+            if self._unpack is not None:
+                self._unpack()
         except Exception as error:
             self._error = error
             raise

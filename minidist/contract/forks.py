@@ -23,41 +23,6 @@ T = TypeVar("T")
 os.register_at_fork(after_in_child=gc.freeze)
 
 
-class Maker:
-    """The process that made something, and where that thing may be used.
-
-    Args:
-        who: how messages begin: the thing, or the rank that it belongs to.
-    """
-
-    def __init__(self, who: str = "") -> None:
-        self._who, self._pid = who, os.getpid()
-
-    @property
-    def is_here(self) -> bool:
-        """Whether this process made it, and is not a fork of the one that did."""
-        return os.getpid() == self._pid
-
-    def ensure_here(self, operation: str) -> None:
-        """Raise CommError in a fork."""
-        if not self.is_here:
-            raise CommError(
-                f"{self._who}{operation}: this process ({os.getpid()}) was forked from the rank's own "
-                f"({self._pid}), which alone can communicate; do it there and hand the fork the result"
-            )
-
-
-def only_here(action: Callable[..., object]) -> Callable[..., None]:
-    """Return what does ``action`` in this process and nothing in its forks, which inherit finalizers and exits."""
-    maker = Maker()
-
-    def act(*args: object) -> None:
-        if maker.is_here:
-            action(*args)
-
-    return act
-
-
 class Living(Generic[T]):
     """The things of one kind that this process made and that still live; a fork begins with none.
 
@@ -85,18 +50,62 @@ class Living(Generic[T]):
             return list(self._things)
 
     def _begin_anew(self) -> None:
-        inherited, self._things = self._things, weakref.WeakSet()
+        inherited = self._things
+        self._things = weakref.WeakSet()
         self._lock = threading.Lock()  # a thread that is not here may have held the other one
         if self._in_fork is not None:
             for thing in list(inherited):
                 self._in_fork(thing)
 
 
+class Maker:
+    """The process that made something, and where that thing may be used.
+
+    Args:
+        who: how messages begin: the thing, or the rank that it belongs to.
+
+    Attributes:
+        is_here: whether this process made it, and is not a fork of the one that did.
+    """
+
+    def __init__(self, who: str = "") -> None:
+        self._who = who
+        self._pid = os.getpid()
+        self.is_here = True
+        _makers.add(self)
+
+    def leave(self) -> None:
+        """Note that this process is a fork."""
+        self.is_here = False
+
+    def ensure_here(self, operation: str) -> None:
+        """Raise CommError in a fork."""
+        if not self.is_here:
+            raise CommError(
+                f"{self._who}{operation}: this process ({os.getpid()}) was forked from the rank's own "
+                f"({self._pid}), which alone can communicate; do it there and hand the fork the result"
+            )
+
+
+# Per process, as forks are: they know of no communicator to ask.
+_makers: Living[Maker] = Living(Maker.leave)
+
+
+def only_here(action: Callable[..., object]) -> Callable[..., None]:
+    """Return what does ``action`` in this process and nothing in its forks, which inherit finalizers and exits."""
+    maker = Maker()
+
+    def act(*args: object) -> None:
+        if maker.is_here:
+            action(*args)
+
+    return act
+
+
 def _never_destroy(thing: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
-# Per process, as forks are: they know of no communicator to ask.
 _connections: Living[socket.socket] = Living(socket.socket.close)
 _with_threads: Living[object] = Living(_never_destroy)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, NoReturn, Self, final
@@ -20,7 +21,7 @@ from minidist.contract.work import DONE, Progress, Work
 from minidist.errors import CommClosedError, CommError, PeerLostError
 
 
-class Membership:
+class Membership(ABC):
     """What every communicator shares beneath its operations; see `minidist.communicator.Communicator`."""
 
     device_type: ClassVar[str] = "cpu"
@@ -36,8 +37,11 @@ class Membership:
 
     def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0) -> None:
         checks.group(rank, world_size, timeout_s)
-        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
-        self.traffic, self._maker = Traffic(), Maker(f"[rank {rank}/{world_size}] ")
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout_s = timeout_s
+        self.traffic = Traffic()
+        self._maker = Maker(f"[rank {rank}/{world_size}] ")
         self._progress = Progress(f"minidist-rank{rank}", self.traffic, self._maker)
         self._closed = ""
         self._failure: CommError | None = None
@@ -103,18 +107,19 @@ class Membership:
     @final
     def ensure_usable(self, operation: str) -> None:
         """Raise if no operation can be started any more."""
-        self._ensure_sound(operation)
-        if self._gone():
-            self._fail(operation, self._lost())
+        if self._closed or self._failure is not None or not self._maker.is_here or self._gone():
+            self._refuse(operation)
 
-    def _ensure_sound(self, operation: str) -> None:
+    def _refuse(self, operation: str) -> NoReturn:
+        """Say why this communicator cannot be used."""
         self._maker.ensure_here(operation)
         if self._closed:
             raise CommClosedError(f"{self.who(operation)}: the communicator cannot be used, {self._closed}")
-        if self._failure is not None:
-            failure = copy.copy(self._failure)
-            failure.args = (f"{self.who(operation)}: unusable since {self._failure}",)
-            raise failure
+        if self._failure is None:
+            self._fail(operation, self._lost())
+        failure = copy.copy(self._failure)
+        failure.args = (f"{self.who(operation)}: unusable since {self._failure}",)
+        raise failure
 
     def _tag(self, tag: int) -> int:
         """Return the tag that keeps this communicator's messages apart from others on one transport."""
@@ -123,28 +128,28 @@ class Membership:
     def _run(
         self,
         operation: str,
-        hook: Callable[..., None],
         tensors: Sequence[Tensor | None],
         args: Sequence[object],
         async_op: bool,
         timeout_s: float | None,
         keep: bool = False,
     ) -> Work:
-        """Run ``hook`` on ``tensors``, which it only reads with ``keep``, and then on ``args``."""
+        """Run a collective on ``tensors``, of which it only reads the first with ``keep``, and then on ``args``."""
         self.ensure_usable(operation)
-        timeout_s = checks.timeout(self, operation, timeout_s)
+        seconds = self.timeout_s if timeout_s is None else checks.timeout(self, operation, timeout_s)
         divisor = self.world_size if ReduceOp.AVG in args else 1  # before the sum, which could overflow float16
         args = [ReduceOp.SUM if arg is ReduceOp.AVG else arg for arg in args]
         own_block = self.rank if operation == "all_gather" else None
-        job = staged(hook, tensors, self.device_type, divisor, keep, own_block)
+        job = staged(self._collective(operation), tensors, self.device_type, divisor, keep, own_block)
         if job is None:
             return DONE
 
         def run() -> None:
-            self._ensure_sound(operation)  # one that ran before this one may have failed, and met nobody
+            if self._closed or self._failure is not None:  # by one that ran before this one, and met nobody
+                self._refuse(operation)
             started = time.perf_counter()
             try:
-                job(*args, timeout_s)
+                job(*args, seconds)
             except Exception as error:
                 self._fail(operation, error)
             except BaseException as error:  # this rank did a part of it, so it is out of step with the others
@@ -156,6 +161,7 @@ class Membership:
         return self._dispatch(run, async_op)
 
     def _dispatch(self, run: Callable[[], None], async_op: bool) -> Work:
+        """Run an operation after those that were started before it: here, or in the thread that runs those."""
         if async_op or not self._progress.idle:
             work = self._progress.submit(run)
             if not async_op:
@@ -175,7 +181,8 @@ class Membership:
         tag: int,
         timeout_s: float | None,
     ) -> Work:
-        timeout_s = checks.timeout(self, operation, timeout_s)
+        self.ensure_usable(operation)
+        seconds = self.timeout_s if timeout_s is None else checks.timeout(self, operation, timeout_s)
         staged_tensor = Staged(tensor.detach(), self.device_type)
         if operation == "isend":
             staged_tensor.load()
@@ -184,9 +191,9 @@ class Membership:
         post = envelope.send if operation == "isend" else envelope.receive
         try:
             if self.checks_dtypes:
-                work = hook(staged_tensor.memory, peer, self._tag(tag), timeout_s)
+                work = hook(staged_tensor.memory, peer, self._tag(tag), seconds)
             else:
-                work = post(self, hook, staged_tensor.memory, peer, tag, timeout_s)
+                work = post(self, hook, staged_tensor.memory, peer, tag, seconds)
         except Exception as error:
             self._fail(operation, error)
         return _Message(self, operation, work, staged_tensor)
@@ -212,6 +219,10 @@ class Membership:
 
     # Hooks: what a backend may add ------------------------------------------------------------
 
+    @abstractmethod
+    def _collective(self, name: str) -> Callable[..., None]:
+        """Return what runs a collective; see `minidist.communicator.Communicator`."""
+
     def _close(self) -> None:
         """Release what the backend holds; called once."""
         return
@@ -224,9 +235,7 @@ class Membership:
         """Return the ranks that are known to be gone and why, the first to go first."""
         return {}
 
-    def _agree(
-        self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: Sequence[int], timeout_s: float
-    ) -> float:
+    def _agree(self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: int, timeout_s: float) -> float:
         """Compare what all ranks are about to run as a schedule over this transport; return the seconds left for it.
 
         For a transport that takes messages of other sizes than it expects badly; it raises MismatchError.
@@ -242,7 +251,9 @@ class _Message(Work):
     """A send or receive on its way, with what its caller still expects of it."""
 
     def __init__(self, comm: Membership, operation: str, work: Work, staged_tensor: Staged) -> None:
-        self._comm, self._operation, self._work = comm, operation, work
+        self._comm = comm
+        self._operation = operation
+        self._work = work
         self._staged: Staged | None = staged_tensor
         self._error: CommError | None = None
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from minidist.contract.rank import Rank
 from minidist.errors import CommError
 
-IS_OBJECT, IS_REASON = 0, 1
+IS_OBJECT = 0
+IS_REASON = 1
 
 
 class Mover(Rank, Protocol):
@@ -40,7 +41,7 @@ def all_gather_object(comm: Mover, obj: Any, timeout_s: float | None) -> list[An
         raise _refused(comm, "all_gather_object", error) from error
     rows = list(zip(output.cpu(), headers.tolist(), strict=True))
     for rank, (row, (what, size)) in enumerate(rows):
-        _check(comm, "all_gather_object", rank, what, row[:size])
+        _ensure_object(comm, "all_gather_object", rank, what, row[:size])
     return [_object(comm, "all_gather_object", rank, row[:size]) for rank, (row, (_, size)) in enumerate(rows)]
 
 
@@ -57,17 +58,20 @@ def broadcast_object(comm: Mover, obj: Any, src: int, timeout_s: float | None) -
     comm.broadcast(data, src, timeout_s=timeout_s)
     if error is not None:
         raise _refused(comm, "broadcast_object", error) from error
-    _check(comm, "broadcast_object", src, what, data)
+    _ensure_object(comm, "broadcast_object", src, what, data)
     return obj if comm.rank == src else _object(comm, "broadcast_object", src, data)
 
 
 def _pickled(obj: Any) -> tuple[int, Tensor, Exception | None]:
     """Return what is sent for ``obj``, and why it cannot be pickled."""
-    what, error = IS_OBJECT, None
+    what = IS_OBJECT
+    error = None
     try:
         data = pickle.dumps(obj)
     except Exception as caught:  # whatever the object's own methods raise
-        what, data, error = IS_REASON, f"{type(caught).__name__}: {caught}".encode(), caught
+        what = IS_REASON
+        data = f"{type(caught).__name__}: {caught}".encode()
+        error = caught
     return what, torch.frombuffer(bytearray(data), dtype=torch.uint8), error
 
 
@@ -75,7 +79,7 @@ def _refused(comm: Mover, operation: str, error: Exception) -> TypeError:
     return TypeError(f"{comm.who(operation)}: obj cannot be pickled: {type(error).__name__}: {error}")
 
 
-def _check(comm: Mover, operation: str, rank: int, what: int, data: Tensor) -> None:
+def _ensure_object(comm: Mover, operation: str, rank: int, what: int, data: Tensor) -> None:
     if what == IS_REASON:
         reason = data.cpu().numpy().tobytes().decode(errors="replace")
         raise CommError(f"{comm.who(operation)}: rank {rank} has an object that cannot be pickled: {reason}")

@@ -31,17 +31,12 @@ def staged(
         keep: the one tensor is only read; the hook writes into a copy.
         own_block: the hook takes an input that is this block of the output as it is.
     """
-    numel, native, detached = 0, True, list[Tensor | None]()
-    for tensor in tensors:  # one plain loop: what is done here is paid for by every operation
-        if tensor is not None:
-            numel += tensor.numel()
-            native = native and is_native(tensor, device_type)
-            tensor = tensor.detach() if tensor.requires_grad else tensor
-        detached.append(tensor)
-    if tensors and numel == 0:
+    present = [tensor for tensor in tensors if tensor is not None]
+    if present and not any(tensor.numel() for tensor in present):
         return None
-    apart = keep or (len(tensors) > 1 and (divisor > 1 or _overlap(detached[0], detached[1], own_block)))
-    if native and not apart and divisor == 1:
+    detached = [tensor.detach() if tensor is not None and tensor.requires_grad else tensor for tensor in tensors]
+    apart = keep or (len(present) > 1 and (divisor > 1 or _overlap(present[0], present[1], own_block)))
+    if divisor == 1 and not apart and all(is_native(tensor, device_type) for tensor in present):
         return functools.partial(hook, *detached)
     return _on_copies(hook, detached, device_type, divisor, keep, apart)
 
@@ -77,11 +72,10 @@ def is_native(tensor: Tensor, device_type: str) -> bool:
     return on_device and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
-def _overlap(output: Tensor | None, input: Tensor | None, own_block: int | None) -> bool:
+def _overlap(output: Tensor, input: Tensor, own_block: int | None) -> bool:
     """Whether two contiguous tensors have memory in common, and not as the hook takes it."""
-    if output is None or input is None:
-        return False
-    start, other = output.data_ptr(), input.data_ptr()
+    start = output.data_ptr()
+    other = input.data_ptr()
     if own_block is not None and other == start + own_block * input.nbytes:
         return False
     return start < other + input.nbytes and other < start + output.nbytes

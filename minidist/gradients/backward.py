@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +31,8 @@ class BackwardPass:
         self._named = list(itertools.chain.from_iterable(named))
         self._versions: list[int] = []
         self._due: weakref.WeakSet[Callable[[Tensor], None]] = weakref.WeakSet()
-        self.running, self.communicates = False, True
+        self.running = False
+        self.communicates = True
 
     @property
     def broke_off(self) -> bool:
@@ -68,16 +68,23 @@ class BackwardPass:
         if not self.running:
             self.running = True
             self._versions = [parameter._version for _, parameter in self._named]
-            torch.autograd.Variable._execution_engine.queue_callback(partial(_call, self._on_end))
+            torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 
-    def changed(self) -> str | None:
-        """Return the name of a parameter that was changed since the pass began, as by an optimizer in a hook."""
-        names = (
-            name
-            for (name, parameter), version in zip(self._named, self._versions, strict=False)
-            if parameter._version != version
-        )
-        return next(names, None)
+    @opaque
+    def _ended(self) -> None:
+        """Tell the wrapper that the pass has brought all its gradients, if it still lives."""
+        if (on_end := self._on_end()) is not None:
+            on_end()
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether a parameter was changed since the pass began, as by an optimizer in a hook."""
+        return self.running and self._versions != [parameter._version for _, parameter in self._named]
+
+    def changed(self) -> str:
+        """Return the names of the parameters that were changed."""
+        rows = zip(self._named, self._versions, strict=True)
+        return ", ".join(name for (name, parameter), version in rows if parameter._version != version)
 
     def end(self, reduced: bool) -> None:
         """Be ready for the next pass; ``reduced``: this one reduced its gradients, so none is due any more."""
@@ -93,14 +100,19 @@ class Listener:
     """
 
     def __init__(self, method: Callable[[Bucket, int], None], bucket: Bucket, slot: int) -> None:
-        self._method, self._bucket, self._slot = weakref.WeakMethod(method), bucket, slot
+        self._method = weakref.WeakMethod(method)
+        self._bucket = bucket
+        self._slot = slot
         parameter = bucket.parameters[slot]
         for other in [key for key, hook in _hooks(parameter).items() if isinstance(hook, Listener)]:
             del _hooks(parameter)[other]  # of an earlier wrapper: two of them would both reduce the gradient
         self._key = parameter.register_post_accumulate_grad_hook(self).id  # type: ignore[no-untyped-call]
 
+    @opaque
     def __call__(self, _: Tensor) -> None:
-        _call(self._method, self._bucket, self._slot)
+        """Hand the gradient over, if its wrapper still lives."""
+        if (method := self._method()) is not None:
+            method(self._bucket, self._slot)
 
     def complaint(self, parameter: nn.Parameter) -> str | None:
         """Return what is wrong with the hooks of the parameter, if this is not its only one."""
@@ -132,9 +144,3 @@ def call_hooks(hooks: Mapping[int, Callable[[nn.Parameter], None]], buckets: Seq
         for hook in list(hooks.values()):
             if parameter.grad is not None:
                 hook(parameter)
-
-
-@opaque
-def _call(method: weakref.WeakMethod[Callable[..., None]], *args: object) -> None:
-    if (bound := method()) is not None:
-        bound(*args)

@@ -41,7 +41,8 @@ def assign(sizes: Sequence[int], kinds: Sequence[Hashable], cap_bytes: int, firs
         filled[kind] = filled.get(kind, 0) + size
         if filled[kind] >= caps.setdefault(kind, min(first_cap_bytes, cap_bytes)):
             closed.append(opened.pop(kind))
-            caps[kind], filled[kind] = cap_bytes, 0
+            caps[kind] = cap_bytes
+            filled[kind] = 0
     return sorted(closed + list(opened.values()), key=lambda group: group[-1])
 
 
@@ -57,8 +58,10 @@ class Bucket:
     """
 
     def __init__(self, index: int, flat: Tensor, named: Mapping[str, nn.Parameter]) -> None:
-        self.index, self.flat = index, flat
-        self.names, self.parameters = list(named), list(named.values())
+        self.index = index
+        self.flat = flat
+        self.names = list(named)
+        self.parameters = list(named.values())
         places = torch.split(flat, [parameter.numel() for parameter in self.parameters])
         self.views = [_shaped(place, parameter) for place, parameter in zip(places, self.parameters, strict=True)]
         self.reset()
@@ -67,8 +70,13 @@ class Bucket:
         """Begin the next backward pass."""
         self.missing = set(range(len(self.parameters)))
 
-    def complaint(self, slot: int) -> str | None:
-        """Return why the gradient that just came for ``parameters[slot]`` cannot be put into its place, if so."""
+    def fits(self, slot: int) -> bool:
+        """Whether the gradient that just came for ``parameters[slot]`` can be put into its place."""
+        grad = self.parameters[slot].grad
+        return slot in self.missing and (grad is None or (grad.layout is torch.strided and not grad.requires_grad))
+
+    def complaint(self, slot: int) -> str:
+        """Return why a gradient does not fit."""
         grad = self.parameters[slot].grad
         if grad is not None and grad.layout is not torch.strided:
             return f"{self.names[slot]} has a sparse gradient; make its layer with sparse=False"
@@ -77,12 +85,10 @@ class Bucket:
                 f"{self.names[slot]} has a gradient that is to be differentiated too, by backward(create_graph=True), "
                 "and what is reduced is not; get such gradients from torch.autograd.grad(..., create_graph=True)"
             )
-        if slot not in self.missing:
-            return (
-                f"{self.names[slot]} got a second gradient in one backward pass, as re-entrant checkpoints that share "
-                "parameters cause; checkpoint with use_reentrant=False"
-            )
-        return None
+        return (
+            f"{self.names[slot]} got a second gradient in one backward pass, as re-entrant checkpoints that share "
+            "parameters cause; checkpoint with use_reentrant=False"
+        )
 
     def put(self, slot: int, divisor: int) -> None:
         """Write a parameter's gradient, divided by ``divisor``, into its place, where it lives from now on.
@@ -90,7 +96,8 @@ class Bucket:
         Without a gradient the place is zeroed. A division and not a product with 1 / divisor: the result then has
         the bits of a reference that divides.
         """
-        parameter, view = self.parameters[slot], self.views[slot]
+        parameter = self.parameters[slot]
+        view = self.views[slot]
         if parameter.grad is view:
             view.div_(divisor)
         elif parameter.grad is not None:

@@ -1,0 +1,58 @@
+"""What one communicator may use of another that it is built around or runs over: its hooks, by names of their own.
+
+Nobody else reads the hooks of a communicator, whose names begin with an underscore. They lie beneath the front: no
+checks, no staging, no order. So they take what the front has let through, in the thread of the front's own operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+from minidist.communicator import Communicator
+
+
+@final
+class Inner:
+    """The hooks of ``comm``.
+
+    Attributes:
+        comm: the communicator, whose public side is free to use too.
+        isend, irecv: ``(tensor, peer, tag, timeout_s)`` start a message and return its Work; the tag with the channel.
+        collective: ``(name)`` returns what runs that collective, see `Communicator._collective`.
+        agree: ``(collective, chunks, op, root, timeout_s)`` before a schedule runs over its messages.
+        dispatch: ``(run, async_op)`` runs an operation in the order of all that it was given.
+        gone, translate: the ranks that are lost, and what an error of its library means.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
+        self.isend = comm._isend
+        self.irecv = comm._irecv
+        self.collective = comm._collective
+        self.agree = comm._agree
+        self.dispatch = comm._dispatch
+        self.gone = comm._gone
+        self.translate = comm._translate
+
+    def split(self, groups: Sequence[Sequence[int]]) -> Communicator | None:
+        """Return the communicator of this rank's group, see `Communicator._split`; all ranks call it."""
+        return self.comm._split([list(ranks) for ranks in groups])
+
+    def adopt(self, outer: Communicator) -> None:
+        """Give ``outer``, of the same ranks, a channel of its own and one order, count and clock with this one.
+
+        All ranks call it. Operations of several communicators on one transport would otherwise meet on it in an order
+        that differs between ranks.
+        """
+        outer.traffic = self.comm.traffic
+        outer._progress = self.comm._progress
+        outer.overlaps = self.comm.overlaps
+        outer.checks_sizes = self.comm.checks_sizes
+        outer.checks_dtypes = self.comm.checks_dtypes
+        self.put_on_channel(outer, self.comm._new_channel())
+
+    def put_on_channel(self, outer: Communicator, channel: int) -> None:
+        """Let the messages of ``outer``, some of these ranks, travel on a channel that `_new_channel` has given."""
+        outer._root = self.comm._root
+        outer._channel = channel
