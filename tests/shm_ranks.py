@@ -17,7 +17,7 @@ import backends.shm.heap
 from backends.ring import RingCommunicator
 from backends.shm.communicator import ShmCommunicator
 from minidist.communicator import Communicator, ReduceOp
-from minidist.errors import MismatchError, PeerLostError
+from minidist.errors import CommError, MismatchError, PeerLostError
 
 NO_NAP_S = 20.0
 
@@ -60,6 +60,21 @@ def disagree() -> None:
             print(
                 "as expected" if spelt in str(error) and "rank 1 calls" in str(error) else f"wrong: {error}", flush=True
             )
+        comm.close()
+
+
+def disagree_before_all_came() -> None:
+    """Rank 2 calls something else and fails before rank 1 has come: rank 0, which waits for that one, hears why."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with ShmCommunicator() as elsewhere:
+        comm = ShmCommunicator(timeout_s=20)
+        if comm.rank != 1:
+            try:
+                with comm:
+                    comm.all_reduce(torch.ones(5, dtype=torch.int32 if comm.rank == 2 else torch.float32))
+            except CommError as error:
+                print(f"{type(error).__name__} {error}", flush=True)
+        elsewhere.barrier()
         comm.close()
 
 
@@ -198,6 +213,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     {
         "disagree": disagree,
+        "disagree_before_all_came": disagree_before_all_came,
         "leave_nothing": leave_nothing,
         "die_together": die_together,
         "send_and_close": send_and_close,

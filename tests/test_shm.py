@@ -282,6 +282,13 @@ def test_ranks_that_disagree_are_all_told(tmp_path: Path) -> None:
     assert output.count("as expected") == 3 * 5
 
 
+def test_a_disagreement_is_named_before_all_ranks_have_come(tmp_path: Path) -> None:
+    output = run_ranks("disagree_before_all_came", tmp_path, world_size=3)
+    assert output.count("MismatchError [rank ") == 2, output
+    assert "[rank 0/3] all_reduce: rank 0 calls all_reduce of 5 float32" in output
+    assert "[rank 2/3] all_reduce: rank 2 calls all_reduce of 5 int32" in output
+
+
 @pytest.mark.slow
 def test_use_leaves_memory_as_it_was(tmp_path: Path) -> None:
     assert run_ranks("leave_nothing", tmp_path).count("as before") == 2

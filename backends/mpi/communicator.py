@@ -31,7 +31,8 @@ BACKGROUND_SPIN_S = 1e-4
 """How long to test without a pause where an operation runs beside other work of its rank."""
 PAUSE_S = 1e-5
 GRACE_S = 0.5
-"""How long an operation may go on after a rank has left: it may have got all that it needs."""
+"""How long an operation may go on after a rank has left. News travel on a communicator of their own, and MPI keeps the
+order of messages within one only: a farewell may overtake what was sent before it."""
 
 Request = Any  # mpi4py is imported only where it is used
 
@@ -54,7 +55,7 @@ class MpiCommunicator(ScheduledCommunicator):
         self.check_available()
         MPI = self._MPI = process.initialised()
         self._comm = MPI.COMM_WORLD.Dup() if mpi_comm is None else mpi_comm
-        process.check_world(MPI.COMM_WORLD.size)
+        process.ensure_own_launcher(MPI.COMM_WORLD.size)
         super().__init__(self._comm.rank, self._comm.size, timeout_s, segment_bytes)
         self._notices = process.notices()
         self._key = self._comm.bcast(secrets.token_hex(8))
@@ -63,22 +64,9 @@ class MpiCommunicator(ScheduledCommunicator):
         self._spin_s = cores.SPIN_S if self._cores_per_rank() else 0.0
         world_group = MPI.COMM_WORLD.Get_group()
         self._world_ranks = list(self._comm.Get_group().Translate_ranks(None, world_group))
-        self._ops = {
-            ReduceOp.SUM: MPI.SUM,
-            ReduceOp.MIN: MPI.MIN,
-            ReduceOp.MAX: MPI.MAX,
-            ReduceOp.PRODUCT: MPI.PROD,
-        }
-        self._types = {
-            torch.float64: MPI.DOUBLE,
-            torch.float32: MPI.FLOAT,
-            torch.int64: MPI.INT64_T,
-            torch.int32: MPI.INT32_T,
-            torch.uint8: MPI.UINT8_T,
-            torch.bool: MPI.UINT8_T,
-            torch.complex64: MPI.C_FLOAT_COMPLEX,
-            torch.complex128: MPI.C_DOUBLE_COMPLEX,
-        }
+        self._ops = {ReduceOp.SUM: MPI.SUM, ReduceOp.MIN: MPI.MIN, ReduceOp.MAX: MPI.MAX, ReduceOp.PRODUCT: MPI.PROD}
+        self._types = _reduced_types(MPI)
+        # What is only moved goes as anything of its size, and so in any dtype.
         self._types_by_size = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
         process.open_communicators.add(self)
 
@@ -128,9 +116,8 @@ class MpiCommunicator(ScheduledCommunicator):
         if output.numel() > MAX_COUNT:
             return super()._all_gather(output, input, timeout_s)
         if output.data_ptr() + self.rank * input.nbytes == input.data_ptr():
-            input = self._executor.scratch.copy_of(
-                "input", input
-            )  # MPI takes no shared memory, and IN_PLACE only from all ranks
+            # MPI takes no input that lies in its output; IN_PLACE would do, but only if all ranks said it.
+            input = self._executor.scratch.copy_of("input", input)
         request = self._comm.Iallgather(self._moved(input), self._moved(output, input.numel()))
         self._finish(request, input, timeout_s)
 
@@ -184,6 +171,9 @@ class MpiCommunicator(ScheduledCommunicator):
         self._wait(request, Deadline(timeout_s))
 
     def _wait(self, request: Request, deadline: Deadline, peer: int | None = None) -> None:
+        # Test does not only look: MPI moves data inside of its calls and at no other time, so a rank that waits repeats
+        # this one, and a rank that computes while a collective is under way has a thread that does. That thread soon
+        # pauses between two tests, as it would keep the core from the computation.
         spin_until = time.perf_counter() + (BACKGROUND_SPIN_S if self._progress.serving else self._spin_s)
         while time.perf_counter() < spin_until:
             if request.Test():
@@ -198,7 +188,9 @@ class MpiCommunicator(ScheduledCommunicator):
         if self._closed:
             return CommError(self._closed)
         if gone := self._notices.needed(self._key, peer, GRACE_S):
-            self._tell(*gone)  # so that those who wait for this rank hear the cause
+            # A rank that only left told nobody that it was needed, and this rank is about to fail because of it. Who
+            # waits for this one shall hear of that cause, and hears it first: MPI keeps the order between two ranks.
+            self._tell(*gone)
             return PeerLostError(f"rank {gone[0]} is gone: {gone[1]}", (gone[0],))
         return deadline.missed_by(peer)
 
@@ -227,7 +219,9 @@ class MpiCommunicator(ScheduledCommunicator):
         process.open_communicators.discard(self)
         self._tell(self.rank, None)
         self._notices.forget(self._key)
-        if self._failure is None:  # else messages may be on their way, and the next one like it would get them
+        # After a failure messages may still be on their way, and MPI would give them to the next communicator that gets
+        # the identity of this one.
+        if self._failure is None:
             self._comm.Free()
 
     def _abort(self, reason: str) -> None:
@@ -293,6 +287,20 @@ class _MpiMessage(Work):
 
     def exception(self) -> BaseException | None:
         return self._error
+
+
+def _reduced_types(MPI: Any) -> dict[torch.dtype, Any]:
+    """Return what MPI calls the dtypes that it reduces; of bool it takes MIN and MAX, which bytes have, too."""
+    return {
+        torch.float64: MPI.DOUBLE,
+        torch.float32: MPI.FLOAT,
+        torch.int64: MPI.INT64_T,
+        torch.int32: MPI.INT32_T,
+        torch.uint8: MPI.UINT8_T,
+        torch.bool: MPI.UINT8_T,
+        torch.complex64: MPI.C_FLOAT_COMPLEX,
+        torch.complex128: MPI.C_DOUBLE_COMPLEX,
+    }
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:

@@ -38,12 +38,14 @@ class Notices:
         """Tell ``world_ranks`` that ``rank`` of the communicator ``key`` failed, or left (``why`` None)."""
         me = self._comm.rank
         with self._lock:
+            # Nobody waits for these: the other rank may never look again. They are kept until MPI is done with their
+            # memory, which it says to who asks.
             self._sending = [request for request in self._sending if not request.test()[0]]
             self._sending += [self._comm.isend((key, rank, why), other) for other in world_ranks if other != me]
 
     def failed(self, key: str) -> dict[int, str]:
         """Return the ranks that are known to have failed and why, the first one first."""
-        with self._lock:
+        with self._lock:  # without hearing what is new: every operation asks this, and MPI is not cheap to ask
             news = self._news.get(key)
             return {} if news is None else {rank: why for rank, why in news.gone.items() if why}
 
@@ -58,6 +60,7 @@ class Notices:
         with self._lock:
             self._hear()
             news = self._news.get(key)
+            # Any news starts the grace again: a farewell is often followed by the failure that was the cause of it.
             if news is None or time.monotonic() < news.heard_at + grace_s:
                 return None
             needed = ((rank, why or LEFT) for rank, why in news.gone.items() if why or peer in (None, rank))
@@ -71,7 +74,9 @@ class Notices:
     def _hear(self) -> None:
         while (message := self._comm.improbe(self._any_source)) is not None:
             key, rank, why = message.recv()
+            # What is told of a communicator that is closed here concerns nobody any more.
             if (news := self._news.get(key)) is not None:
+                # A failure stays one when its rank also leaves; a rank that left can turn out to have been needed.
                 news.gone[rank] = news.gone.get(rank) or why
                 news.heard_at = time.monotonic()
 

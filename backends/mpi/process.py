@@ -91,7 +91,7 @@ def from_rank_0(value: Any) -> Any:
     return initialised().COMM_WORLD.bcast(value)
 
 
-def check_world(mpi_size: int) -> None:
+def ensure_own_launcher(mpi_size: int) -> None:
     """Raise BackendUnavailableError where the launcher is not that of this MPI library."""
     world = launch.detect()
     if mpi_size != world.world_size:
@@ -114,14 +114,16 @@ def _end(pid: int, finalise: bool) -> None:
     MPI = load()
     if os.getpid() != pid or MPI.Is_finalized():
         return
+    # Before this rank waits for the others: they may wait for it in an operation, and only these news end that.
     failed = any(comm.failed for comm in open_communicators)
     for comm in open_communicators:
         comm.abort("it ended without closing its communicator")
     together = MPI.COMM_WORLD.Ibarrier()
+    # A rank that has not failed waits as long as it takes: others may have much left to do that does not need it.
     deadline = time.monotonic() + (LAST_WORDS_S if failed else math.inf)
     while not together.Test() and time.monotonic() < deadline:
         time.sleep(0.01)
-    if not together.Test():
+    if not together.Test():  # some rank does not come to its end; Abort ends the job, this process included
         sys.stdout.flush()
         sys.stderr.flush()
         MPI.COMM_WORLD.Abort(1)

@@ -184,11 +184,25 @@ class Arena:
         self._bell.ring_all()
         for peer, words in self._others:
             if words[COUNT] < count:
-                self.wait_until(functools.partial(_has_come, words, count), peer, deadline)
-            # Read only now: before its rank had come it was the ticket of two meetings ago. Each rank compares with
-            # each other one, so that all raise although none tells another what it found.
+                try:
+                    self.wait_until(functools.partial(_has_come, words, count), peer, deadline)
+                except Exception:
+                    # A rank that came, disagreed with another one and failed has left its ticket here: that is the
+                    # cause, and to have waited in vain for a third one is not.
+                    self._ensure_agreed(signature, ticket, count)
+                    raise
+            # Read only now: before its rank had come it was the ticket of two meetings ago.
             if words[ticket] != signature:
-                raise MismatchError(difference(self.rank, signature, peer, words[ticket]))
+                raise self._mismatch(signature, peer, words[ticket])
+
+    def _ensure_agreed(self, signature: int, ticket: int, count: int) -> None:
+        """Raise MismatchError if a rank that has come to this meeting came with another signature."""
+        for peer, words in self._others:
+            if _has_come(words, count) and words[ticket] != signature:
+                raise self._mismatch(signature, peer, words[ticket])
+
+    def _mismatch(self, signature: int, peer: int, theirs: int) -> MismatchError:
+        return MismatchError(difference(self.rank, signature, peer, theirs))
 
     def gather_offsets(self, signature: int, offset: int, deadline: Deadline) -> tuple[int, ...]:
         """Meet, and return the offsets that the ranks came with."""
