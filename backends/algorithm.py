@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from backends.executor.executor import Executor
 from backends.scheduled import TAG
 from backends.wrapper import Wrapper
+from minidist.collective import COLLECTIVES
 from minidist.communicator import Communicator
 from minidist.contract import checks
-from minidist.schedule import COLLECTIVES, Schedule
+from minidist.schedule import Schedule
 
 
 class AlgorithmCommunicator(Wrapper):
@@ -39,7 +40,8 @@ class AlgorithmCommunicator(Wrapper):
         proves: bool = True,
     ) -> None:
         super().__init__(transport, timeout_s)
-        self.transport, self.segment_bytes = transport, checks.segment_bytes(segment_bytes)
+        self.transport = transport
+        self.segment_bytes = checks.segment_bytes(segment_bytes)
         self.schedules = {
             name: schedule_at(name, schedule) for name, schedule in schedules.items() if schedule is not None
         }

@@ -17,6 +17,7 @@ from backends.scheduled import TAG
 from backends.wrapper import Wrapper
 from minidist.analysis.network import Network, interpolated
 from minidist.analysis.simulate import simulate
+from minidist.collective import Run
 from minidist.communicator import Communicator
 from minidist.contract import checks
 from minidist.errors import ScheduleError
@@ -69,7 +70,8 @@ class AutoCommunicator(Wrapper):
             raise ValueError(f"budget_s must be greater than 0 seconds, got {budget_s}")
         if unknown := schedules.keys() - TIMED:
             raise ValueError(f"auto chooses between schedules of {', '.join(TIMED)}, not of {min(unknown)}")
-        self.transport, self._segment_bytes = transport, checks.segment_bytes(segment_bytes)
+        self.transport = transport
+        self._segment_bytes = checks.segment_bytes(segment_bytes)
         self._choices = {name: list(self._right(name, some)) for name, some in schedules.items()}
         self._fastest = functools.cache(self._find_fastest)
         self._own: dict[str, list[float]] = {}
@@ -83,7 +85,9 @@ class AutoCommunicator(Wrapper):
 
     def _measured(self, with_exchanges: bool, budget_s: float) -> tuple[dict[int, Seconds], dict[int, Seconds]]:
         """Return what exchanges take at each size, and what the transport's own way of each collective takes."""
-        rows, own, took = dict[int, Seconds](), dict[int, Seconds](), dict[int, float]()
+        rows = dict[int, Seconds]()
+        own = dict[int, Seconds]()
+        took = dict[int, float]()
         began = time.monotonic()
         for nbytes in in_order(SIZES):
             if not self.transport.broadcast_object(fits(took, nbytes, budget_s), 0):
@@ -136,7 +140,9 @@ class AutoCommunicator(Wrapper):
         seconds: list[tuple[float, Executor | None]] = [(own, None)]
         for executor in self._choices[collective]:
             schedule = executor.schedules[collective]
-            seconds.append((simulate(schedule, self.world_size, nbytes, self._network, collective).seconds, executor))
+            seconds.append(
+                (simulate(schedule, Run(collective, self.world_size), nbytes, self._network).seconds, executor)
+            )
         return min(seconds, key=lambda one: one[0])[1]
 
 

@@ -20,7 +20,8 @@ from minidist.analysis.network import Measured
 from minidist.communicator import Communicator
 from minidist.schedule import Recv, Reduce, Schedule, Send, Step, num_chunks
 
-FEW, MANY = 1, 4
+FEW = 1
+MANY = 4
 """Steps of two runs; their difference is what steps take, the rest what it takes to begin."""
 FLOOR_S = 1e-9
 """What a step takes at least, so that a model of it takes time at all; so little is what noise has hidden."""

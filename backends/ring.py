@@ -22,9 +22,10 @@ from collections.abc import Iterator
 
 from backends.algorithm import AlgorithmCommunicator
 from minidist.communicator import Communicator
-from minidist.schedule import Recv, Reduce, Send, Step
+from minidist.schedule import Recv, Reduce, Send, Step, alike
 
 
+@alike
 def ring_reduce_scatter(rank: int, world_size: int) -> Iterator[Step]:
     """Pass partial sums around; chunk ``rank`` ends complete."""
     prev_rank, next_rank = (rank - 1) % world_size, (rank + 1) % world_size
@@ -35,6 +36,7 @@ def ring_reduce_scatter(rank: int, world_size: int) -> Iterator[Step]:
         )
 
 
+@alike
 def ring_all_gather(rank: int, world_size: int) -> Iterator[Step]:
     """Pass chunk ``rank`` around until everybody has every chunk."""
     prev_rank, next_rank = (rank - 1) % world_size, (rank + 1) % world_size
@@ -42,6 +44,7 @@ def ring_all_gather(rank: int, world_size: int) -> Iterator[Step]:
         yield Send(next_rank, (rank - step) % world_size), Recv(prev_rank, (rank - step - 1) % world_size)
 
 
+@alike
 def ring_all_reduce(rank: int, world_size: int) -> Iterator[Step]:
     """Reduce-scatter, then all-gather."""
     yield from ring_reduce_scatter(rank, world_size)

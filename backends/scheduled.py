@@ -95,7 +95,8 @@ class GroupCommunicator(ScheduledCommunicator):
 
     def __init__(self, parent: ScheduledCommunicator, ranks: list[int], channel: int) -> None:
         super().__init__(ranks.index(parent.rank), len(ranks), parent.timeout_s, parent.segment_bytes)
-        self._parent, self._ranks = Inner(parent), ranks
+        self._parent = Inner(parent)
+        self._ranks = ranks
         self._parent.put_on_channel(self, channel)
         self._executor.tag = self._tag(TAG)
         self.checks_sizes = parent.checks_sizes  # not the dtypes: its errors would name the ranks of the parent

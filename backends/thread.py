@@ -16,7 +16,6 @@ Generators of random numbers, and all else that belongs to a process, are shared
 from __future__ import annotations
 
 import threading
-import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from typing import ClassVar, TypeVar
@@ -24,10 +23,11 @@ from typing import ClassVar, TypeVar
 from torch import Tensor
 
 from backends.contact import LEFT, ContactLostError
+from backends.deadline import Deadline
 from backends.scheduled import ScheduledCommunicator
 from minidist.communicator import Work
 from minidist.contract.envelope import received, to
-from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, MismatchError, PeerLostError
+from minidist.errors import BackendUnavailableError, CommError, MismatchError, PeerLostError
 from minidist.launch import detect
 
 T = TypeVar("T")
@@ -40,27 +40,33 @@ class ThreadWorld:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self._lock = threading.Lock()
-        self._exchanges: list[_Exchange] = []
+        self._boards: list[_Board] = []
         self._num_made = [0] * world_size
 
-    def next_exchange(self, rank: int) -> _Exchange:
-        """Return the exchange of the communicator that ``rank`` makes now; its k-th meets all k-th ones."""
+    def next_board(self, rank: int) -> _Board:
+        """Return the board of the communicator that ``rank`` makes now; its k-th meets all k-th ones."""
         with self._lock:
             index = self._num_made[rank]
             self._num_made[rank] += 1
-            if index == len(self._exchanges):
-                self._exchanges.append(_Exchange())
-            return self._exchanges[index]
+            if index == len(self._boards):
+                self._boards.append(_Board())
+            return self._boards[index]
 
     def leave(self, rank: int, why: str | None) -> None:
         """Tell every communicator that the thread of ``rank`` ended; ``why`` it failed, if it did."""
         with self._lock:
-            for exchange in self._exchanges:
-                exchange.leave(rank, why)
+            for board in self._boards:
+                board.leave(rank, why)
 
 
-class _Exchange:
-    """The meeting place of one communicator's messages."""
+class _Board:
+    """Where the halves of one communicator's messages find each other.
+
+    Attributes:
+        changed: notified of each message that is complete and of each rank that goes.
+        left: ranks that are gone, for whatever reason.
+        lost: those of them that failed and why, the first one first.
+    """
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -70,6 +76,7 @@ class _Exchange:
 
     def leave(self, rank: int, why: str | None) -> None:
         with self.changed:
+            # The thread of a rank that closed its communicator may fail later: that is nothing to this communicator.
             if rank not in self.left and why is not None:
                 self.lost[rank] = why
             self.left.add(rank)
@@ -83,12 +90,13 @@ class _Exchange:
                 self._waiting[src, dst, tag, is_send].append(half)
                 return
             other = others.popleft()
+        # Both halves are in nobody else's hands now, so the copy needs no lock: other messages go on beside it.
         send, recv = (half, other) if is_send else (other, half)
         if send.tensor.numel() == recv.tensor.numel() and send.tensor.dtype == recv.tensor.dtype:
             recv.tensor.view(-1).copy_(send.tensor.view(-1))
         else:
             send.error, recv.error = _mismatch(send.tensor, recv.tensor, src, dst)
-        with self.changed:
+        with self.changed:  # the copy, or the error, is there before either of them is done
             half.done = other.done = True
             self.changed.notify_all()
 
@@ -103,34 +111,25 @@ class _Half(Work):
     """A send, or a receive, that finishes when it has met its other half."""
 
     def __init__(self, comm: ThreadCommunicator, tensor: Tensor, peer: int, timeout_s: float) -> None:
-        self._comm, self.tensor, self._peer = comm, tensor, peer
-        self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
+        self._comm = comm
+        self.tensor = tensor
+        self._peer = peer
+        self._deadline = Deadline(timeout_s)
         self.done = False
         self.error: MismatchError | None = None
 
     def wait(self) -> None:
-        exchange = self._comm.exchange
-        with exchange.changed:
+        changed = self._comm.board.changed
+        with changed:
             while not self.done:
-                if error := self._obstacle():
+                if error := self._comm.why_hopeless(self._peer, self._deadline):
                     raise error
-                exchange.changed.wait(max(self._deadline - time.monotonic(), 0))
+                changed.wait(self._deadline.left_s)
         if self.error is not None:
             raise self.error
 
-    def _obstacle(self) -> Exception | None:
-        """Return why it is hopeless to wait, if it is."""
-        exchange = self._comm.exchange
-        if exchange.lost:
-            return self._comm._lost()
-        if self._peer in exchange.left:
-            return ContactLostError(self._peer)
-        if time.monotonic() >= self._deadline:
-            return CommTimeoutError(f"no answer from rank {self._peer} within {self._timeout_s:.1f} s")
-        return None
-
     def is_done(self) -> bool:
-        return self.done or self._obstacle() is not None
+        return self.done or self._comm.why_hopeless(self._peer, self._deadline) is not None
 
     def exception(self) -> BaseException | None:
         return self.error
@@ -152,7 +151,7 @@ class ThreadCommunicator(ScheduledCommunicator):
             self.check_available()
         world, rank = place or (ThreadWorld(1), 0)
         super().__init__(rank, world.world_size, timeout_s, segment_bytes)
-        self.exchange = world.next_exchange(rank)
+        self.board = world.next_board(rank)
 
     @classmethod
     def check_available(cls) -> None:
@@ -165,22 +164,30 @@ class ThreadCommunicator(ScheduledCommunicator):
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
         half = _Half(self, tensor, dst, timeout_s)
-        self.exchange.post(half, self.rank, dst, tag, is_send=True)
+        self.board.post(half, self.rank, dst, tag, is_send=True)
         return half
 
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
         half = _Half(self, tensor, src, timeout_s)
-        self.exchange.post(half, src, self.rank, tag, is_send=False)
+        self.board.post(half, src, self.rank, tag, is_send=False)
         return half
 
+    def why_hopeless(self, peer: int, deadline: Deadline) -> Exception | None:
+        """Return why to wait for ``peer`` any longer is hopeless, if it is."""
+        if self.board.lost:
+            return self._lost()
+        if peer in self.board.left:
+            return ContactLostError(peer)
+        return deadline.missed_by(peer)
+
     def _close(self) -> None:
-        self.exchange.leave(self.rank, None)
+        self.board.leave(self.rank, None)
 
     def _abort(self, reason: str) -> None:
-        self.exchange.leave(self.rank, reason)
+        self.board.leave(self.rank, reason)
 
     def _gone(self) -> Mapping[int, str]:
-        return self.exchange.lost
+        return self.board.lost
 
     def _translate(self, error: Exception) -> CommError:
         if isinstance(error, ContactLostError):

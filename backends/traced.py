@@ -77,7 +77,8 @@ def timed(plan: Iterable[Message], logs: list[list[Entry]]) -> list[Message]:
         pair = message.src, message.dst
         if not sent[pair] or not come[pair]:
             raise ValueError(f"the log of rank {message.src} has no further message to rank {message.dst}")
-        send, receive = sent[pair].popleft(), come[pair].popleft()
+        send = sent[pair].popleft()
+        receive = come[pair].popleft()
         messages.append(message._replace(nbytes=send.nbytes, begins=send.posted - start, ends=receive.ended - start))
     if any(sent.values()) or any(come.values()):
         raise ValueError("the logs hold messages that are not in the plan")

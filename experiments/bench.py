@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from backends.shm.communicator import ShmCommunicator, add_and_write
+from backends.shm.all_reduce import add_and_write
+from backends.shm.communicator import ShmCommunicator
 from experiments.drawing.pictures import LIMIT, draw_bandwidth
-from experiments.measuring.collectives import BUSBW, LEAST, Collective
+from experiments.measuring.collectives import Repeated
 from experiments.measuring.compare import Action, communicators, interleaved, report, sizes
 from experiments.running.choices import at_least, several
 from experiments.running.run import CONF, main
 from experiments.running.tables import Row
+from minidist.collective import COLLECTIVES
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
 from minidist.launch import counted_ranks
@@ -51,7 +53,7 @@ def measure(cfg: DictConfig, comms: dict[str, Communicator], nbytes: int) -> lis
     dtype: torch.dtype = getattr(torch, cfg.dtype)
     numel = nbytes // dtype.itemsize
     first = next(iter(comms.values()))
-    collectives = {name: Collective(cfg, comm, numel) for name, comm in comms.items()}
+    collectives = {name: Repeated(cfg, comm, numel) for name, comm in comms.items()}
     actions: dict[str, Action] = {name: collective.run for name, collective in collectives.items()}
     if cfg.collective == "all_reduce" and (shm := _shared_memory(comms)):
         actions[LIMIT] = _memory_limit(shm, numel, dtype)
@@ -69,7 +71,7 @@ def measure(cfg: DictConfig, comms: dict[str, Communicator], nbytes: int) -> lis
                 "dtype": cfg.dtype,
                 "op": cfg.op,
                 "comm": name,
-                **_speed(times, nbytes, BUSBW[cfg.collective](first.world_size)),
+                **_speed(times, nbytes, COLLECTIVES[cfg.collective].bus_factor(first.world_size)),
                 "ratio": reference / median(times),
                 "volume": volume.get(name, "-"),
                 "wrong": wrong.get(name, 0),
@@ -88,13 +90,13 @@ def _speed(times: Sequence[float], nbytes: int, bus_factor: float) -> dict[str, 
     }
 
 
-def _volume(name: str, collective: Collective, comm: Communicator, first: Communicator) -> str:
+def _volume(name: str, collective: Repeated, comm: Communicator, first: Communicator) -> str:
     """Return the bytes that all ranks send over the least possible."""
     before = comm.traffic.bytes
     collective.run()
     sent = comm.traffic.bytes - before
     total = sum(first.all_gather_object(sent))
-    return f"{total / LEAST[name](comm.world_size) / collective.nbytes:.2f}" if total else "-"
+    return f"{total / COLLECTIVES[name].least_sent(comm.world_size) / collective.nbytes:.2f}" if total else "-"
 
 
 def _shared_memory(comms: dict[str, Communicator]) -> ShmCommunicator | None:
@@ -113,7 +115,7 @@ def check(cfg: DictConfig) -> None:
         ConfigError: naming the setting and its choices.
     """
     choices = {
-        "collective": list(BUSBW),
+        "collective": [name for name, one in COLLECTIVES.items() if one.has_tensor],
         "op": [op.value for op in ReduceOp],
         "memory": ["empty", "ordinary"],
         "dtype": ["float64", "float32", "float16", "bfloat16", "int64", "int32"],

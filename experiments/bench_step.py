@@ -36,7 +36,8 @@ FORMATS = {
     "ratio": ".2f",
     "samples_per_s": ".0f",
 }
-ALONE, TORCH = "no communication", "torch DDP, gloo"
+ALONE = "no communication"
+TORCH = "torch DDP, gloo"
 
 
 def step(model: nn.Module, shape: list[int], batch_size: int) -> Action:

@@ -24,8 +24,9 @@ from experiments.running.run import CONF, main
 from experiments.running.tables import multiplied
 from minidist.analysis.network import Network
 from minidist.analysis.simulate import MAX_WORLD_SIZE, simulate
+from minidist.collective import COLLECTIVES, Run
 from minidist.errors import ConfigError, ScheduleError
-from minidist.schedule import COLLECTIVES, ROOTED
+from minidist.launch import counted_ranks
 
 MAX_DRAWN = 64
 """More ranks are a picture of nothing."""
@@ -78,14 +79,15 @@ def picture(cfg: DictConfig, directory: Path) -> None:
     """
     schedule = schedule_of(cfg.algorithm, cfg.collective, cfg.world_size, cfg.comm_overrides)
     network = build(cfg.network, "network")
+    run = Run(cfg.collective, cfg.world_size, cfg.root)
     with _refusing():
-        timeline = simulate(schedule, cfg.world_size, cfg.nbytes, network, cfg.collective, cfg.root, record=True)
-    what = f"{cfg.algorithm}: {_what(cfg)} on {_ranks(cfg.world_size)}"
+        timeline = simulate(schedule, run, cfg.nbytes, network, record=True)
+    what = f"{cfg.algorithm}: {_what(cfg)} on {counted_ranks(cfg.world_size)}"
     total = f"{spell_bytes(cfg.nbytes)}, network {_network()}: {spell_seconds(timeline.seconds)}"
     path = directory / "schedule"
     draw_timeline(path, f"{what}\n{total}", cfg.world_size, timeline.messages, timeline.ends)
-    shown = frames(schedule, cfg.collective, cfg.world_size, cfg.root, timeline.messages)
-    write_page(path.with_suffix(".html"), f"{what}; {total}", cfg.collective, cfg.world_size, shown)
+    shown = frames(schedule, run, timeline.messages)
+    write_page(path.with_suffix(".html"), f"{what}; {total}", run, shown)
     print(f"{what}; {total}\nwritten: {path}.png, .svg, .html")
 
 
@@ -97,7 +99,7 @@ def costs(cfg: DictConfig, directory: Path) -> None:
         ScheduleError: a schedule is wrong.
     """
     by_size, by_ranks = curves(cfg, build(cfg.network, "network"))
-    halves = (f"on {_ranks(cfg.world_size)}", f"of {spell_bytes(cfg.nbytes)}")
+    halves = (f"on {counted_ranks(cfg.world_size)}", f"of {spell_bytes(cfg.nbytes)}")
     path = directory / "curves"
     draw_curves(path, f"{_what(cfg)}, network {_network()}", halves, by_size, by_ranks)
     for half, of_one, spell in ((halves[0], by_size, spell_bytes), (halves[1], by_ranks, spell_ranks)):
@@ -114,7 +116,8 @@ def curves(cfg: DictConfig, network: Network) -> tuple[Curves, Curves]:
         ScheduleError: a schedule cannot be run.
     """
     algorithms = {name: schedules_of(name, cfg.collective, cfg.comm_overrides) for name in cfg.curves}
-    sizes, counts = list(multiplied(cfg.min_bytes, cfg.max_bytes, 2)), list(multiplied(2, cfg.max_world_size, 2))
+    sizes = list(multiplied(cfg.min_bytes, cfg.max_bytes, 2))
+    counts = list(multiplied(2, cfg.max_world_size, 2))
     with _refusing():
         by_size = over_sizes(algorithms, cfg.world_size, sizes, network, cfg.collective, cfg.root)
         by_ranks = over_ranks(algorithms, counts, cfg.nbytes, network, cfg.collective, cfg.root)
@@ -145,13 +148,8 @@ def _refusing() -> Iterator[None]:
 
 
 def _what(cfg: DictConfig) -> str:
-    if cfg.collective not in ROOTED:
-        return str(cfg.collective)
-    return f"{cfg.collective} {'from' if cfg.collective in ('broadcast', 'scatter') else 'to'} rank {cfg.root}"
-
-
-def _ranks(count: int) -> str:
-    return f"{count} ranks" if count > 1 else "1 rank"
+    way = {"source": "from", "destination": "to", None: None}[COLLECTIVES[cfg.collective].root]
+    return f"{cfg.collective} {way} rank {cfg.root}" if way else str(cfg.collective)
 
 
 def _network() -> str:

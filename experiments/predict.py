@@ -27,6 +27,7 @@ from experiments.running.run import CONF, main
 from experiments.running.tables import Row, table
 from minidist.analysis.network import Network, interpolated
 from minidist.analysis.simulate import simulate
+from minidist.collective import Run
 from minidist.communicator import Communicator
 from minidist.launch import counted_ranks
 from minidist.schedule import Schedule
@@ -77,7 +78,7 @@ def compare(
     """Return one row per size and algorithm: what the model says, and what was measured."""
     rows: list[Row] = []
     for (nbytes, name), measured in seconds.items():
-        predicted = simulate(schedules[name], world_size, nbytes, network).seconds
+        predicted = simulate(schedules[name], Run("all_reduce", world_size), nbytes, network).seconds
         rows.append(
             {
                 "bytes": nbytes,
@@ -109,7 +110,7 @@ def fastest(rows: Sequence[Row], column: str) -> Iterator[tuple[int, str]]:
 def cost(schedule: Schedule, world_size: int, network: Network) -> Callable[[float], float]:
     """Return what an all-reduce takes by its bytes: simulated at some sizes, on lines between them."""
     at = [float(16 * 1024 * 16**power) for power in range(5)]
-    seconds = [simulate(schedule, world_size, nbytes, network).seconds for nbytes in at]
+    seconds = [simulate(schedule, Run("all_reduce", world_size), nbytes, network).seconds for nbytes in at]
     return lambda nbytes: interpolated(at, seconds, nbytes)
 
 

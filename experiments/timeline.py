@@ -20,6 +20,7 @@ from experiments.running.choices import at_least
 from experiments.running.run import CONF, main
 from minidist.analysis.network import Flat
 from minidist.analysis.simulate import Message, simulate
+from minidist.collective import Run
 from minidist.communicator import Communicator
 from minidist.launch import counted_ranks
 from minidist.schedule import Schedule, chunks_of
@@ -35,7 +36,7 @@ def trace(comm: Communicator, schedule: Schedule, nbytes: int, warmup: int) -> l
         traced.log.clear()
         algorithm.all_reduce(tensor)
     logs = comm.all_gather_object(traced.log)
-    return timed(simulate(schedule, comm.world_size, nbytes, Flat(1, 0), record=True).messages, logs)
+    return timed(simulate(schedule, Run("all_reduce", comm.world_size), nbytes, Flat(1, 0), record=True).messages, logs)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="timeline")

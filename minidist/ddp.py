@@ -68,8 +68,12 @@ class DistributedDataParallel(nn.Module):
         hook: Hook = AllReduce(),  # noqa: B008  (an AllReduce has no state)
     ) -> None:
         super().__init__()
-        self.module, self.comm, self.hook, self.bucket_cap_mb = module, comm, hook, bucket_cap_mb
-        self.broadcast_buffers, self.find_unused_parameters = broadcast_buffers, find_unused_parameters
+        self.module = module
+        self.comm = comm
+        self.hook = hook
+        self.bucket_cap_mb = bucket_cap_mb
+        self.broadcast_buffers = broadcast_buffers
+        self.find_unused_parameters = find_unused_parameters
         arguments = bucket_cap_mb, broadcast_buffers, find_unused_parameters
         make_replicas(comm, module, arguments, DistributedDataParallel)
         self._prepare()
@@ -130,7 +134,8 @@ class DistributedDataParallel(nn.Module):
 
         A backward pass through a forward outside as well does.
         """
-        before, self._sync_wanted = self._sync_wanted, False
+        before = self._sync_wanted
+        self._sync_wanted = False
         try:
             yield
         finally:

@@ -1,6 +1,6 @@
 """The training loop: steps, epochs, evaluations and checkpoints, the same on every rank.
 
-Where it stands is in training/progress.py, what ranks tell each other on the way in training/status.py.
+Where it stands is in training/progress.py, what ranks tell each other on the way in training/roll_call.py.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from torch.optim import Optimizer
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
 from minidist.training.checkpoint import Checkpoints
-from minidist.training.learning_rate import LearningRate, Scheduler
+from minidist.training.learning_rate import LearningRate
+from minidist.training.loaders import Batch, Loader, require_eval_batches
 from minidist.training.metrics import Metrics, MetricSums
-from minidist.training.progress import Batch, Loader, Position
+from minidist.training.optimisation import Optimisation
+from minidist.training.progress import Position
 from minidist.training.report import Report, Summary
-from minidist.training.resume import Resumption
-from minidist.training.settings import check_fit, check_settings
-from minidist.training.status import Status
+from minidist.training.resume import Training, begin
+from minidist.training.roll_call import RollCall
+from minidist.training.stop import StopSignal
+from minidist.training.tally import Tallies
+
+DEFAULTS = Optimisation()
 
 
 class Engine:
@@ -34,19 +39,11 @@ class Engine:
         optimizer: over the model's parameters.
         loss_fn: ``loss_fn(outputs, targets)``, the mean over the samples of a batch.
         comm: the ranks that train.
-        scheduler: stepped once per optimizer step, not per epoch: ``StepLR(optimizer, 30)`` means 30 steps, and 30
-            epochs are ``StepLR(optimizer, 30 * len(train_loader))``. ReduceLROnPlateau alone is stepped once per
-            epoch, with the loss of its evaluation.
+        optimisation: the learning rate's schedule, accumulation, clipping and autocast.
         device: where batches are moved to.
-        accumulation_steps: batches per optimizer step, each with the same weight; the last step of an epoch
-            may have fewer. Only the last batch of a step communicates.
-        max_grad_norm: gradients are scaled down to this global norm; None leaves them.
-        autocast_dtype: forward passes run in ``torch.autocast`` of this type; None leaves it off. float16
-            is refused, since its gradients vanish without loss scaling.
         log_every: a log line after so many steps.
         checkpoints: where and how often to save; None for never.
         report: who is told; None for nobody but the log lines.
-        resume: go on from the newest checkpoint, if there is one; without it, an earlier run's are refused.
 
     Raises:
         ValueError: an argument is out of range.
@@ -58,27 +55,29 @@ class Engine:
         optimizer: Optimizer,
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         comm: Communicator,
+        optimisation: Optimisation = DEFAULTS,
         *,
-        scheduler: Scheduler | None = None,
         device: torch.device | str = "cpu",
-        accumulation_steps: int = 1,
-        max_grad_norm: float | None = None,
-        autocast_dtype: torch.dtype | None = None,
         log_every: int = 100,
         checkpoints: Checkpoints | None = None,
         report: Report | None = None,
-        resume: bool = False,
     ) -> None:
-        check_settings(accumulation_steps, log_every, max_grad_norm, autocast_dtype)
-        self.model, self.optimizer, self.loss_fn, self.comm = model, optimizer, loss_fn, comm
-        self.scheduler, self.learning_rate = scheduler, LearningRate(scheduler, optimizer)
-        self.device, self.autocast_dtype = torch.device(device), autocast_dtype
-        self.accumulation_steps, self.max_grad_norm, self.log_every = accumulation_steps, max_grad_norm, log_every
+        if log_every < 1:
+            raise ValueError(f"Engine: log_every must be at least 1, got {log_every}")
+        self.model = model
+        self.optimizer = optimizer
+        self.loss_fn = loss_fn
+        self.comm = comm
+        self.optimisation = optimisation
+        self.device = torch.device(device)
+        self.log_every = log_every
+        self.checkpoints = checkpoints
         self.report = report or Report(None, comm.rank, progress=False)
-        self.position, self.status = Position(), Status(comm)
-        self.resumption = Resumption(
-            checkpoints, resume, model.module, optimizer, scheduler, self.position, self.status
-        )
+        self.learning_rate = LearningRate(optimisation.scheduler, optimizer)
+        self.position = Position()
+        self.tallies = Tallies()
+        self.stop_signal = StopSignal()
+        self.roll_call = RollCall(comm, self.stop_signal)
 
     def fit(self, train_loader: Loader, epochs: int, eval_loader: Iterable[Batch] | None = None) -> Summary:
         """Train until ``epochs`` epochs are complete, those before a resume included.
@@ -96,13 +95,16 @@ class Engine:
             FloatingPointError: a loss is not finite.
             CheckpointError: a checkpoint cannot be written, or does not fit.
         """
-        check_fit(epochs, eval_loader, self.comm)
+        if epochs < 1:
+            raise ValueError(f"{self.comm.who('Engine.fit')}: epochs must be at least 1, got {epochs}")
+        require_eval_batches(eval_loader, self.comm)
         self.learning_rate.check(eval_loader)
-        self.resumption.start()
-        with self.status.stop_signal:
-            while self.position.epoch < epochs and not self.status.stopping:
+        begin(self._training(), self.checkpoints)
+        self.roll_call.start(self.position.step)
+        with self.stop_signal:
+            while self.position.epoch < epochs and not self.roll_call.stopping:
                 self._train_epoch(train_loader, eval_loader)
-        return self.report.finish(self.position, self.status)
+        return self.report.finish(self.position, self.tallies, self.roll_call.stopping)
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable[Batch]) -> Metrics:
@@ -119,21 +121,32 @@ class Engine:
 
     def _train_epoch(self, train_loader: Loader, eval_loader: Iterable[Batch] | None) -> None:
         """Go to the end of the epoch, or to where some rank was asked to stop."""
-        position, status = self.position, self.status
+        if self.position.batch == 0:
+            self.tallies.start_epoch()
         self.model.train()
-        status.start_epoch(resumed=position.batch > 0)
-        for group in self.report.bar(position.steps(train_loader, self.accumulation_steps, self.comm)):
+        self.roll_call.restart_clock()
+        steps = self.position.steps(train_loader, self.optimisation.accumulation_steps, self.comm)
+        for group in self.report.bar(steps):
             self._step(group)
-            self._exchange_if_due()
-            if status.stopping:
+            self._call_roll_if_due()
+            if self.roll_call.stopping:
                 return
-        self._exchange_if_due(at_end=True)
+        self._call_roll_if_due(at_end=True)
         if eval_loader is not None:
-            status.evaluated(self.evaluate(eval_loader))
-            self.learning_rate.end_epoch(status.metrics)
-        self.report.end_epoch(position, status)
-        position.end_epoch()
-        self.resumption.save()
+            self._evaluate_epoch(eval_loader)
+        self.report.end_epoch(self.position, self.tallies)
+        self.position.end_epoch()
+        self._save()
+
+    def _evaluate_epoch(self, eval_loader: Iterable[Batch]) -> None:
+        metrics = self.evaluate(eval_loader)
+        if not metrics.num_samples:
+            raise ValueError(
+                f"{self.comm.who('Engine.fit')}: the eval_loader gave no sample on any rank; "
+                "give one that can be read again in each epoch, such as a DataLoader or a list"
+            )
+        self.tallies.metrics = metrics
+        self.learning_rate.end_epoch(metrics)
 
     def _step(self, group: Sequence[Batch]) -> None:
         """Take one optimizer step on the batches of ``group``; only the last one's backward communicates."""
@@ -143,26 +156,41 @@ class Engine:
             with nullcontext() if index == len(group) else self.model.no_sync():
                 _, targets, loss = self._forward(self.model, batch)
                 (loss / len(group)).backward()  # type: ignore[no-untyped-call]
-            self.status.add(loss, len(targets), self.position.step)
-        if self.max_grad_norm is not None:
+            self.roll_call.note(loss, len(targets), self.position.step)
+        if self.optimisation.max_grad_norm is not None:
             # Every rank has the same gradients by now, and hence the same norm.
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimisation.max_grad_norm)
         self.optimizer.step()
         self.learning_rate.step()
 
     def _forward(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        dtype = self.optimisation.autocast_dtype
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             outputs = module(inputs)
             return outputs, targets, self.loss_fn(outputs, targets)
 
-    def _exchange_if_due(self, at_end: bool = False) -> None:
-        """Exchange after steps on which all ranks agree; then they also agree on whether to stop."""
-        position, status = self.position, self.status
-        save, log = self.resumption.due(position.step), position.step % self.log_every == 0
-        if status.last_step < position.step and (at_end or save or log or status.due(position.step)):
-            tally = status.exchange(position.epoch, position.step)
-            line = status.take_line() if log else None
-            self.report.exchanged(position, tally, self.optimizer.param_groups[0]["lr"], line)
-            if save or status.stopping:
-                self.resumption.save()
+    def _call_roll_if_due(self, at_end: bool = False) -> None:
+        """Hear from all ranks after steps on which they agree; then they also agree on whether to stop."""
+        step = self.position.step
+        save = self.checkpoints is not None and self.checkpoints.due(step)
+        log = step % self.log_every == 0
+        if not self.roll_call.due(step, wanted=at_end or save or log):
+            return
+        tally = self.roll_call.hold(self.position.epoch, step)
+        self.tallies.add(tally)
+        line = self.tallies.end_line() if log else None
+        self.report.progressed(self.position, tally, self.optimizer.param_groups[0]["lr"], line)
+        if save or self.roll_call.stopping:
+            self._save()
+
+    def _training(self) -> Training:
+        """Return what a checkpoint holds."""
+        scheduler = self.optimisation.scheduler
+        return Training(self.model.module, self.optimizer, scheduler, self.position, self.tallies)
+
+    def _save(self) -> None:
+        """Save where training stands, right after a roll call, so that the tallies hold all of it."""
+        if self.checkpoints is not None:
+            self.checkpoints.save(self._training().state())
+            self.roll_call.restart_clock()

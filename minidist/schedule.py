@@ -31,7 +31,7 @@ Which memory the chunks name is fixed per collective; n is the world size:
 | barrier | 0: a byte to send, 1: a byte to receive; they carry nothing |
 
 What is the caller's input stays as it is: the root's chunks in a scatter, the others' in a gather, chunks 0 .. n-1 in
-an all_to_all.
+an all_to_all. What each chunk holds at the start and must hold at the end is in `minidist.collective`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-ROOTED = ("reduce", "broadcast", "gather", "scatter")
-COLLECTIVES = ("all_reduce", *ROOTED, "all_gather", "reduce_scatter", "all_to_all", "barrier")
-CUT = ("all_reduce", "reduce", "broadcast")
-"""The collectives whose tensor is cut into as many chunks as their schedule likes."""
+from minidist.collective import COLLECTIVES
+
 Chunks = int | Sequence[int]
 
 
@@ -82,16 +80,22 @@ class Reduce(Transfer):
 
 Step = tuple[Transfer, ...]
 Schedule = Callable[..., Iterator[Step]]
-"""``schedule(rank, world_size)`` yields the steps of that rank; for a collective of ROOTED, ``(rank, world_size,
-root)``."""
+"""``schedule(rank, world_size)`` yields the steps of that rank; ``(rank, world_size, root)`` where there is a root."""
 
 
-class _Chunked:
-    """A schedule with a number of chunks of its own."""
+class _Described:
+    """A schedule, and what it says of itself.
 
-    def __init__(self, steps: Schedule, num_chunks: Callable[[int], int]) -> None:
-        self.steps, self.num_chunks = steps, num_chunks
-        functools.update_wrapper(self, steps)  # its name and its docstring
+    Attributes:
+        num_chunks: the number of chunks by the world size; None for the usual one.
+        alike: whether all ranks step alike.
+    """
+
+    def __init__(self, steps: Schedule, num_chunks: Callable[[int], int] | None, alike: bool) -> None:
+        functools.update_wrapper(self, steps)  # its name and its docstring, and what another one says of itself
+        self.steps = steps
+        self.num_chunks = num_chunks
+        self.alike = alike
 
     def __call__(self, *args: int, **settings: Any) -> Iterator[Step]:
         return self.steps(*args, **settings)
@@ -102,21 +106,44 @@ def num_chunks(count: int | Callable[[int], int]) -> Callable[[Schedule], Schedu
 
     For all_to_all it is the number of all chunks; those from 2n on are scratch, each as large as a block.
     """
-    return lambda steps: _Chunked(steps, count if callable(count) else lambda world_size: count)
+    by_size = count if callable(count) else lambda world_size: count
+    return lambda steps: _Described(steps, by_size, steps_alike(steps))
+
+
+def alike(steps: Schedule) -> Schedule:
+    """Say that all ranks step alike: each sends one message and receives one in every step.
+
+    The simulator then asks for the steps of all ranks at once, with an array of numpy as ``rank``, whose arithmetic is
+    that of numbers, and gets through thousands of ranks in seconds. Ranks may be added and multiplied, not compared.
+    """
+    described = _description(steps)
+    return _Described(steps, described.num_chunks if described else None, alike=True)
+
+
+def steps_alike(schedule: Schedule) -> bool:
+    """Whether the schedule says that all ranks step alike."""
+    described = _description(schedule)
+    return described is not None and described.alike
 
 
 def chunks_of(schedule: Schedule, collective: str, world_size: int) -> int:
     """Return how many chunks there are when ``schedule`` runs ``collective`` on ``world_size`` ranks."""
+    described = _description(schedule)
+    if described is not None and described.num_chunks is not None:
+        return described.num_chunks(world_size)
+    return default_chunks(collective, world_size)
+
+
+def _description(schedule: Schedule) -> _Described | None:
     while isinstance(schedule, functools.partial):
         schedule = schedule.func
-    if isinstance(schedule, _Chunked):
-        return schedule.num_chunks(world_size)
-    return default_chunks(collective, world_size)
+    return schedule if isinstance(schedule, _Described) else None
 
 
 def default_chunks(collective: str, world_size: int) -> int:
     """Return how many chunks there are where the schedule does not say."""
-    return {"reduce": 1, "broadcast": 1, "all_to_all": 2 * world_size, "barrier": 2}.get(collective, world_size)
+    promise = COLLECTIVES[collective]
+    return promise.chunks + promise.chunks_per_rank * world_size
 
 
 def indices(chunk: Chunks) -> Sequence[int]:

@@ -130,7 +130,8 @@ class _Normalise(torch.autograd.Function):
         inverse = (variance + eps).rsqrt()
         normal = (input - mean.view(shape)) * inverse.view(shape)
         ctx.save_for_backward(normal.to(input.dtype), inverse, weight, count)
-        ctx.comm, ctx.has_bias = comm, bias is not None
+        ctx.comm = comm
+        ctx.has_bias = bias is not None
         ctx.mark_non_differentiable(mean, variance, count)
         output = normal if weight is None else normal * weight.view(shape)
         output = output if bias is None else output + bias.view(shape)
@@ -142,9 +143,11 @@ class _Normalise(torch.autograd.Function):
         """The gradient of the sum of all ranks' losses; those of weight and bias are this rank's part of it."""
         normal, inverse, weight, count = ctx.saved_tensors
         grad = grads[0]
-        dims, shape = _all_but_channels(grad), _per_channel(grad)
+        dims = _all_but_channels(grad)
+        shape = _per_channel(grad)
         wide = grad.to(inverse.dtype)
-        grad_bias, grad_weight = wide.sum(dims), (wide * normal).sum(dims)
+        grad_bias = wide.sum(dims)
+        grad_weight = (wide * normal).sum(dims)
         sums = torch.stack([grad_bias, grad_weight])
         ctx.comm.all_reduce(sums)
         mean_grad, mean_product = (sums / count).unbind()
@@ -162,7 +165,8 @@ class _Normalise(torch.autograd.Function):
 def _statistics(input: Tensor, comm: Communicator) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean, biased variance, both (C,), and the number of elements per channel, over all ranks."""
     wide = input.double() if input.dtype == torch.float64 else input.float()
-    dims, channels = _all_but_channels(input), input.shape[1]
+    dims = _all_but_channels(input)
+    channels = input.shape[1]
     num = input.numel() // channels
     variance, mean = torch.var_mean(wide, dims, correction=0) if num else wide.new_zeros((2, channels)).unbind()
     mine = torch.cat([mean, variance * num, wide.new_tensor([num])])

@@ -26,6 +26,7 @@ from backends.serial import SerialCommunicator
 from minidist.ddp import DistributedDataParallel
 from minidist.engine import Engine
 from minidist.training.checkpoint import Checkpoints
+from minidist.training.optimisation import Optimisation
 from minidist.training.sampler import ShardedSampler
 from minidist.training.seed import seed_everything
 
@@ -115,7 +116,7 @@ def train(run):
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 0.02, total_steps=EPOCHS * math.ceil(NUM_SAMPLES / BATCH_SIZE)
     )
-    checkpoints = Checkpoints(Path(run.directory), comm, every_steps=4)
+    checkpoints = Checkpoints(Path(run.directory), comm, every_steps=4, resume=True)
     engine = []
     engine.append(
         Engine(
@@ -123,11 +124,9 @@ def train(run):
             optimizer,
             run.loss(engine),
             comm,
-            scheduler=scheduler,
+            Optimisation(scheduler, max_grad_norm=0.5),
             log_every=5,
-            max_grad_norm=0.5,
             checkpoints=checkpoints,
-            resume=True,
         )
     )
     sys.addaudithook(run.watch)

@@ -144,6 +144,18 @@ def send_and_close() -> None:
     print("all of it came" if torch.equal(target, sent) else "something else came", flush=True)
 
 
+def refuse() -> None:
+    """Rank 1 refuses a large message and waits elsewhere; rank 0, which still holds most of it, is told."""
+    with ShmCommunicator() as elsewhere:
+        comm = ShmCommunicator(timeout_s=20)
+        try:
+            comm.send(torch.ones(10**6), 1) if comm.rank == 0 else comm.recv(torch.ones(3), 0)
+        except MismatchError as error:
+            print(error, flush=True)
+        elsewhere.barrier()
+        comm.close()
+
+
 def never_nap() -> None:
     """Messages on two communicators, with naps so long that one would be seen."""
     backends.shm.doorbell.NAP_S = 2 * NO_NAP_S
@@ -191,5 +203,6 @@ if __name__ == "__main__":
         "send_and_close": send_and_close,
         "one_cannot_start": one_cannot_start,
         "one_dies": one_dies,
+        "refuse": refuse,
         "never_nap": never_nap,
     }[sys.argv[1]]()

@@ -13,10 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from backends.thread import ThreadCommunicator, run_threads
 from experiments.bench import check
 from experiments.drawing.pictures import draw_bandwidth, draw_steps
-from experiments.measuring.collectives import BUSBW, Collective
+from experiments.measuring.collectives import Repeated
 from experiments.measuring.compare import communicators, sizes
 from experiments.running.choices import at_least, several
 from experiments.running.tables import table, write_csv, write_json
+from minidist.collective import COLLECTIVES
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
 from tests.test_commands import ROOT, only_run, run, run_python
@@ -31,24 +32,24 @@ def config(**changes: object) -> DictConfig:
     return DictConfig({**{key: value for key, value in cfg.items() if key not in ("defaults", "hydra")}, **changes})
 
 
-@pytest.mark.parametrize("collective", BUSBW)
+@pytest.mark.parametrize("collective", [name for name, one in COLLECTIVES.items() if one.has_tensor])
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("is_async", [False, True])
 def test_every_collective_has_a_closed_form(collective: str, world_size: int, is_async: bool) -> None:
     cfg = config(collective=collective, async_op=is_async)
-    assert run_threads(lambda comm: Collective(cfg, comm, 1000).num_wrong(), world_size) == [0] * world_size
+    assert run_threads(lambda comm: Repeated(cfg, comm, 1000).num_wrong(), world_size) == [0] * world_size
 
 
 @pytest.mark.parametrize("op", ReduceOp)
 @pytest.mark.parametrize("collective", ["all_reduce", "reduce", "reduce_scatter"])
 def test_every_op_has_a_closed_form(collective: str, op: ReduceOp) -> None:
     cfg = config(collective=collective, op=op.value, dtype="float64")
-    assert run_threads(lambda comm: Collective(cfg, comm, 50).num_wrong(), 2) == [0, 0]
+    assert run_threads(lambda comm: Repeated(cfg, comm, 50).num_wrong(), 2) == [0, 0]
 
 
 def test_all_gather_in_place() -> None:
     cfg = config(collective="all_gather", in_place=True)
-    assert run_threads(lambda comm: Collective(cfg, comm, 50).num_wrong(), 2) == [0, 0]
+    assert run_threads(lambda comm: Repeated(cfg, comm, 50).num_wrong(), 2) == [0, 0]
 
 
 class _Wrong(ThreadCommunicator):
@@ -62,7 +63,7 @@ class _Wrong(ThreadCommunicator):
 def test_wrong_elements_are_counted() -> None:
     def job(comm: Communicator) -> int:
         with _Wrong() as wrong:
-            return Collective(config(), wrong, 50).num_wrong()
+            return Repeated(config(), wrong, 50).num_wrong()
 
     assert run_threads(job, 3) == [0, 1, 1]
 

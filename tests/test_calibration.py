@@ -31,6 +31,7 @@ from experiments.measuring.step_model import MEGABYTE, Profile, profile
 from experiments.predict import fastest, geometric_mean_error, recommended
 from minidist.analysis.network import Flat
 from minidist.analysis.simulate import Message, simulate
+from minidist.collective import Run
 from minidist.communicator import Communicator
 from minidist.schedule import Reduce, Send, Step, num_chunks
 from tests.test_commands import ROOT, run
@@ -70,7 +71,7 @@ def test_calibration_measures_every_exchange_at_every_size() -> None:
         assert 0 < tables.start < 1
         assert min(tables.one_way + tables.exchange) > 0
         assert min(tables.reduce + tables.reduce_all) >= 0
-        assert simulate(ring_all_reduce, 3, 2**20, tables.network()).seconds >= tables.start
+        assert simulate(ring_all_reduce, Run("all_reduce", 3), 2**20, tables.network()).seconds >= tables.start
 
 
 def test_one_rank_has_nothing_to_measure() -> None:
@@ -239,7 +240,7 @@ def test_a_trace_has_the_messages_of_the_schedule_with_real_times(schedule) -> N
         algorithm.all_reduce(torch.ones(1200))
         return traced.log
 
-    plan = simulate(schedule, 3, 4800, Flat(1, 0), record=True).messages
+    plan = simulate(schedule, Run("all_reduce", 3), 4800, Flat(1, 0), record=True).messages
     messages = timed(plan, spawn_threads(job, 3))
     assert len(messages) == len(plan)
     assert {message[:4] for message in messages} == {message[:4] for message in plan}
@@ -293,7 +294,7 @@ def test_bruck_is_chosen_for_small_blocks_on_many_ranks() -> None:
 
     def faster(nbytes: int) -> bool:
         both = (
-            simulate(s, 32, nbytes, Flat(1e-5, 1e-9), "all_to_all").seconds
+            simulate(s, Run("all_to_all", 32), nbytes, Flat(1e-5, 1e-9)).seconds
             for s in (bruck_all_to_all, pairwise_all_to_all)
         )
         return next(both) < next(both)

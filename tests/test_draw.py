@@ -37,8 +37,9 @@ from experiments.running.tables import multiplied
 from minidist import config
 from minidist.analysis.network import Flat, Torus
 from minidist.analysis.simulate import Message, Timeline, simulate
+from minidist.collective import COLLECTIVES, Run
 from minidist.errors import ConfigError
-from minidist.schedule import ROOTED, Schedule
+from minidist.schedule import Schedule
 from tests.test_commands import ROOT
 from tests.zoo import ALGORITHMS, collectives, make
 
@@ -57,11 +58,12 @@ def hydra() -> Iterator[None]:
 
 
 def recorded(schedule: Schedule, world_size: int, collective: str = "all_reduce", root: int = 0) -> Timeline:
-    return simulate(schedule, world_size, 4096, Flat(ALPHA, BETA, GAMMA), collective, root, record=True)
+    return simulate(schedule, Run(collective, world_size, root), 4096, Flat(ALPHA, BETA, GAMMA), record=True)
 
 
 def shown(schedule: Schedule, world_size: int, collective: str = "all_reduce", root: int = 0) -> list[Frame]:
-    return frames(schedule, collective, world_size, root, recorded(schedule, world_size, collective, root).messages)
+    run = Run(collective, world_size, root)
+    return frames(schedule, run, recorded(schedule, world_size, collective, root).messages)
 
 
 def holdings(frames_: list[Frame], number: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
@@ -174,7 +176,7 @@ def test_only_what_is_promised_is_complete() -> None:
 
 def test_the_page_holds_every_step_and_loads_nothing(tmp_path: Path) -> None:
     ring, page = shown(ring_all_reduce, 4), tmp_path / "schedule.html"
-    write_page(page, "a <title> & more", "all_reduce", 4, ring)
+    write_page(page, "a <title> & more", Run("all_reduce", 4), ring)
     text, data = page.read_text(encoding="utf-8"), data_of(page)
     assert [len(frame["messages"]) for frame in data["frames"]] == [0, 4, 4, 4, 4, 4, 4]
     assert [len(frame["changes"]) for frame in data["frames"]] == [16, 4, 4, 4, 4, 4, 4]
@@ -191,7 +193,7 @@ def test_the_page_holds_every_step_and_loads_nothing(tmp_path: Path) -> None:
 )
 def test_every_algorithm_can_be_shown(name: str, collective: str) -> None:
     schedule = make(f"{name}/serial").schedules[collective]
-    assert complete(shown(schedule, 6, collective, root=1 if collective in ROOTED else 0))
+    assert complete(shown(schedule, 6, collective, root=1 if COLLECTIVES[collective].is_rooted else 0))
 
 
 @pytest.mark.usefixtures("hydra")
@@ -339,4 +341,4 @@ def test_ranks_that_a_network_does_not_have_are_refused() -> None:
 @pytest.mark.parametrize("name", [path.stem for path in (ROOT / "conf" / "network").glob("*.yaml")])
 def test_every_network_carries_messages(name: str) -> None:
     network = build(compose("draw", overrides=[f"network={name}"]).network, "network")
-    assert simulate(ring_all_reduce, 4, 4096, network).seconds > 0
+    assert simulate(ring_all_reduce, Run("all_reduce", 4), 4096, network).seconds > 0

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import signal
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from minidist.ddp import DistributedDataParallel
 from minidist.engine import Engine
 from minidist.errors import CheckpointError
 from minidist.training.checkpoint import Checkpoints
+from minidist.training.optimisation import Optimisation
 from minidist.training.report import Report
 from minidist.training.sampler import ShardedSampler
 
@@ -46,10 +48,12 @@ def shard(comm, data, global_batch_size=6, train=True):
 
 
 def make_engine(comm, lr=0.2, model=None, loss_fn=nn.functional.cross_entropy, broadcast_buffers=True, **options):
+    """``options`` are those of `Optimisation` and of the engine."""
     model = DistributedDataParallel(model or make_model(), comm, broadcast_buffers=broadcast_buffers)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
-    return Engine(model, optimizer, loss_fn, comm, scheduler=scheduler, **options)
+    steps = {field.name: options.pop(field.name) for field in fields(Optimisation) if field.name in options}
+    return Engine(model, optimizer, loss_fn, comm, Optimisation(scheduler, **steps), **options)
 
 
 def parameters(engine):
@@ -242,13 +246,13 @@ def test_one_rank_asked_to_stop_stops_all_after_the_same_step(tmp_path, world_si
     def train(comm, directory, stop_at, resume):
         def loss_fn(outputs, targets):
             if comm.rank == world_size - 1 and engine.position.step == stop_at:
-                engine.status.stop_signal.received = True
+                engine.stop_signal.received = True
             return nn.functional.cross_entropy(outputs, targets)
 
         # Every rank has statistics of its own, since buffers are not broadcast.
         model = make_model(nn.BatchNorm1d(8))
-        checkpoints = Checkpoints(directory, comm)
-        options = {"broadcast_buffers": False, "checkpoints": checkpoints, "resume": resume, "log_every": 7}
+        checkpoints = Checkpoints(directory, comm, resume=resume)
+        options = {"broadcast_buffers": False, "checkpoints": checkpoints, "log_every": 7}
         engine = make_engine(comm, model=model, loss_fn=loss_fn, **options)
         summary = engine.fit(shard(comm, samples()), epochs=4)
         return summary, [*parameters(engine), *engine.model.module.buffers()]
@@ -275,8 +279,9 @@ def test_what_no_checkpoint_can_hold_is_refused_before_training(tmp_path):
         model = DistributedDataParallel(make_model(), comm)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule())
-        options = {"scheduler": scheduler, "checkpoints": Checkpoints(tmp_path, comm)}
-        Engine(model, optimizer, nn.functional.cross_entropy, comm, **options).fit(shard(comm, samples()), epochs=1)
+        steps, checkpoints = Optimisation(scheduler), Checkpoints(tmp_path, comm)
+        engine = Engine(model, optimizer, nn.functional.cross_entropy, comm, steps, checkpoints=checkpoints)
+        engine.fit(shard(comm, samples()), epochs=1)
 
     for message in failures(job, 2, CheckpointError):
         assert "on rank 0, scheduler.lr_lambdas.0.wave is a numpy.ufunc, which could not be read back" in message
@@ -309,8 +314,8 @@ def test_checkpoint_of_another_optimizer_or_model_is_refused(tmp_path):
     def job(comm, model, optimizer):
         model = DistributedDataParallel(model, comm)
         optimizer = optimizer(model.parameters(), lr=0.1)
-        checkpoints = Checkpoints(tmp_path, comm)
-        engine = Engine(model, optimizer, nn.CrossEntropyLoss(), comm, checkpoints=checkpoints, resume=True)
+        checkpoints = Checkpoints(tmp_path, comm, resume=True)
+        engine = Engine(model, optimizer, nn.CrossEntropyLoss(), comm, checkpoints=checkpoints)
         engine.fit(shard(comm, samples()), epochs=1)
 
     on_ranks(lambda comm: job(comm, make_model(), torch.optim.SGD), 2)

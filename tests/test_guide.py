@@ -75,12 +75,13 @@ def test_on_a_ring_of_links_both_ways_take_half_the_time() -> None:
 
     from minidist.analysis.network import Flat, Torus
     from minidist.analysis.simulate import simulate
+    from minidist.collective import Run
 
     scope: dict[str, object] = {"__name__": "two_way"}
     exec(PYTHON[0], scope)
     from backends.ring import ring_all_reduce
 
-    times = partial(simulate, world_size=8, nbytes=2**26)
+    times = partial(simulate, run=Run("all_reduce", 8), nbytes=2**26)
     for network, gain in ((Torus(1, 8, 1e-6, 2e-11), 2), (Flat(1e-6, 2e-11), 1)):
         both = [times(schedule, network=network).seconds for schedule in (ring_all_reduce, scope["two_way_all_reduce"])]
         assert both[0] / both[1] == pytest.approx(gain, rel=0.02)

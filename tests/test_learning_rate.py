@@ -10,6 +10,7 @@ from backends.serial import SerialCommunicator
 from minidist.ddp import DistributedDataParallel
 from minidist.engine import Engine
 from minidist.training.checkpoint import Checkpoints
+from minidist.training.optimisation import Optimisation
 from minidist.training.sampler import ShardedSampler
 from tests.test_engine import NUM_SAMPLES, WORLDS, failures, make_model, on_ranks, parameters, samples, shard
 
@@ -19,7 +20,7 @@ def plateau_engine(comm, **options):
     model = DistributedDataParallel(make_model(), comm)
     optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.02)
-    return Engine(model, optimizer, nn.functional.cross_entropy, comm, scheduler=scheduler, **options)
+    return Engine(model, optimizer, nn.functional.cross_entropy, comm, Optimisation(scheduler), **options)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -44,7 +45,7 @@ def test_a_plateau_is_seen_in_the_loss_of_each_evaluation(world_size):
         engine, rates = plateau_engine(comm), []
         for epoch in range(6):
             engine.fit(shard(comm, samples()), epoch + 1, shard(comm, samples(), train=False))
-            rates += engine.scheduler.get_last_lr()
+            rates += engine.optimisation.scheduler.get_last_lr()
         return rates
 
     expected = by_hand()
@@ -54,9 +55,9 @@ def test_a_plateau_is_seen_in_the_loss_of_each_evaluation(world_size):
 
 def test_a_plateau_is_resumed_to_the_same_bits(tmp_path):
     def train(comm, directory, epochs, resume):
-        engine = plateau_engine(comm, checkpoints=Checkpoints(directory, comm), resume=resume)
+        engine = plateau_engine(comm, checkpoints=Checkpoints(directory, comm, resume=resume))
         engine.fit(shard(comm, samples()), epochs, shard(comm, samples(), train=False))
-        return parameters(engine), engine.scheduler.state_dict()
+        return parameters(engine), engine.optimisation.scheduler.state_dict()
 
     whole = on_ranks(lambda comm: train(comm, tmp_path / "whole", 6, False), 2)
     for epochs in (2, 5):
@@ -107,7 +108,7 @@ def test_what_an_engine_cannot_step_is_refused_when_it_is_made(optimizer, schedu
     optimizer = optimizer(model.parameters(), lr=0.1)
     scheduler = scheduler and scheduler(optimizer)
     with pytest.raises(ValueError, match=message):
-        Engine(model, optimizer, nn.functional.cross_entropy, comm, scheduler=scheduler)
+        Engine(model, optimizer, nn.functional.cross_entropy, comm, Optimisation(scheduler))
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "Rprop", "Adafactor"])
@@ -120,7 +121,7 @@ def test_every_usual_optimizer_can_be_stepped(name):
         [torch.optim.lr_scheduler.LinearLR(optimizer), torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)],
         [2],
     )
-    engine = Engine(model, optimizer, nn.functional.cross_entropy, comm, scheduler=scheduler)
+    engine = Engine(model, optimizer, nn.functional.cross_entropy, comm, Optimisation(scheduler))
     assert engine.fit(shard(comm, samples()), epochs=1).steps == 5
 
 
@@ -130,8 +131,10 @@ def test_learning_rates_of_numpy_are_resumed_to_the_same_bits(tmp_path, kind):
         model = DistributedDataParallel(make_model(), comm)
         optimizer = torch.optim.SGD(model.parameters(), kind(0.1), momentum=np.float64(0.9))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.cos(kind(step)) + kind(1.2))
-        options = {"scheduler": scheduler, "checkpoints": Checkpoints(directory, comm), "resume": resume}
-        engine = Engine(model, optimizer, nn.functional.cross_entropy, comm, **options)
+        checkpoints = Checkpoints(directory, comm, resume=resume)
+        engine = Engine(
+            model, optimizer, nn.functional.cross_entropy, comm, Optimisation(scheduler), checkpoints=checkpoints
+        )
         engine.fit(shard(comm, samples()), epochs)
         return parameters(engine), scheduler.get_last_lr(), engine.position.step
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ import torch.distributed as dist
 
 from backends.processes.lifeline import Lifeline
 from minidist.errors import PeerLostError
+from tests.harness import ROOT
 
 LIMIT_S = 20.0
 
@@ -154,3 +157,34 @@ def nothing_comes(connection: socket.socket) -> bool:
         return connection.recv(10) == b""
     except ConnectionResetError:
         return True
+
+
+SLOW_TO_ACT = """
+import json, socket, threading, time
+import torch.distributed as dist
+from backends.processes.lifeline import Lifeline
+
+def act():
+    began.set()
+    time.sleep(0.5)
+    print("acted", flush=True)
+
+began, store = threading.Event(), dist.HashStore()
+with socket.create_server(("127.0.0.1", 0)) as server:
+    store.set("lifeline", json.dumps([server.getsockname()[1], "secret"]))
+    rank_0 = threading.Thread(target=lambda: lines.append(server.accept()[0]))
+    lines = []
+    rank_0.start()
+    made = []
+    rank_1 = threading.Thread(target=lambda: made.append(Lifeline(store, "127.0.0.1", 1, 3, act, 20)))
+    rank_1.start()
+    rank_0.join()
+    lines[0].sendall(b'{"rank": 0, "complete": 3}\\n{"rank": 2, "lost": "boom"}\\n')
+    assert began.wait(20)
+"""
+
+
+def test_a_process_does_not_end_while_its_lifeline_acts_on_a_loss() -> None:
+    """To act may be to call torch, and a thread that is cut off there takes the process along."""
+    done = subprocess.run([sys.executable, "-c", SLOW_TO_ACT], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "acted\n"), done.stderr

@@ -95,8 +95,8 @@ def test_no_epochs_are_refused():
 
 def test_loader_that_became_shorter_in_the_middle_of_an_epoch_is_refused(tmp_path):
     def job(comm, loader, epochs, resume):
-        checkpoints = Checkpoints(tmp_path, comm, every_steps=4)
-        make_engine(comm, checkpoints=checkpoints, resume=resume).fit(loader, epochs)
+        checkpoints = Checkpoints(tmp_path, comm, every_steps=4, resume=resume)
+        make_engine(comm, checkpoints=checkpoints).fit(loader, epochs)
 
     for _ in failures(lambda comm: job(comm, Loader(5, 4), 1, False), 2, ValueError):
         continue

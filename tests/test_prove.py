@@ -11,8 +11,9 @@ from backends.schedules import double_tree
 from backends.schedules.binomial import binomial_broadcast
 from backends.schedules.swing import swing_all_reduce
 from minidist.analysis.prove import MAX_WORLD_SIZE, Counts, prove
+from minidist.collective import COLLECTIVES, Run
 from minidist.errors import ScheduleError
-from minidist.schedule import CUT, ROOTED, Recv, Reduce, Schedule, Send, Step, num_chunks
+from minidist.schedule import Recv, Reduce, Schedule, Send, Step, num_chunks
 from tests.zoo import THEORY, Theory, two_level_theory
 
 SIZES = [*range(1, 34), pytest.param(64, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
@@ -22,28 +23,34 @@ SIZES = [*range(1, 34), pytest.param(64, marks=pytest.mark.slow), pytest.param(1
 @pytest.mark.parametrize("theory", THEORY, ids=lambda theory: theory.name)
 def test_schedules_are_right_and_cost_what_the_theory_says(theory: Theory, world_size: int) -> None:
     roots = [0]
-    if theory.collective in ROOTED:
+    if COLLECTIVES[theory.collective].is_rooted:
         roots = range(world_size) if world_size < 10 else [0, world_size // 2, world_size - 1]
     for root in roots:
-        check_costs(theory, world_size, prove(theory.schedule, theory.collective, world_size, root))
+        check_costs(theory, world_size, prove(theory.schedule, Run(theory.collective, world_size, root)))
 
 
 @pytest.mark.parametrize(("num_hosts", "ranks_per_host"), [(1, 4), (4, 1), (2, 2), (2, 3), (3, 2), (4, 8), (5, 5)])
 def test_two_levels(num_hosts: int, ranks_per_host: int) -> None:
     theory, world_size = two_level_theory(ranks_per_host), num_hosts * ranks_per_host
-    check_costs(theory, world_size, prove(theory.schedule, "all_reduce", world_size))
+    check_costs(theory, world_size, prove(theory.schedule, Run("all_reduce", world_size)))
 
 
 def check_costs(theory: Theory, world_size: int, counts: Counts) -> None:
-    parts = 1 if theory.collective == "barrier" else counts.num_chunks if theory.collective in CUT else world_size
+    parts = (
+        1
+        if theory.collective == "barrier"
+        else counts.num_chunks
+        if COLLECTIVES[theory.collective].is_cut
+        else world_size
+    )
     assert max(counts.steps) == theory.steps(world_size)
     assert sum(counts.messages) == theory.messages(world_size)
     assert sum(counts.chunks) / parts == pytest.approx(theory.volume(world_size))
 
 
 def test_counts_are_by_rank() -> None:
-    assert prove(binomial_broadcast, "broadcast", 8, 3).messages == (0, 0, 0, 3, 2, 1, 1, 0)
-    assert prove(ring_all_reduce, "all_reduce", 5).steps == (8,) * 5
+    assert prove(binomial_broadcast, Run("broadcast", 8, 3)).messages == (0, 0, 0, 3, 2, 1, 1, 0)
+    assert prove(ring_all_reduce, Run("all_reduce", 5)).steps == (8,) * 5
 
 
 def test_partners_of_swing_are_those_of_the_paper() -> None:
@@ -410,7 +417,7 @@ WRONG: list[tuple[Schedule, str, str]] = [
 )
 def test_mistakes_are_found_and_said(schedule: Schedule, collective: str, sentence: str) -> None:
     with pytest.raises(ScheduleError) as caught:
-        prove(schedule, collective, 4)
+        prove(schedule, Run(collective, 4))
     assert str(caught.value) == sentence
 
 
@@ -425,4 +432,4 @@ def test_mistakes_are_found_and_said(schedule: Schedule, collective: str, senten
 )
 def test_wrong_questions_are_refused(collective: str, world_size: int, root: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        prove(ring_all_reduce, collective, world_size, root)
+        prove(ring_all_reduce, Run(collective, world_size, root))

@@ -14,7 +14,7 @@ import torch
 
 from backends.shm.communicator import ShmCommunicator
 from backends.shm.heap import ALIGNMENT, OwnHeap, attach, available_bytes
-from backends.shm.mailbox import NUM_SLOTS, SLOT_BYTES, Letter, Mailbox, num_words
+from backends.shm.mailbox import NUM_SLOTS, SLOT_BYTES, Mailbox, Message, num_words
 from minidist.errors import BackendUnavailableError, CommError, MismatchError
 from tests.harness import run_forked
 from tests.shm_ranks import footprint
@@ -34,21 +34,21 @@ def run_ranks(what: str, tmp_path: Path, world_size: int = 2, status: int = 0) -
 
 def test_memory_goes_back_and_is_used_again() -> None:
     heap = OwnHeap()
-    first, second, third = (heap.take(1000, torch.float32, "test") for _ in range(3))
+    first, second, third = (heap.allocate(1000, torch.float32, "test") for _ in range(3))
     places = [heap.offset_of(tensor) for tensor in (first, second, third)]
     assert places == [0, ALIGNMENT, 2 * ALIGNMENT]
     view = second[10:20]
     del second
-    assert heap.offset_of(heap.take(1, torch.uint8, "test")) == 3 * ALIGNMENT, "a view still needs it"
+    assert heap.offset_of(heap.allocate(1, torch.uint8, "test")) == 3 * ALIGNMENT, "a view still needs it"
     del first, view
     gc.collect()
-    assert heap.offset_of(heap.take(2 * ALIGNMENT, torch.uint8, "test")) == 0, "two neighbours are one piece"
+    assert heap.offset_of(heap.allocate(2 * ALIGNMENT, torch.uint8, "test")) == 0, "two neighbours are one piece"
 
 
 def test_a_tensor_that_is_gone_holds_no_memory() -> None:
     heap = OwnHeap()
     before = os.fstat(heap._file).st_blocks
-    tensor = heap.take(2**24, torch.uint8, "test").fill_(1)
+    tensor = heap.allocate(2**24, torch.uint8, "test").fill_(1)
     assert os.fstat(heap._file).st_blocks * 512 >= 2**24
     del tensor
     assert os.fstat(heap._file).st_blocks == before
@@ -57,13 +57,13 @@ def test_a_tensor_that_is_gone_holds_no_memory() -> None:
 def test_too_little_memory_is_said_with_both_sizes() -> None:
     heap = OwnHeap()
     with pytest.raises(CommError, match=r"empty needs 1125899906842624 bytes of shared memory, but \d+ are available"):
-        heap.take(2**50, torch.uint8, "empty")
+        heap.allocate(2**50, torch.uint8, "empty")
     assert 0 < available_bytes() < 2**50
 
 
 def test_a_process_of_the_same_user_can_map_it_and_another_cannot() -> None:
     heap = OwnHeap()
-    tensor = heap.take(8, torch.int64, "test").fill_(7)
+    tensor = heap.allocate(8, torch.int64, "test").fill_(7)
     assert attach(heap.address).tensor(heap.offset_of(tensor), 8, torch.int64).tolist() == [7] * 8
     program = (
         "import os, sys\n"
@@ -107,11 +107,11 @@ def message(numel: int, seed: int) -> torch.Tensor:
 def test_a_message_goes_through_the_slots_in_pieces(numel: int) -> None:
     sender, receiver = two_mailboxes()
     sent, target = message(numel, 0), torch.zeros(numel, dtype=torch.uint8)
-    letter, arriving = sender.send(sent, 1, tag=3), receiver.receive(target, 0, tag=3)
+    sending, arriving = sender.send(sent, 1, tag=3), receiver.receive(target, 0, tag=3)
     for _ in range(20):
         receiver.advance()
         sender.advance()
-    assert letter.done
+    assert sending.done
     assert arriving.done
     assert torch.equal(target, sent)
 
@@ -137,14 +137,14 @@ def test_a_receive_that_comes_while_its_message_is_half_there() -> None:
     sender.send(second, 1, tag=2)
     sender.send(first, 1, tag=1)
     targets = torch.zeros_like(first), torch.zeros_like(second)
-    early = receiver.receive(targets[0], 0, tag=1)
+    expected = receiver.receive(targets[0], 0, tag=1)
     receiver.advance()  # takes in a part of the other message, which nobody has asked for
-    late = receiver.receive(targets[1], 0, tag=2)
+    unexpected = receiver.receive(targets[1], 0, tag=2)
     for _ in range(20):
         sender.advance()
         receiver.advance()
-    assert early.done
-    assert late.done
+    assert expected.done
+    assert unexpected.done
     assert torch.equal(targets[0], first)
     assert torch.equal(targets[1], second)
 
@@ -162,11 +162,58 @@ def test_a_message_of_another_size_is_an_error_of_its_receive_alone() -> None:
     assert torch.equal(target, message(4, 1))
 
 
+LARGE = 3 * NUM_SLOTS * SLOT_BYTES
+
+
+def refuse_at_once(sender: Mailbox, receiver: Mailbox) -> None:
+    receiver.receive(message(8, 9), 0, tag=2)
+    receiver.advance()
+
+
+def refuse_what_has_begun_to_come(sender: Mailbox, receiver: Mailbox) -> None:
+    receiver.receive(message(8, 9), 0, tag=1)
+    receiver.advance()
+    receiver.receive(message(8, 9), 0, tag=2)
+
+
+def refuse_two(sender: Mailbox, receiver: Mailbox) -> None:
+    """The second one is all there: what is said of it must not hide what was said of the first."""
+    receiver.receive(message(1, 9), 0, tag=1)
+    receiver.advance()
+    receiver.receive(message(8, 9), 0, tag=2)
+    receiver.receive(message(8, 9), 0, tag=0)
+
+
+@pytest.mark.parametrize("refuse", [refuse_at_once, refuse_what_has_begun_to_come, refuse_two])
+def test_a_refused_message_ends_for_its_sender_too(refuse: Callable[[Mailbox, Mailbox], None]) -> None:
+    sender, receiver = two_mailboxes()
+    sender.send(message(4, 0), 1, tag=0)
+    large, small = sender.send(message(LARGE, 0), 1, tag=2), message(5, 1)
+    later = sender.send(small, 1, tag=3)
+    refuse(sender, receiver)
+    sender.advance()
+    assert large.done
+    assert isinstance(large.error, MismatchError)
+    said = f"this rank sends {LARGE} elements of uint8, rank 1 receives 8 of uint8"
+    assert said in str(large.error)
+    target = torch.zeros_like(small)
+    arriving = receiver.receive(target, 0, tag=3)
+    for _ in range(3):
+        receiver.advance()
+        sender.advance()
+    assert later.done
+    assert later.error is None
+    assert arriving.done
+    assert torch.equal(target, small), "what was left out of the message before it is taken for this one"
+    assert not sender.has_open()
+    assert sender.has_sent(1)
+
+
 class _Watched:
-    """Memory that looks, while it is copied, whether its letter says that it is done."""
+    """Memory that looks, while it is copied, whether its message says that it is done."""
 
     def __init__(self) -> None:
-        self.letter: Letter | None = None
+        self.message: Message | None = None
         self.seen: list[bool] = []
 
     def numel(self) -> int:
@@ -176,17 +223,17 @@ class _Watched:
         return self
 
     def copy_(self, source: torch.Tensor) -> None:
-        assert self.letter is not None
-        self.seen.append(self.letter.done)
+        assert self.message is not None
+        self.seen.append(self.message.done)
 
 
 def test_a_message_is_not_done_before_its_bytes_are_there() -> None:
     sender, receiver = two_mailboxes()
     sender.send(message(4, 0), 1, tag=0)
     memory = _Watched()
-    memory.letter = receiver.receive(memory, 0, tag=0)  # type: ignore[arg-type]
+    memory.message = receiver.receive(memory, 0, tag=0)  # type: ignore[arg-type]
     receiver.advance()
-    assert memory.letter.done
+    assert memory.message.done
     assert memory.seen == [False]
 
 
@@ -256,6 +303,12 @@ def test_no_message_waits_for_a_nap(world_size: int, tmp_path: Path) -> None:
 
 def test_what_was_sent_before_close_arrives(tmp_path: Path) -> None:
     assert "all of it came" in run_ranks("send_and_close", tmp_path)
+
+
+def test_both_ends_of_a_refused_message_are_told(tmp_path: Path) -> None:
+    output = run_ranks("refuse", tmp_path)
+    assert "isend: this rank sends 1000000 elements of float32, rank 1 receives 3 of float32" in output
+    assert "irecv: rank 0 sends 1000000 elements of float32, this rank receives 3 of float32" in output
 
 
 def test_a_rank_that_cannot_take_part_is_named(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from backends.schedules import binomial, bruck, dissemination, doubling, pairwis
 from backends.two_level import two_level_all_reduce
 from minidist.analysis.network import FatTree, Flat, Hosts, Measured, Network, Slow, Torus
 from minidist.analysis.simulate import MAX_WORLD_SIZE, simulate
+from minidist.collective import Run
 from minidist.errors import ScheduleError
-from minidist.schedule import Recv, Schedule, Send, Step
+from minidist.schedule import Recv, Schedule, Send, Step, alike
 from tests.zoo import THEORY, Theory
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -64,14 +65,14 @@ def test_flat_networks_take_exactly_what_the_formulas_say(name: str, n: int) -> 
     schedule, collective, formula = (
         FORMULAS[name] if name in FORMULAS else (POWERS[name][0], "all_reduce", POWERS[name][1])
     )
-    assert simulate(schedule, n, M, FLAT, collective).seconds == formula(n)
+    assert simulate(schedule, Run(collective, n), M, FLAT).seconds == formula(n)
 
 
 @pytest.mark.parametrize("n", [3, 5, 6, 7, 12, 33])
 @pytest.mark.parametrize("name", [name for name in FORMULAS if name != "binomial"])
 def test_formulas_hold_for_other_numbers_of_ranks(name: str, n: int) -> None:
     schedule, collective, formula = FORMULAS[name]
-    assert simulate(schedule, n, M, FLAT, collective).seconds == pytest.approx(formula(n), rel=1e-12)
+    assert simulate(schedule, Run(collective, n), M, FLAT).seconds == pytest.approx(formula(n), rel=1e-12)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 7, 8])
@@ -80,14 +81,14 @@ def test_formulas_hold_for_other_numbers_of_ranks(name: str, n: int) -> None:
     "network", [FLAT, Slow(FLAT, 3, 1), Slow(FLAT, 5, 0, 1)], ids=["flat", "slow rank", "slow link"]
 )
 def test_all_ranks_at_once_take_the_same_time_as_one_by_one(network: Network, theory: Theory, n: int) -> None:
-    fast = simulate(theory.schedule, n, M, network, theory.collective)
-    slow = simulate(theory.schedule, n, M, network, theory.collective, record=True)
+    fast = simulate(theory.schedule, Run(theory.collective, n), M, network)
+    slow = simulate(theory.schedule, Run(theory.collective, n), M, network, record=True)
     assert fast.ends == pytest.approx(slow.ends, rel=1e-12)
     assert fast.num_messages == slow.num_messages == len(slow.messages) == theory.messages(n)
 
 
 def test_messages_are_recorded_with_their_times() -> None:
-    first, *_, last = simulate(ring_all_reduce, 3, 3 * 2**20, FLAT, record=True).messages
+    first, *_, last = simulate(ring_all_reduce, Run("all_reduce", 3), 3 * 2**20, FLAT, record=True).messages
     assert (first.src, first.dst, first.begins, first.ends) == (0, 1, 0.0, A + 2**20 * B)
     assert (first.sent, first.received, first.reduces, first.nbytes) == ((2,), (2,), True, 2**20)
     assert (last.src_step, last.dst_step, last.reduces) == (3, 3, False)
@@ -103,7 +104,9 @@ def shift(rank: int, world_size: int, by: int = 1) -> Iterator[Step]:
 
 
 def seconds(network: Network, world_size: int, by: int = 1, nbytes: float = M) -> float:
-    return simulate(partial(shift, by=by), world_size, nbytes * world_size, network, "all_gather", record=True).seconds
+    return simulate(
+        partial(shift, by=by), Run("all_gather", world_size), nbytes * world_size, network, record=True
+    ).seconds
 
 
 def test_half_duplex_sends_and_receives_one_after_the_other() -> None:
@@ -113,7 +116,7 @@ def test_half_duplex_sends_and_receives_one_after_the_other() -> None:
 
 def test_ranks_of_a_host_share_its_card() -> None:
     network = Hosts(4, Flat(A / 2, B / 8), Flat(A, B))
-    assert simulate(partial(shift, by=1), 4, 4 * M, network, "all_gather").seconds == A / 2 + M * B / 8
+    assert simulate(partial(shift, by=1), Run("all_gather", 4), 4 * M, network).seconds == A / 2 + M * B / 8
     assert seconds(network, 8, by=4) == A + 4 * M * B  # four messages through one card
     assert seconds(network, 8, by=1) == A + M * B  # one of each host goes out
 
@@ -122,8 +125,8 @@ def test_every_host_has_links_of_its_own_inside() -> None:
     tables = ([1e3, 1e6], [1e-5, 1e-3], [2e-5, 2e-3], [0, 0], [0, 0])
     one = Hosts(2, Measured(2, 1e-3, *tables), FLAT)
     assert seconds(one, 2) == seconds(Measured(2, 1e-3, *tables), 2)
-    pairs = simulate(doubling.recursive_doubling_all_reduce, 2, M, one).seconds
-    assert simulate(_in_pairs, 8, 8 * M, one, "all_gather", record=True).seconds == pytest.approx(pairs)
+    pairs = simulate(doubling.recursive_doubling_all_reduce, Run("all_reduce", 2), M, one).seconds
+    assert simulate(_in_pairs, Run("all_gather", 8), 8 * M, one, record=True).seconds == pytest.approx(pairs)
     assert seconds(Hosts(2, Torus(1, 2, A, B), FLAT), 4) > 0
     assert Slow(one, 2, 0).start == one.start == 1e-3
 
@@ -134,8 +137,11 @@ def _in_pairs(rank: int, world_size: int) -> Iterator[Step]:
 
 def test_two_levels_beat_a_ring_where_cards_are_shared_by_fewer_messages() -> None:
     network = Hosts(4, Flat(1e-6, 1e-12), Flat(1e-5, 1e-9))
-    ring = simulate(ring_all_reduce, 16, 2**16, network).seconds
-    assert simulate(partial(two_level_all_reduce, ranks_per_host=4), 16, 2**16, network).seconds < 0.5 * ring
+    ring = simulate(ring_all_reduce, Run("all_reduce", 16), 2**16, network).seconds
+    assert (
+        simulate(partial(two_level_all_reduce, ranks_per_host=4), Run("all_reduce", 16), 2**16, network).seconds
+        < 0.5 * ring
+    )
 
 
 @pytest.mark.parametrize("oversubscription", [1, 2, 4])
@@ -161,13 +167,14 @@ def test_a_torus_has_links_in_both_directions() -> None:
 
 def test_swing_crosses_fewer_links_than_halving_on_a_torus() -> None:
     network = Torus(1, 16, 0.0, B)
-    halving = simulate(doubling.halving_doubling_all_reduce, 16, M, network).seconds
-    assert simulate(swing.swing_all_reduce, 16, M, network).seconds < halving
+    halving = simulate(doubling.halving_doubling_all_reduce, Run("all_reduce", 16), M, network).seconds
+    assert simulate(swing.swing_all_reduce, Run("all_reduce", 16), M, network).seconds < halving
 
 
 def test_a_slow_rank_holds_up_a_ring() -> None:
     assert (
-        simulate(ring_all_reduce, 4, M, Slow(FLAT, 4, 2)).seconds > 3.5 * simulate(ring_all_reduce, 4, M, FLAT).seconds
+        simulate(ring_all_reduce, Run("all_reduce", 4), M, Slow(FLAT, 4, 2)).seconds
+        > 3.5 * simulate(ring_all_reduce, Run("all_reduce", 4), M, FLAT).seconds
     )
 
 
@@ -178,7 +185,7 @@ def test_a_measured_host_gives_back_what_was_measured() -> None:
     assert seconds(network, 2, nbytes=4e6) == pytest.approx(1e-4 + 3e-4 + 2.7e-3 / 3)
     assert seconds(network, 2, nbytes=2e7) == pytest.approx(1e-4 + 3e-3 + 2.7e-3 / 9 * 10)
     assert seconds(network, 4, nbytes=1e6) == pytest.approx(1e-4 + 4 * 3e-4 / 2)  # four messages through the host
-    done = simulate(binomial.binomial_reduce, 2, 1e6, network, "reduce")
+    done = simulate(binomial.binomial_reduce, Run("reduce", 2), 1e6, network)
     assert done.seconds == pytest.approx(1e-4 + 2e-4 + 1e-4)
 
 
@@ -213,7 +220,7 @@ def test_networks_that_mean_nothing_are_refused(make: Callable[[], Any], message
 def test_presets_are_networks(name: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         network = instantiate(compose(f"network/{name}").network)
-    assert 0 < simulate(ring_all_reduce, 16, 2**20, network).seconds < 1
+    assert 0 < simulate(ring_all_reduce, Run("all_reduce", 16), 2**20, network).seconds < 1
     assert (CONF / "network" / f"{name}.yaml").read_text().startswith("# ")
 
 
@@ -230,7 +237,7 @@ def test_presets_are_networks(name: str) -> None:
 )
 def test_wrong_questions_are_refused(world_size: int, nbytes: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        simulate(ring_all_reduce, world_size, nbytes, FLAT)
+        simulate(ring_all_reduce, Run("all_reduce", world_size), nbytes, FLAT)
 
 
 def _out_of_range(rank: int, world_size: int) -> Iterator[Step]:
@@ -239,7 +246,7 @@ def _out_of_range(rank: int, world_size: int) -> Iterator[Step]:
 
 def test_chunks_are_checked_for_all_ranks_at_once() -> None:
     with pytest.raises(ScheduleError, match="rank 0, step 0: it sends chunk 100 to rank 1, but the chunks are 0 to 3"):
-        simulate(_out_of_range, 4, M, FLAT)
+        simulate(_out_of_range, Run("all_reduce", 4), M, FLAT)
 
 
 def test_a_deadlock_is_named() -> None:
@@ -247,7 +254,7 @@ def test_a_deadlock_is_named() -> None:
         yield (Recv((rank + 1) % world_size, 0),)
 
     with pytest.raises(ScheduleError, match="deadlock: rank 0 in step 0"):
-        simulate(waits, 3, M, FLAT)
+        simulate(waits, Run("all_reduce", 3), M, FLAT)
 
 
 def test_a_schedule_that_never_ends_is_refused() -> None:
@@ -256,8 +263,56 @@ def test_a_schedule_that_never_ends_is_refused() -> None:
             yield Send((rank + 1) % world_size, rank), Recv((rank - 1) % world_size, (rank - 1) % world_size)
 
     with pytest.raises(ScheduleError, match="more than 100000 steps; does it end"):
-        simulate(endless, 2, M, FLAT)
+        simulate(endless, Run("all_reduce", 2), M, FLAT)
 
 
 def test_barriers_are_simulated() -> None:
-    assert simulate(dissemination.dissemination_barrier, 8, 0, Flat(A, B), "barrier").seconds == 3 * (A + B)
+    assert simulate(dissemination.dissemination_barrier, Run("barrier", 8), 0, Flat(A, B)).seconds == 3 * (A + B)
+
+
+@alike
+def _compares(rank: int, world_size: int) -> Iterator[Step]:
+    if rank > 0:  # which an array of ranks cannot answer
+        yield Send((rank + 1) % world_size, 0), Recv((rank - 1) % world_size, 0)
+
+
+@alike
+def _sends_twice(rank: int, world_size: int) -> Iterator[Step]:
+    yield Send((rank + 1) % world_size, 0), Send((rank - 1) % world_size, 0)
+
+
+@alike
+def _sends_elsewhere(rank: int, world_size: int) -> Iterator[Step]:
+    yield Send((rank + 1) % world_size, rank), Recv((rank + 1) % world_size, rank)
+
+
+@alike
+def _sends_what_is_not_there(rank: int, world_size: int) -> Iterator[Step]:
+    yield Send((rank + 1) % world_size, rank + 1), Recv((rank - 1) % world_size, rank)
+
+
+@alike
+def _sends_others(rank: int, world_size: int) -> Iterator[Step]:
+    yield Send((rank + 1) % world_size, rank), Recv((rank - 1) % world_size, rank)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind", "message"),
+    [
+        (_compares, ValueError, "truth value of an array"),
+        (_sends_twice, ScheduleError, "step 0: where all ranks step alike, each sends one message and receives one"),
+        (_sends_elsewhere, ScheduleError, "step 0: a rank sends to one that does not receive from it"),
+        (_sends_what_is_not_there, ScheduleError, "step 0: the chunks are 0 to 3"),
+        (_sends_others, ScheduleError, "step 0: ranks send other chunks than the ones that are expected"),
+    ],
+)
+def test_a_schedule_that_is_not_what_it_says_is_no_slow_one(
+    schedule: Schedule, kind: type[Exception], message: str
+) -> None:
+    """Its mistake is seen; it once made the simulator go through the ranks one by one, without a word."""
+    with pytest.raises(kind, match=message):
+        simulate(schedule, Run("all_reduce", 4), M, FLAT)
+
+
+def test_a_ring_of_a_thousand_ranks_is_one_array() -> None:
+    assert simulate(ring_all_reduce, Run("all_reduce", 1024), M, FLAT).num_messages == 1024 * 2 * 1023

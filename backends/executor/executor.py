@@ -51,9 +51,13 @@ class Executor:
     def __init__(
         self, transport: Inner, schedules: Mapping[str, Schedule], tag: int, segment_bytes: int, proves: bool
     ) -> None:
-        self._transport, self.schedules, self._proves = transport, schedules, proves
-        self.tag, self._segment_bytes = tag, segment_bytes
-        self._rank, self._world_size = transport.comm.rank, transport.comm.world_size
+        self._transport = transport
+        self.schedules = schedules
+        self._proves = proves
+        self.tag = tag
+        self._segment_bytes = segment_bytes
+        self._rank = transport.comm.rank
+        self._world_size = transport.comm.world_size
         self.scratch = Scratch()
         self._turn = 0
         self.plan = functools.cache(self._make_plan)
@@ -104,7 +108,9 @@ class Executor:
             output.view(-1).copy_(blocks[self._rank])
 
     def all_to_all(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        plan, sent, received = self.plan("all_to_all"), self._blocks(input), self._blocks(output)
+        plan = self.plan("all_to_all")
+        sent = self._blocks(input)
+        received = self._blocks(output)
         received[self._rank].copy_(sent[self._rank])
         num_extra = plan.num_chunks - 2 * self._world_size
         extra = self.scratch.pieces("extra", [sent[0].numel()] * num_extra, input)
@@ -132,7 +138,8 @@ class Executor:
             left = max(deadline - time.monotonic(), 1e-3)
             arrivals = self._post_receives(step, chunks, left) if early is None else early
             sent = self._post_sends(step, chunks, left)
-            early, following = None, plan.steps[number] if number < len(plan.steps) else None
+            early = None
+            following = plan.steps[number] if number < len(plan.steps) else None
             # Not where a message travels in segments: to wait for the sends here would leave no transfer to hide the
             # reductions behind.
             is_early = following is not None and following.early and len(sent) <= len(step.sends)

@@ -28,12 +28,14 @@ def messages(chunks: Sequence[Tensor], move: Transfer, segment_bytes: int) -> li
 
 def _packed(chunks: Sequence[Tensor], move: Transfer, segment_bytes: int) -> Iterator[list[Tensor]]:
     """Yield messages of several chunks each, up to ``segment_bytes``, and of parts of chunks that are larger."""
-    pieces, nbytes = list[Tensor](), 0
+    pieces = list[Tensor]()
+    nbytes = 0
     for index in indices(move.chunk):
         for piece in _segments(chunks[index], segment_bytes):
             if pieces and nbytes + piece.nbytes > segment_bytes:
                 yield _joined(pieces)
-                pieces, nbytes = [], 0
+                pieces = []
+                nbytes = 0
             pieces.append(piece)
             nbytes += piece.nbytes
     if pieces:
@@ -100,7 +102,8 @@ def store_in_order(arrivals: Sequence[Arrival], rank: int, op: ReduceOp) -> None
     all take them in the order of the ranks, the value of ``rank`` itself at its own place: those of lower ranks are
     combined in scratch, in the message that came first, until the last of them is there and the own value follows.
     """
-    both, sums = COMBINE[op], dict[int, Tensor]()
+    both = COMBINE[op]
+    sums = dict[int, Tensor]()
     # By place: how many values of lower ranks are still to come before the own one.
     lower = Counter(run.data_ptr() for arrival in arrivals if arrival.move.peer < rank for run in arrival.runs)
     for arrival in sorted(arrivals, key=lambda arrival: arrival.move.peer):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minidist.analysis.prove import prove
+from minidist.collective import Run
 from minidist.errors import ScheduleError
 from minidist.schedule import Recv, Reduce, Schedule, Send, Step, Transfer, chunks_of, indices
 
@@ -82,6 +83,6 @@ def ensure_right(schedule: Schedule, collective: str, rank: int, world_size: int
             )
         return
     try:
-        prove(schedule, collective, world_size, root=root or 0)
+        prove(schedule, Run(collective, world_size, root or 0))
     except ScheduleError as error:
         raise ScheduleError(f"the schedule is wrong on {world_size} ranks; {error}") from None

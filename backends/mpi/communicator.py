@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from backends import cores
+from backends.deadline import Deadline
 from backends.mpi import process
 from backends.scheduled import ScheduledCommunicator
 from minidist import launch
 from minidist.communicator import Communicator, ReduceOp, Work
-from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, MismatchError, PeerLostError
+from minidist.errors import BackendUnavailableError, CommError, MismatchError, PeerLostError
 
 MAX_COUNT = 2**31 - 1
 BACKGROUND_SPIN_S = 1e-4
@@ -180,28 +181,26 @@ class MpiCommunicator(ScheduledCommunicator):
 
     def _finish(self, request: Request, tensor: Tensor | None, timeout_s: float) -> None:
         self.traffic.count(0 if tensor is None else tensor.nbytes)
-        self._wait(request, time.monotonic() + timeout_s, timeout_s)
+        self._wait(request, Deadline(timeout_s))
 
-    def _wait(self, request: Request, deadline: float, timeout_s: float, peer: int | None = None) -> None:
+    def _wait(self, request: Request, deadline: Deadline, peer: int | None = None) -> None:
         spin_until = time.perf_counter() + (BACKGROUND_SPIN_S if self._progress.serving else self._spin_s)
         while time.perf_counter() < spin_until:
             if request.Test():
                 return
         while not request.Test():
-            if error := self.obstacle(deadline, timeout_s, peer):
+            if error := self.why_hopeless(peer, deadline):
                 raise error
             time.sleep(PAUSE_S)
 
-    def obstacle(self, deadline: float, timeout_s: float, peer: int | None) -> CommError | None:
-        """Return why it is hopeless to wait for ``peer``, or for all ranks, if it is."""
+    def why_hopeless(self, peer: int | None, deadline: Deadline) -> CommError | None:
+        """Return why to wait for ``peer``, None for all ranks, any longer is hopeless, if it is."""
         if self._closed:
             return CommError(self._closed)
         if gone := self._notices.needed(self._key, peer, GRACE_S):
             self._tell(*gone)  # so that those who wait for this rank hear the cause
             return PeerLostError(f"rank {gone[0]} is gone: {gone[1]}", (gone[0],))
-        if time.monotonic() > deadline:
-            return CommTimeoutError(f"no answer within {timeout_s:.3g} s; a rank did not take part")
-        return None
+        return deadline.missed_by(peer)
 
     # Life -------------------------------------------------------------------------------------
 
@@ -239,9 +238,12 @@ class _Receive:
     """The request of a receive that minds the size of what has come."""
 
     def __init__(self, comm: MpiCommunicator, tensor: Tensor, src: int, tag: int) -> None:
-        self._MPI, self._numel, self._src = comm._MPI, tensor.numel(), src
+        self._MPI = comm._MPI
+        self._numel = tensor.numel()
+        self._src = src
         self._buffer = comm._moved(tensor)
-        self._request, self._status = comm._comm.Irecv(self._buffer, src, tag), comm._MPI.Status()
+        self._request = comm._comm.Irecv(self._buffer, src, tag)
+        self._status = comm._MPI.Status()
         self._is_done = False
 
     def Test(self) -> bool:
@@ -265,19 +267,22 @@ class _MpiMessage(Work):
     def __init__(
         self, comm: MpiCommunicator, requests: list[Request], tensor: Tensor, peer: int, timeout_s: float
     ) -> None:
-        self._comm, self._requests, self._tensor, self._peer = comm, requests, tensor, peer
-        self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
+        self._comm = comm
+        self._requests = requests
+        self._tensor = tensor
+        self._peer = peer
+        self._deadline = Deadline(timeout_s)
         self._error: Exception | None = None
 
     def wait(self) -> None:
         if self._error is not None:
             raise self._error
         for request in self._requests:
-            self._comm._wait(request, self._deadline, self._timeout_s, self._peer)
+            self._comm._wait(request, self._deadline, self._peer)
         self._requests = []
 
     def is_done(self) -> bool:
-        return self._has_ended() or self._comm.obstacle(self._deadline, self._timeout_s, self._peer) is not None
+        return self._has_ended() or self._comm.why_hopeless(self._peer, self._deadline) is not None
 
     def _has_ended(self) -> bool:
         try:

@@ -16,24 +16,24 @@ them. Cost: log2(n) steps, n - 1 rows sent. On 3 ranks::
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from backends.deadline import Deadline
 from backends.executor.reductions import combine
-from backends.processes.signature import difference, pack
+from backends.processes.offer import Offer, Read
+from backends.processes.signature import difference
 from backends.scheduled import TAG, ScheduledCommunicator
-from minidist.communicator import ReduceOp
 from minidist.errors import MismatchError
 
 SMALL_BYTES = 2**11
 """What fits into a row."""
+LEAST_S = 1e-3
+"""What is left of a timeout that has run out: a transport takes no 0."""
 DATA = 64
 """Where in a row the tensor begins: after the signature, aligned for any dtype."""
-Read = tuple[Tensor, Sequence[tuple[int, int]]]
-"""A target, and the parts that are combined into it: (rank, which piece of that rank's tensor)."""
 
 
 class Agreement:
@@ -41,55 +41,45 @@ class Agreement:
 
     def __init__(self, comm: ScheduledCommunicator) -> None:
         self._comm = comm
+        self._tag = comm._tag(TAG)  # that of schedules: what runs over one transport runs in one order
         self._rows = torch.empty(comm.world_size, DATA + SMALL_BYTES, dtype=torch.uint8, device="cpu")
         self._words = self._rows.view(torch.int64)
 
-    def settle(
-        self,
-        kind: str,
-        like: Tensor,
-        source: Tensor | None,
-        reads: Iterable[Read],
-        timeout_s: float,
-        num_pieces: int = 1,
-        op: ReduceOp = ReduceOp.SUM,
-        root: int = 0,
-    ) -> float | None:
-        """Do the collective if it is small and return None, else the seconds that are left for it.
+    def settle(self, offer: Offer, reads: Iterable[Read], timeout_s: float) -> float | None:
+        """Do the collective if it is small and return None, else the seconds that are left of ``timeout_s`` for it.
 
         Args:
-            kind: its name.
-            like: what has to be as large on all ranks.
-            source: what this rank brings.
+            offer: what this rank brings.
             reads: what becomes of it, if it is small.
             timeout_s: for all of it.
-            num_pieces: how many times ``like`` it is.
-            op: of a reduction.
-            root: of what has one.
 
         Raises:
             MismatchError: another rank means to do something else.
         """
-        started, small = time.monotonic(), like.nbytes * num_pieces <= SMALL_BYTES
-        if small and source is not None:
+        deadline = Deadline(timeout_s)
+        source = offer.source
+        is_small = offer.nbytes <= SMALL_BYTES
+        if is_small and source is not None:
             self._rows[0, DATA : DATA + source.nbytes].view(source.dtype).copy_(source.view(-1))
-        self.compare(pack(kind, like.numel(), like.dtype, op, root), timeout_s)
-        if not small:
-            return max(timeout_s - (time.monotonic() - started), 1e-3)
+        self.compare(offer.signature, deadline)
+        if not is_small:
+            return deadline.left_s or LEAST_S
         for target, parts in reads:
-            combine(op, [self._piece(*part, target) for part in parts], target)
+            combine(offer.op, [self._piece(*part, target) for part in parts], target)
         self._comm.traffic.count(0 if source is None else source.nbytes)
         return None
 
-    def compare(self, word: int, timeout_s: float) -> None:
-        """Exchange the rows, and raise MismatchError if another rank's signature is not ``word``."""
-        comm, n, have, deadline = self._comm, self._comm.world_size, 1, time.monotonic() + timeout_s
+    def compare(self, word: int, deadline: Deadline) -> None:
+        """Tell all ranks what this one means to do, and raise MismatchError if another one's ``word`` differs."""
+        comm = self._comm
+        n = self._comm.world_size
         self._words[0, 0] = word
+        have = 1  # rows, of this rank and the ones after it; each step doubles them
         while have < n:
-            count, left = min(have, n - have), max(deadline - time.monotonic(), 1e-3)
-            tag = comm._tag(TAG)
-            receive = comm._irecv(self._rows[have : have + count], (comm.rank + have) % n, tag, left)
-            send = comm._isend(self._rows[:count], (comm.rank - have) % n, tag, left)
+            count = min(have, n - have)
+            left = deadline.left_s or LEAST_S
+            receive = comm._irecv(self._rows[have : have + count], (comm.rank + have) % n, self._tag, left)
+            send = comm._isend(self._rows[:count], (comm.rank - have) % n, self._tag, left)
             receive.wait()
             send.wait()
             have += count

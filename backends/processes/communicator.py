@@ -45,7 +45,8 @@ class ProcessCommunicator(ScheduledCommunicator):
         if place is None:
             place = Place(world.rank, world.world_size, self._meeting.job_store(), self._meeting.host)
         super().__init__(place.rank, place.world_size, timeout_s, segment_bytes)
-        self._store, self._num_splits = place.store, 0
+        self._store = place.store
+        self._num_splits = 0
         self._lifeline = Lifeline(place.store, place.host, self.rank, self.world_size, self._interrupt, timeout_s)
 
     def _interrupt(self) -> None:

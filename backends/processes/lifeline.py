@@ -2,11 +2,19 @@
 
 A star of TCP connections beside the data path: every rank holds one to rank 0, which passes the news on.
 A connection that ends without a farewell is a process that ended; the first such news names the cause,
-and all that follow are its consequences.
+and all that follow are its consequences::
+
+    rank 2 closes     2 -> 0   {"rank": 2}                  0 -> 1, 3   the same: rank 2 said farewell
+    rank 2 fails      2 -> 0   {"rank": 2, "lost": why}     0 -> 1, 3   the same
+    rank 2 is killed  2 -> 0   the connection ends          0 -> 1, 3   {"rank": 2, "lost": "its process ended"}
+
+To have left is not to be lost: who needs nothing of a rank any more may go on without it. So a farewell only makes the
+end of a connection harmless, and whoever finds that it still needs the rank reports it lost.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import secrets
@@ -19,12 +27,15 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from minidist.contract.forks import closed_in_forks
+from minidist.contract.forks import closed_in_forks, only_here
 from minidist.errors import CommTimeoutError, PeerLostError
 
 DIED = "its process ended"
 OVERTAKEN_S = 0.5
+"""How long worse news may come after a farewell: they take another way, over another rank's connection."""
 SEND_TIMEOUT_S = 5.0
+EXIT_S = 1.0
+"""How long a process that ends waits for what it does about a loss."""
 READ_BYTES = 2**16
 Message = dict[str, str | int]
 
@@ -53,8 +64,12 @@ class Lifeline:
         on_lost: Callable[[], None],
         timeout_s: float,
     ) -> None:
-        self.rank, self.lost, self.left = rank, dict[int, str](), set[int]()
-        self._on_lost, self._leaving = on_lost, False
+        self.rank = rank
+        self.lost: dict[int, str] = {}
+        self.left: set[int] = set()
+        self._on_lost = on_lost
+        self._acting = threading.Lock()
+        self._leaving = self._exiting = False
         self._news = threading.Condition()
         store.set_timeout(timedelta(seconds=timeout_s))
         if rank == 0:
@@ -62,6 +77,8 @@ class Lifeline:
         else:
             self._lines = {0: _connect(store, host, rank, timeout_s)}
         self._listener = threading.Thread(target=self._listen, name=f"lifeline-rank{rank}", daemon=True)
+        self._at_exit = only_here(self._finish_acting)
+        atexit.register(self._at_exit)
         self._listener.start()
 
     def report(self, rank: int, why: str) -> None:
@@ -90,6 +107,8 @@ class Lifeline:
 
     def _hang_up(self) -> None:
         """Close the connections; those of rank 0 carry the others' news until the others hang up."""
+        # The listener of rank 0 goes on in its daemon thread. If the process of rank 0 ends before the others have
+        # left, they hear no more of each other; rank 0 itself has said farewell, so its end alarms nobody.
         if self.rank != 0:
             self._leaving = True
             for line in self._lines.values():
@@ -101,13 +120,16 @@ class Lifeline:
             for rank, line in self._lines.items():
                 selector.register(line.socket, selectors.EVENT_READ, rank)
             for rank, line in self._lines.items():
-                for message in line.complete():  # came together with what was read while the ranks met
+                # What came together with the last message that was read while the ranks met is in no socket any more,
+                # so that select would not tell of it.
+                for message in line.complete():
                     self._learn(message, came_from=rank)
             while selector.get_map() and not self._leaving:
                 for key, _ in selector.select(timeout=1.0):
                     self._read(selector, key.data)
         for line in self._lines.values():
             line.socket.close()
+        atexit.unregister(self._at_exit)
 
     def _read(self, selector: selectors.BaseSelector, rank: int) -> None:
         line = self._lines[rank]
@@ -118,28 +140,49 @@ class Lifeline:
         for message in messages:
             if message is not None:
                 self._learn(message, came_from=rank)
-            elif not self._leaving:
+            elif not self._leaving:  # else it is this rank that hung up
                 selector.unregister(line.socket)
+                # A farewell comes before the end on the same connection, so by now it has been read.
                 if rank not in self.left:
                     self._learn({"rank": rank, "lost": DIED}, came_from=rank)
 
     def _learn(self, message: Message, came_from: int | None) -> None:
         """Take in a message, and pass it on if this is rank 0 or its source."""
-        rank, why = int(message["rank"]), message.get("lost")
+        rank = int(message["rank"])
+        why = message.get("lost")
         with self._news:
             if why is None:
                 self.left.add(rank)
+            # The first cause stays. That the process of a rank that left has ended is no news, but that it was needed
+            # is: a farewell does not protect from being reported lost.
             elif rank in self.lost or (rank in self.left and why == DIED):
                 return
             else:
                 self.lost[rank] = str(why)
-            # Before anybody here acts on it: what this rank then says of itself must come second.
+            # Under the lock and before anybody here acts on it: a rank that fails because of this loss aborts, and what
+            # it then says of itself must reach every other rank second, or that would be taken for the cause.
+            # The rank of which it tells need not hear it; but rank 0 has to, as it tells all others.
             for peer, line in self._lines.items():
                 if peer != came_from and (peer != rank or peer == 0):
                     line.send(message)
             self._news.notify_all()
         if why is not None and rank != self.rank:
-            self._on_lost()
+            self._act()
+
+    def _act(self) -> None:
+        """Do what is to be done about a loss; not under the lock of the news, as others go on while it lasts."""
+        with self._acting:
+            if not self._exiting:
+                self._on_lost()
+
+    def _finish_acting(self) -> None:
+        """Let no thread be inside of a library when the process ends: torch's C++ takes it for a crash to be cut off.
+
+        The connections stay as they are: that they end with the process is what the other ranks listen for.
+        """
+        self._exiting = True  # first: who gets the lock from now on does nothing with it
+        if self._acting.acquire(timeout=EXIT_S):
+            self._acting.release()
 
 
 class _Line:

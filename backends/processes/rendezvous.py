@@ -58,7 +58,8 @@ class Meeting:
 
     def locate(self, timeout_s: float) -> None:
         """Find out which ranks share a host; all ranks call it."""
-        world, store = self.world, dist.PrefixStore("hosts", self.store)
+        world = self.world
+        store = dist.PrefixStore("hosts", self.store)
         hosts = from_everyone(store, world.rank, world.world_size, launch.host_id(), timeout_s)
         self.world = launch.located(world, hosts)
 
@@ -78,7 +79,8 @@ def meet(timeout_s: float = CONNECT_S) -> Meeting:
         CommTimeoutError: not all ranks said so in time.
         CommError: this process is a fork of one of that world, which holds the one place and the one connection.
     """
-    meeting, now = _meeting(), launch.detect()
+    meeting = _meeting()
+    now = launch.detect()
     if not meeting.maker.is_here:
         if now.launcher != "alone" and (now.rank, now.world_size) == (meeting.world.rank, meeting.world.world_size):
             meeting.maker.ensure_here(f"[rank {now.rank}/{now.world_size}] rendezvous")
@@ -158,7 +160,9 @@ def own_address(host: str) -> str:
 
 def _meet_at_master(world: launch.World) -> Meeting:
     try:
-        host, port = os.environ["MASTER_ADDR"].strip("[]"), int(os.environ["MASTER_PORT"])  # [::1] as in a URL
+        # [::1] as in a URL
+        host = os.environ["MASTER_ADDR"].strip("[]")
+        port = int(os.environ["MASTER_PORT"])
     except KeyError as error:
         raise BackendUnavailableError(
             f"RANK and WORLD_SIZE are set but {error} is not; start with torchrun, or set it to rank 0's"

@@ -5,20 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minidist.collective import COLLECTIVES
 from minidist.communicator import ReduceOp
 from minidist.contract.checks import DTYPES, spell
 
-KINDS = (
-    "barrier",
-    "all_reduce",
-    "reduce",
-    "broadcast",
-    "all_gather",
-    "reduce_scatter",
-    "gather",
-    "scatter",
-    "all_to_all",
-)
+KINDS = ("barrier", *(name for name in COLLECTIVES if name != "barrier"))
+"""A collective is its place here; a barrier, which is only a meeting, is 0."""
 OPS = tuple(ReduceOp)
 MEETING = 0
 """The signature of a barrier, and of a meeting in the middle of something else."""
@@ -46,5 +38,8 @@ def _spell(word: int) -> str:
     kind = KINDS[word >> 59]
     if kind == "barrier":
         return kind
-    dtype, op, root, numel = DTYPES[word >> 55 & 15], OPS[word >> 52 & 7], word >> 40 & 0xFFF, word & (1 << 40) - 1
+    dtype = DTYPES[word >> 55 & 15]
+    op = OPS[word >> 52 & 7]
+    root = word >> 40 & 0xFFF
+    numel = word & (1 << 40) - 1
     return f"{kind} of {numel} {spell(dtype)} with op {op.name} and root {root}"

@@ -20,9 +20,10 @@ What rank 0 of 5 has in an all-gather; blocks travel to lower ranks::
 
 from collections.abc import Iterator
 
-from minidist.schedule import Recv, Send, Step, num_chunks
+from minidist.schedule import Recv, Send, Step, alike, num_chunks
 
 
+@alike
 def bruck_all_gather(rank: int, world_size: int) -> Iterator[Step]:
     """Send all that is there to rank - 1, 2, 4, ..., as one message."""
     held = 1
@@ -36,6 +37,7 @@ def bruck_all_gather(rank: int, world_size: int) -> Iterator[Step]:
 
 
 @num_chunks(lambda world_size: 3 * world_size)
+@alike
 def bruck_all_to_all(rank: int, world_size: int) -> Iterator[Step]:
     """Move the block for the rank at distance d by 1, 2, 4, ..., by every power of two that is in d."""
     distance = 1

@@ -13,9 +13,10 @@ What rank 0 of 5 has heard of::
 
 from collections.abc import Iterator
 
-from minidist.schedule import Recv, Send, Step
+from minidist.schedule import Recv, Send, Step, alike
 
 
+@alike
 def dissemination_barrier(rank: int, world_size: int) -> Iterator[Step]:
     """Signal rank + 1, 2, 4, ...: after the last step everybody has heard of everybody."""
     distance = 1

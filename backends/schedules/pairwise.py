@@ -14,11 +14,13 @@ On 4 ranks, who sends to whom::
 
 from collections.abc import Iterator
 
-from minidist.schedule import Recv, Send, Step
+from minidist.schedule import Recv, Send, Step, alike
 
 
+@alike
 def pairwise_all_to_all(rank: int, world_size: int) -> Iterator[Step]:
     """Send to rank + 1, 2, 3, ... while receiving from rank - 1, 2, 3, ..."""
     for distance in range(1, world_size):
-        dst, src = (rank + distance) % world_size, (rank - distance) % world_size
+        dst = (rank + distance) % world_size
+        src = (rank - distance) % world_size
         yield Send(dst, dst), Recv(src, world_size + src)

@@ -1,8 +1,18 @@
 """What the ranks of one host share: their heaps, and in each a place to meet, a small stage, and slots for mail.
 
 Ranks meet at one counter each: a rank adds one to its own and waits until the others' are as high. With the counter
-it publishes a *ticket*: the signature of what it means to do, and the offset of a tensor in its heap. Two tickets are
-used in turn. A rank can be one meeting ahead of another and not two, so it never overwrites what is still read.
+it publishes a *ticket*: the signature of what it means to do, and the offset of a tensor in its heap::
+
+    rank 0   count 4   tickets | of meeting 4 | of meeting 3 |     has come to the next meeting and waits there
+    rank 1   count 3   tickets | of meeting 2 | of meeting 3 |     still reads the tickets of meeting 3
+
+Two tickets are used in turn. A rank can be one meeting ahead of another and not two: it leaves meeting 4 when rank 1
+has come there, and so has read what it wanted of meeting 3. So it never overwrites what is still read. That holds for
+all that is used in turn: what a rank writes before a meeting, others may read until they come to the next one.
+
+Nothing here is locked. What makes it right is that on x86-64 a core's stores are seen in their order, and its loads are
+done in theirs: who sees a counter sees the ticket that was written before it, and the tensor before that. (Streaming
+stores, which a large memcpy uses, are the exception; it ends with a fence for that reason.)
 """
 
 from __future__ import annotations
@@ -12,12 +22,14 @@ import json
 import secrets
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from backends import cores
+from backends.deadline import Deadline
 from backends.processes.signature import MEETING, difference
 from backends.shm import mailbox
 from backends.shm.doorbell import Doorbell
@@ -26,17 +38,48 @@ from backends.shm.mailbox import LINE, Mailbox
 from minidist import launch
 from minidist.errors import BackendUnavailableError, MismatchError
 
+BLOCK_BYTES = 2**17
+"""What is added at a time: two or three such blocks stay in a core's cache."""
 INLINE_BYTES = 2**14
 """What is so small that copying it costs less than a second meeting."""
 STAGE_BYTES = 2**22
 """Twice as much per rank: in smaller ones ranks spend more time on meetings, larger ones gained nothing."""
-BELL, COUNT, TICKET, SECRET = 0, LINE, 2 * LINE, 3 * LINE
+BELL = 0
+COUNT = LINE
+TICKET = 2 * LINE
+SECRET = 3 * LINE
 """Words of a rank: its bell, its counter, two tickets, and a number that shows whose heap it is."""
 NUM_WORDS = 4 * LINE
 NOWHERE = -1
 """The offset of a tensor that is not in shared memory."""
 POLL_S = 0.002
-Obstacle = Callable[[int, float], Exception | None]
+WhyHopeless = Callable[[int, Deadline], Exception | None]
+
+
+class _Places(NamedTuple):
+    """Where in every heap is what all ranks share.
+
+    No rank tells another where that is. A fresh heap hands out memory from its beginning, and every rank asks for the
+    same sizes in the same order before anything else, so all of them find the same places. Tensors come later, and at
+    places that only their rank knows; tickets tell of them.
+    """
+
+    words: int
+    mail_words: int
+    inline: int
+    stage: int
+    slots: int
+
+    @classmethod
+    def reserved_in(cls, heap: OwnHeap, world_size: int) -> _Places:
+        sizes = (
+            8 * NUM_WORDS,
+            8 * mailbox.num_words(world_size),
+            2 * INLINE_BYTES,
+            2 * STAGE_BYTES,
+            mailbox.num_bytes(world_size),
+        )
+        return cls(*(heap.reserve(size, "shm")[0] for size in sizes))
 
 
 class Arena:
@@ -45,8 +88,8 @@ class Arena:
     Args:
         rank, world_size: place in the group.
         store: a store for the ranks of this group alone.
-        obstacle: called with a rank that is waited for and a deadline; returns why that is hopeless, if it is.
-        deadline: for all ranks to come, on the clock of ``time.monotonic()``.
+        why_hopeless: called with a rank that is waited for and a deadline; returns why that is hopeless, if it is.
+        deadline: for all ranks to come.
         local_world_size: how many ranks of the whole job share this host.
 
     Attributes:
@@ -60,55 +103,59 @@ class Arena:
         rank: int,
         world_size: int,
         store: dist.Store,
-        obstacle: Obstacle,
-        deadline: float,
+        why_hopeless: WhyHopeless,
+        deadline: Deadline,
         local_world_size: int,
     ) -> None:
-        self.rank, self.world_size, self._obstacle = rank, world_size, obstacle
+        self.rank = rank
+        self.world_size = world_size
+        self._why_hopeless = why_hopeless
         self.heap = OwnHeap()
-        # The first memory of every heap, so that it lies at the same place in all of them.
-        control, self._inline, self._stage, slots = (
-            self.heap.reserve(size, "shm")[0]
-            for size in (
-                8 * (NUM_WORDS + mailbox.num_words(world_size)),
-                2 * INLINE_BYTES,
-                2 * STAGE_BYTES,
-                mailbox.num_bytes(world_size),
-            )
-        )
-        self.heaps = self._map_heaps(store, control, deadline, local_world_size)
-        words = [heap.words(control, NUM_WORDS) for heap in self.heaps]
-        self._own, self._count = words[rank], 0
-        self._others = [(peer, words[peer]) for peer in range(world_size) if peer != rank]
-        bells = [word[BELL : BELL + 2] for word in words]
-        self._bell = Doorbell(rank, bells, [heap.base + control for heap in self.heaps], self.cores_per_rank > 0)
-        self.mail = Mailbox(
-            rank,
-            [heap.words(control + 8 * NUM_WORDS, mailbox.num_words(world_size)) for heap in self.heaps],
-            [heap.tensor(slots, mailbox.num_bytes(world_size), torch.uint8) for heap in self.heaps],
-            self._bell.ring,
-        )
-        self._bell.expects_mail = self.mail.has_open
+        self._places = places = _Places.reserved_in(self.heap, world_size)
+        self.heaps, hosts = self._map_heaps(store, deadline)
+        self.cores_per_rank = cores.per_rank(hosts, rank, local_world_size)
         self.view = functools.lru_cache(4096)(functools.partial(_view, self.heaps))
-        self.meet(MEETING, NOWHERE, deadline)  # a rank that closed at once would take the address of its heap along
+        words = [heap.words(places.words, NUM_WORDS) for heap in self.heaps]
+        self._own = words[rank]
+        self._others = [(peer, words[peer]) for peer in range(world_size) if peer != rank]
+        self._count = 0
+        bells = [word[BELL : BELL + 2] for word in words]
+        addresses = [heap.base + places.words + 8 * BELL for heap in self.heaps]
+        self._bell = Doorbell(rank, bells, addresses, self.cores_per_rank > 0)
+        self.mail = self._make_mailbox()
+        self._bell.expects_mail = self.mail.has_open
+        # A heap is mapped by an address that holds while its rank has its file open, so nobody may close before all
+        # have mapped all; a rank that closed at once would else be missing to the slower ones.
+        self.meet(MEETING, NOWHERE, deadline)
 
-    def _map_heaps(self, store: dist.Store, control: int, deadline: float, local_world_size: int) -> list[Heap]:
-        self.heap.words(control, NUM_WORDS)[SECRET] = secret = secrets.randbits(62)
+    def _map_heaps(self, store: dist.Store, deadline: Deadline) -> tuple[list[Heap], list[cores.Cores]]:
+        """Map the heaps of all ranks; return them, and the cores of all ranks."""
+        # The address names a process by its number, which another process, or one in another container, may have too.
+        # What is at the address has to know the secret, or ranks would write into memory of a stranger.
+        secret = secrets.randbits(62)
+        self.heap.words(self._places.words, NUM_WORDS)[SECRET] = secret
         store.set(f"shm{self.rank}", json.dumps((self.heap.address, secret, cores.here())))
-        heaps, places = list[Heap](), list[cores.Cores]()
+        heaps = list[Heap]()
+        hosts = list[cores.Cores]()
         for rank in range(self.world_size):
             while not store.check([f"shm{rank}"]):
-                if error := self._obstacle(rank, deadline):
+                if error := self._why_hopeless(rank, deadline):
                     raise error
                 time.sleep(POLL_S)
-            address, expected, place = json.loads(store.get(f"shm{rank}"))
+            address, expected, host = json.loads(store.get(f"shm{rank}"))
             heap = self.heap if rank == self.rank else attach(address)
-            if heap.words(control, NUM_WORDS)[SECRET] != expected:
+            if heap.words(self._places.words, NUM_WORDS)[SECRET] != expected:
                 raise unreachable("it belongs to somebody else")
             heaps.append(heap)
-            places.append(place)
-        self.cores_per_rank = cores.per_rank(places, self.rank, local_world_size)
-        return heaps
+            hosts.append(host)
+        return heaps, hosts
+
+    def _make_mailbox(self) -> Mailbox:
+        size = mailbox.num_words(self.world_size)
+        words = [heap.words(self._places.mail_words, size) for heap in self.heaps]
+        nbytes = mailbox.num_bytes(self.world_size)
+        slots = [heap.tensor(self._places.slots, nbytes, torch.uint8) for heap in self.heaps]
+        return Mailbox(self.rank, words, slots, self._bell.ring)
 
     @property
     def turn(self) -> int:
@@ -117,46 +164,51 @@ class Arena:
 
     def inline(self, turn: int) -> int:
         """Return the offset of the memory, INLINE_BYTES, that a rank fills before the meeting of this turn."""
-        return self._inline + turn * INLINE_BYTES
+        return self._places.inline + turn * INLINE_BYTES
 
     def stage(self, turn: int) -> int:
         """Return the offset of one of the two stages, STAGE_BYTES each."""
-        return self._stage + turn * STAGE_BYTES
+        return self._places.stage + turn * STAGE_BYTES
 
-    def meet(self, signature: int, offset: int, deadline: float) -> None:
+    def meet(self, signature: int, offset: int, deadline: Deadline) -> None:
         """Wait until every rank has come here as often; what it wrote before is then visible.
 
         Raises:
             MismatchError: a rank came with another signature.
         """
-        own, ticket = self._own, TICKET + 2 * self.turn
-        own[ticket], own[ticket + 1] = signature, offset
-        own[COUNT] = self._count = count = self._count + 1
+        own = self._own
+        ticket = TICKET + 2 * self.turn
+        own[ticket] = signature
+        own[ticket + 1] = offset
+        own[COUNT] = self._count = count = self._count + 1  # after the ticket, and before the bells
         self._bell.ring_all()
         for peer, words in self._others:
             if words[COUNT] < count:
                 self.wait_until(functools.partial(_has_come, words, count), peer, deadline)
+            # Read only now: before its rank had come it was the ticket of two meetings ago. Each rank compares with
+            # each other one, so that all raise although none tells another what it found.
             if words[ticket] != signature:
                 raise MismatchError(difference(self.rank, signature, peer, words[ticket]))
 
-    def exchange(self, signature: int, offset: int, deadline: float) -> tuple[int, ...]:
+    def gather_offsets(self, signature: int, offset: int, deadline: Deadline) -> tuple[int, ...]:
         """Meet, and return the offsets that the ranks came with."""
-        ticket = TICKET + 1 + 2 * self.turn
+        ticket = TICKET + 1 + 2 * self.turn  # of this meeting, which ends this turn
         self.meet(signature, offset, deadline)
         offsets = [words[ticket] for _, words in self._others]
         offsets.insert(self.rank, offset)
         return tuple(offsets)
 
     def wait_until(
-        self, ready: Callable[[], bool], peer: int, deadline: float, obstacle: Obstacle | None = None
+        self, ready: Callable[[], bool], peer: int, deadline: Deadline, why_hopeless: WhyHopeless | None = None
     ) -> None:
         """Wait for something that ``peer`` has to do; meanwhile, move messages that can be moved."""
 
-        def hopeless() -> Exception | None:
+        def before_sleep() -> Exception | None:
+            # All of this process: the peer may wait for a message on another communicator before it comes here.
             mailbox.advance_all()
-            return (obstacle or self._obstacle)(peer, deadline)
+            return (why_hopeless or self._why_hopeless)(peer, deadline)
 
-        self._bell.wait(ready, hopeless)
+        self._bell.wait(ready, before_sleep)
 
     def close(self) -> None:
         """Give back the address of the heap; its memory goes when nothing in it is used any more."""

@@ -34,7 +34,8 @@ class Heap:
     def __init__(self, file: int, size: int) -> None:
         self._map = mmap.mmap(file, size)
         self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
-        self.base, self.size = self.memory.data_ptr(), size
+        self.base = self.memory.data_ptr()
+        self.size = size
 
     def words(self, start: int, count: int) -> memoryview:
         """Return ``count`` integers of 8 bytes that begin at byte ``start``; each is read and written at once."""
@@ -75,7 +76,7 @@ class OwnHeap(Heap):
         # Tensors die at any moment, also while `_free` is being changed; what they leave is collected here.
         self._returned: deque[tuple[int, int]] = deque()
 
-    def take(self, numel: int, dtype: torch.dtype, purpose: str) -> Tensor:
+    def allocate(self, numel: int, dtype: torch.dtype, purpose: str) -> Tensor:
         """Return a tensor of ``numel`` elements in memory of its own.
 
         Raises:
@@ -84,6 +85,9 @@ class OwnHeap(Heap):
         if numel == 0:
             return torch.empty(0, dtype=dtype, device="cpu")
         start, length = self.reserve(numel * dtype.itemsize, purpose)
+        # The storage of the tensor holds the view, and so do all tensors that share it: the last of them lets it go.
+        # The finalizer acts in this process only: a fork has the same file mapped, and a worker of a DataLoader that
+        # dropped its copy of the tensor would empty it for the rank. At exit the pages go with the file.
         view = memoryview(self._map)[start : start + numel * dtype.itemsize]
         weakref.finalize(view, only_here(_give_back), self._map, start, length, self._returned).atexit = False
         return torch.frombuffer(view, dtype=dtype)
@@ -98,6 +102,7 @@ class OwnHeap(Heap):
         Raises:
             CommError: there is not enough memory.
         """
+        # In the thread that takes memory: a finalizer may run in any, and in the middle of what is done here.
         while self._returned:
             self._insert(*self._returned.popleft())
         length = -(-nbytes // ALIGNMENT) * ALIGNMENT
@@ -124,6 +129,7 @@ class OwnHeap(Heap):
 
 
 def _give_back(memory: mmap.mmap, start: int, length: int, returned: deque[tuple[int, int]]) -> None:
+    # In this order: once it is returned it may be taken again, and would lose what is written into it.
     memory.madvise(mmap.MADV_REMOVE, start, length)
     returned.append((start, length))
 

@@ -20,10 +20,13 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from backends.contact import ContactLostError
-from backends.processes.agreement import Agreement
+from backends.deadline import Deadline
+from backends.processes.agreement import LEAST_S, Agreement
 from backends.processes.communicator import Place, ProcessCommunicator
+from backends.processes.offer import Offer
 from backends.processes.rendezvous import from_everyone
 from backends.processes.signature import MEETING, pack
+from minidist.collective import COLLECTIVES
 from minidist.communicator import ReduceOp, Work
 from minidist.contract.forks import kept_in_forks
 from minidist.errors import CommError, CommTimeoutError
@@ -34,8 +37,6 @@ OPS = {
     ReduceOp.MAX: dist.ReduceOp.MAX,
     ReduceOp.PRODUCT: dist.ReduceOp.PRODUCT,
 }
-IN_PLACE = ("all_reduce", "reduce", "broadcast")
-"""The collectives on one tensor; the others have blocks."""
 NEWS_S = 3.0
 """How long to wait for the name of the rank that is gone, after the data path broke."""
 
@@ -164,55 +165,57 @@ class GlooCommunicator(TorchDistCommunicator):
     # Collectives ------------------------------------------------------------------------------
 
     def _agree(self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: int, timeout_s: float) -> float:
-        numel = sum(chunk.numel() for chunk in chunks) if collective in IN_PLACE else chunks[0].numel()
-        started = time.monotonic()
-        self._agreement.compare(pack(collective, numel, chunks[0].dtype, op, root), timeout_s)
-        return max(timeout_s - (time.monotonic() - started), 1e-3)
+        numel = sum(chunk.numel() for chunk in chunks) if COLLECTIVES[collective].is_cut else chunks[0].numel()
+        deadline = Deadline(timeout_s)
+        self._agreement.compare(pack(collective, numel, chunks[0].dtype, op, root), deadline)
+        return deadline.left_s or LEAST_S
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:
         reads = [(tensor, self._everyone)]
-        if left := self._agreement.settle("all_reduce", tensor, tensor, reads, timeout_s, op=op):
+        if left := self._agreement.settle(Offer("all_reduce", tensor, tensor, op=op), reads, timeout_s):
             super()._all_reduce(tensor, op, left)
 
     def _reduce(self, tensor: Tensor, dst: int, op: ReduceOp, timeout_s: float) -> None:
         reads = [(tensor, self._everyone)] if self.rank == dst else []
-        if left := self._agreement.settle("reduce", tensor, tensor, reads, timeout_s, op=op, root=dst):
+        if left := self._agreement.settle(Offer("reduce", tensor, tensor, op=op, root=dst), reads, timeout_s):
             super()._reduce(tensor, dst, op, left)
 
     def _broadcast(self, tensor: Tensor, src: int, timeout_s: float) -> None:
         reads = [] if self.rank == src else [(tensor, [(src, 0)])]
-        if left := self._agreement.settle("broadcast", tensor, tensor, reads, timeout_s, root=src):
+        if left := self._agreement.settle(Offer("broadcast", tensor, tensor, root=src), reads, timeout_s):
             super()._broadcast(tensor, src, left)
 
     def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
         reads = zip(self._blocks_of(output), self._each(0), strict=True)
-        if left := self._agreement.settle("all_gather", input, input, reads, timeout_s):
+        if left := self._agreement.settle(Offer("all_gather", input, input), reads, timeout_s):
             super()._all_gather(output, input, left)
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
         reads = [(output, [(rank, self.rank) for rank in range(self.world_size)])]
-        if left := self._agreement.settle("reduce_scatter", output, input, reads, timeout_s, self.world_size, op):
+        if left := self._agreement.settle(
+            Offer("reduce_scatter", output, input, self.world_size, op), reads, timeout_s
+        ):
             super()._reduce_scatter(output, input, op, left)
 
     def _gather(self, output: Tensor | None, input: Tensor, dst: int, timeout_s: float) -> None:
         reads = [] if output is None else zip(self._blocks_of(output), self._each(0), strict=True)
-        if left := self._agreement.settle("gather", input, input, reads, timeout_s, root=dst):
+        if left := self._agreement.settle(Offer("gather", input, input, root=dst), reads, timeout_s):
             super()._gather(output, input, dst, left)
 
     def _scatter(self, output: Tensor, input: Tensor | None, src: int, timeout_s: float) -> None:
         reads = [(output, [(src, self.rank)])]
-        if left := self._agreement.settle("scatter", output, input, reads, timeout_s, self.world_size, root=src):
+        if left := self._agreement.settle(Offer("scatter", output, input, self.world_size, root=src), reads, timeout_s):
             super()._scatter(output, input, src, left)
 
     def _all_to_all(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
         chunks = self._blocks_of(output)
         reads = zip(chunks, self._each(self.rank), strict=True)
-        if left := self._agreement.settle("all_to_all", chunks[0], input, reads, timeout_s, self.world_size):
+        if left := self._agreement.settle(Offer("all_to_all", chunks[0], input, self.world_size), reads, timeout_s):
             super()._all_to_all(output, input, left)
 
     def _barrier(self, timeout_s: float) -> None:
         self.traffic.count(0)
-        self._agreement.compare(MEETING, timeout_s)
+        self._agreement.compare(MEETING, Deadline(timeout_s))
 
     def _each(self, piece: int) -> list[list[tuple[int, int]]]:
         """Return, for each rank, a piece of its tensor alone."""
@@ -233,8 +236,12 @@ class _GlooMessage(Work):
     """A send or receive. Gloo says only to one who waits whether it has ended, so who polls has a thread that waits."""
 
     def __init__(self, comm: GlooCommunicator, work: Any, tensor: Tensor, peer: int, timeout_s: float) -> None:
-        self._comm, self._work, self._tensor, self._peer = comm, work, tensor, peer
-        self._deadline, self._timeout_s = time.monotonic() + timeout_s, timeout_s
+        self._comm = comm
+        self._work = work
+        self._tensor = tensor
+        self._peer = peer
+        self._deadline = time.monotonic() + timeout_s
+        self._timeout_s = timeout_s
         self._done = False
         self._ended: Future[None] | None = None
 

@@ -42,7 +42,8 @@ class NcclCommunicator(TorchDistCommunicator):
 
     @classmethod
     def check_available(cls) -> None:
-        num_gpus, num_ranks = torch.cuda.device_count(), launch.detect().local_world_size
+        num_gpus = torch.cuda.device_count()
+        num_ranks = launch.detect().local_world_size
         if not torch.cuda.is_available() or not dist.is_nccl_available():
             raise BackendUnavailableError(
                 "nccl needs an NVIDIA GPU that torch can use, and here is none; use comm=gloo"
@@ -108,7 +109,10 @@ class _StreamWork(Work):
     def __init__(
         self, comm: NcclCommunicator, run: Callable[[], None], works: list[tuple[Any, float]], done: torch.cuda.Event
     ) -> None:
-        self._comm, self._run, self._works, self._event = comm, run, works, done
+        self._comm = comm
+        self._run = run
+        self._works = works
+        self._event = done
         self._error: CommError | None = None
 
     def wait(self) -> None:
@@ -151,7 +155,8 @@ class _Batch(Work):
     """
 
     def __init__(self, comm: NcclCommunicator, place: int) -> None:
-        self._comm, self._place = comm, place
+        self._comm = comm
+        self._place = place
         self._messages: list[tuple[Callable[..., Any], Tensor, int]] = []
         self._timeout_s = 0.0
         self.work: Any = None
@@ -167,7 +172,8 @@ class _Batch(Work):
         if self.work is not None or not self._messages:
             return
         self._comm._batches[self._place] = _Batch(self._comm, self._place)
-        group, device = self._comm._group, torch.device("cuda", torch.cuda.current_device())
+        group = self._comm._group
+        device = torch.device("cuda", torch.cuda.current_device())
         group._start_coalescing(device)
         for start, tensor, peer in self._messages:
             start([tensor], peer, 0)
@@ -190,7 +196,9 @@ class _NcclMessage(Work):
     """A message of the user: who waits for it waits until it has come, or until its time is up."""
 
     def __init__(self, comm: NcclCommunicator, batch: _Batch, timeout_s: float) -> None:
-        self._comm, self._batch, self._deadline = comm, batch, time.monotonic() + timeout_s
+        self._comm = comm
+        self._batch = batch
+        self._deadline = time.monotonic() + timeout_s
         self._error: Exception | None = None
 
     def wait(self) -> None:

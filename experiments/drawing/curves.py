@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from minidist.analysis.network import Network
 from minidist.analysis.simulate import simulate
+from minidist.collective import Run
 from minidist.schedule import Schedule
 
 _TIE = 1 + 1e-9
@@ -44,7 +45,8 @@ class Curves:
 
     def crossovers(self) -> list[Crossover]:
         """Return where the fastest algorithm changes, ascending; where two are equal, nothing changes."""
-        found, before = [], self.fastest()
+        found = []
+        before = self.fastest()
         for index in range(1, len(self.xs)):
             after = self._fastest(index, before)
             if after != before:
@@ -69,7 +71,8 @@ class Curves:
         """Cut the two straight lines that join the samples before and at ``index`` in logarithms."""
         x0, x1 = (math.log(x) for x in self.xs[index - 1 : index + 1])
         old, new = ([math.log(time) for time in self.seconds[name][index - 1 : index + 1]] for name in (before, after))
-        ahead, behind = new[0] - old[0], old[1] - new[1]
+        ahead = new[0] - old[0]
+        behind = old[1] - new[1]
         part = max(ahead, 0.0) / (max(ahead, 0.0) + behind)
         return Crossover(math.exp(x0 + part * (x1 - x0)), math.exp(old[0] + part * (old[1] - old[0])), before, after)
 
@@ -84,7 +87,7 @@ def over_sizes(
     """Return what the algorithms take at each size in bytes, on one number of ranks; see `simulate` for the rest."""
 
     def seconds(schedule: Schedule) -> list[float]:
-        return [simulate(schedule, world_size, size, network, collective, root).seconds for size in sizes]
+        return [simulate(schedule, Run(collective, world_size, root), size, network).seconds for size in sizes]
 
     return Curves(sizes, {name: seconds(schedule_of(world_size)) for name, schedule_of in algorithms.items()})
 
@@ -95,6 +98,6 @@ def over_ranks(
     """Return what the algorithms take on each number of ranks, at one size; see `simulate` for the rest."""
 
     def seconds(schedule_of: Callable[[int], Schedule]) -> list[float]:
-        return [simulate(schedule_of(count), count, nbytes, network, collective, root).seconds for count in counts]
+        return [simulate(schedule_of(count), Run(collective, count, root), nbytes, network).seconds for count in counts]
 
     return Curves(counts, {name: seconds(schedule_of) for name, schedule_of in algorithms.items()})

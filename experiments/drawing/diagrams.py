@@ -71,7 +71,8 @@ def chunk_colours(count: int) -> list[str]:
 
 def spell_chunks(message: Message) -> str:
     """Return the chunks of a message in few characters: ``3``, ``0-3``, ``0,2``, ``1→5`` where they change places."""
-    sent, received = _spell(message.sent), _spell(message.received)
+    sent = _spell(message.sent)
+    received = _spell(message.received)
     return sent if sent == received else f"{sent}→{received}"
 
 
@@ -103,7 +104,8 @@ def draw_curves(path: Path, title: str, names: tuple[str, str], by_size: Curves,
 def spell_bytes(nbytes: float) -> str:
     """Return a size in three digits: ``512 B``, ``1.5 KiB``, ``64 MiB``."""
     power = min(max(int(math.log2(max(nbytes, 1)) + 0.001) // 10, 0), 4)
-    value, unit = nbytes / 1024**power, ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    value = nbytes / 1024**power
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
     return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
@@ -145,7 +147,8 @@ def _draw_ranks(axes: Axes, world_size: int, ends: Sequence[float], last: float)
 
 
 def _draw_message(axes: Axes, message: Message, scale: float, colour: str) -> None:
-    start, end = (message.src, message.begins * scale), (message.dst, message.ends * scale)
+    start = (message.src, message.begins * scale)
+    end = (message.dst, message.ends * scale)
     style = REDUCED if message.reduces else OVERWRITTEN
     axes.plot(*zip(start, end, strict=True), color=colour, linewidth=1.5, linestyle=style, zorder=2, gid="message")
     # A head of its own, as that of a dashed arrow would be dashed, too.
@@ -158,7 +161,8 @@ def _draw_labels(axes: Axes, messages: Sequence[Message], scale: float, colours:
     """Write the chunks on the arrows, where there is room that no other label takes."""
     taken: list[tuple[float, float, float]] = []
     for message in messages:
-        text, colour = spell_chunks(message), colours[_first(message)]
+        text = spell_chunks(message)
+        colour = colours[_first(message)]
         width = 0.1 + 0.06 * len(text)
         for x, y in _places(message, scale):
             if all(abs(x - x0) > (width + width0) / 2 or abs(y - y0) > height for x0, y0, width0 in taken):
@@ -170,7 +174,8 @@ def _draw_labels(axes: Axes, messages: Sequence[Message], scale: float, colours:
 
 def _places(message: Message, scale: float) -> Iterator[tuple[float, float]]:
     """Yield points of an arrow, those first that are near its sender, where arrows have not crossed."""
-    ranks, times = message.dst - message.src, (message.ends - message.begins) * scale
+    ranks = message.dst - message.src
+    times = (message.ends - message.begins) * scale
     for way in (0.36, 0.55, 0.75, 0.22):
         part = min(way / abs(ranks), 0.8)
         yield message.src + part * ranks, message.begins * scale + part * times
@@ -203,7 +208,8 @@ def _draw_lines(axes: Axes, curves: Curves) -> None:
 
 
 def _label_crossovers(axes: Axes, curves: Curves, spell: Callable[[float], str]) -> None:
-    first, last = math.log(curves.xs[0]), math.log(curves.xs[-1])
+    first = math.log(curves.xs[0])
+    last = math.log(curves.xs[-1])
     for number, crossover in enumerate(curves.crossovers()):
         at = (crossover.x, crossover.seconds)
         axes.plot(*at, marker="D", markersize=7, color="black", fillstyle="none", zorder=5)

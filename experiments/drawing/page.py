@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.drawing.diagrams import chunk_colours, spell_chunks, spell_seconds
-from minidist.analysis.execution import Rank
+from minidist.analysis.execution import RankState
 from minidist.analysis.prove import Held, Value, prove
 from minidist.analysis.simulate import Message
+from minidist.collective import Run
 from minidist.schedule import Schedule, Step, chunks_of, num_chunks
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -52,7 +53,7 @@ class Frame:
     changes: list[Change] = field(default_factory=list)
 
 
-def frames(schedule: Schedule, collective: str, world_size: int, root: int, messages: Sequence[Message]) -> list[Frame]:
+def frames(schedule: Schedule, run: Run, messages: Sequence[Message]) -> list[Frame]:
     """Return the start, and then one frame per step.
 
     Where all ranks take all steps together, these are the ranks' own steps. Elsewhere a message is shown as early as
@@ -60,18 +61,16 @@ def frames(schedule: Schedule, collective: str, world_size: int, root: int, mess
 
     Args:
         schedule: what is proved, which gives the holdings.
-        collective: one of COLLECTIVES.
-        world_size: how many ranks there are.
-        root: of a rooted collective.
+        run: the collective and its ranks.
         messages: of the same schedule, in the order in which they began.
 
     Raises:
         ScheduleError: the schedule is wrong.
     """
     shown: list[Frame] = [Frame()]
-    ends = [0] * world_size
+    ends = [0] * run.world_size
     """The frame in which each rank ended its last step."""
-    step_ends = {(rank, -1): 0 for rank in range(world_size)}
+    step_ends = {(rank, -1): 0 for rank in range(run.world_size)}
     begins: dict[tuple[int, int], int] = {}
     for message in messages:
         places = ((message.src, message.src_step), (message.dst, message.dst_step))
@@ -81,26 +80,25 @@ def frames(schedule: Schedule, collective: str, world_size: int, root: int, mess
             step_ends[place] = max(step_ends.get(place, 0), number)
         shown.extend(Frame() for _ in range(number + 1 - len(shown)))
         shown[number].messages.append(message)
-    for place, change in _changes(schedule, collective, world_size, root):
+    for place, change in _changes(schedule, run):
         if place in step_ends:  # nothing changes in a step without a message
             shown[step_ends[place]].changes.append(change)
     return shown
 
 
-def write_page(path: Path, title: str, collective: str, world_size: int, shown: Sequence[Frame]) -> None:
+def write_page(path: Path, title: str, run: Run, shown: Sequence[Frame]) -> None:
     """Write the page of some frames.
 
     Args:
         path: of the HTML file.
         title: its heading.
-        collective: one of COLLECTIVES.
-        world_size: how many ranks there are.
+        run: the collective and its ranks.
         shown: from `frames`.
     """
     rows = sorted({change.chunk for frame in shown for change in frame.changes})
     data = {
-        "collective": collective,
-        "worldSize": world_size,
+        "collective": run.name,
+        "worldSize": run.world_size,
         "rows": rows,
         "colours": chunk_colours(1 + max(rows, default=0)),
         "frames": [_packed(frame) for frame in shown],
@@ -123,45 +121,31 @@ def _packed(frame: Frame) -> dict[str, Any]:
     }
 
 
-def _changes(
-    schedule: Schedule, collective: str, world_size: int, root: int
-) -> Iterator[tuple[tuple[int, int], Change]]:
+def _changes(schedule: Schedule, run: Run) -> Iterator[tuple[tuple[int, int], Change]]:
     """Yield (rank, step) and what it changed; step -1 is the start."""
     now: dict[tuple[int, int], Value] = {}
     changes: list[tuple[tuple[int, int], int, Value]] = []
 
-    def observe(rank: Rank, held: Held) -> None:
+    def observe(rank: RankState, held: Held) -> None:
         for chunk in range(count):
             place = rank.rank, chunk
             if rank.step >= 0 and place in held and (place not in now or now[place].counts != held[place].counts):
                 now[place] = held[place]
                 changes.append(((rank.rank, rank.step - 1), chunk, held[place]))
 
-    count = chunks_of(schedule, collective, world_size)
-    prove(_from_the_start(schedule, collective, world_size), collective, world_size, root, observe)
+    count = chunks_of(schedule, run.name, run.world_size)
+    prove(_from_the_start(schedule, count), run, observe)
     for (rank, step), chunk, value in changes:
-        promised = _is_promised(collective, world_size, root, rank, chunk)
-        complete = promised and value.counts == now[rank, chunk].counts
+        promised = run.collective.ends(run, rank, chunk)
+        complete = promised is not None and value.counts == now[rank, chunk].counts
         yield (rank, step), Change(rank, chunk, complete, sorted(value.contributions()))
 
 
-def _from_the_start(schedule: Schedule, collective: str, world_size: int) -> Schedule:
+def _from_the_start(schedule: Schedule, count: int) -> Schedule:
     """Return the schedule with an empty step before its first, after which the prover shows what ranks begin with."""
 
     def steps(*args: int) -> Iterator[Step]:
         yield ()
         yield from schedule(*args)
 
-    return num_chunks(chunks_of(schedule, collective, world_size))(steps)
-
-
-def _is_promised(collective: str, world_size: int, root: int, rank: int, chunk: int) -> bool:
-    """Whether the collective says what this chunk holds in the end."""
-    match collective:
-        case "reduce" | "gather":
-            return rank == root
-        case "reduce_scatter" | "scatter":
-            return rank == chunk
-        case "all_to_all":
-            return world_size <= chunk < 2 * world_size
-    return True
+    return num_chunks(count)(steps)

@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
 from minidist.communicator import Communicator, ReduceOp, Work
 
-BUSBW: dict[str, Callable[[int], float]] = {
-    "all_reduce": lambda n: 2 * (n - 1) / n,
-    "reduce": lambda n: 1.0,
-    "broadcast": lambda n: 1.0,
-    "all_gather": lambda n: (n - 1) / n,
-    "reduce_scatter": lambda n: (n - 1) / n,
-    "gather": lambda n: (n - 1) / n,
-    "scatter": lambda n: (n - 1) / n,
-    "all_to_all": lambda n: (n - 1) / n,
-}
-"""From algbw, bytes over time, to busbw; the bytes are those of the larger tensor."""
-LEAST: dict[str, Callable[[int], float]] = {
-    "all_reduce": lambda n: 2 * (n - 1),
-    "gather": lambda n: (n - 1) / n,
-    "scatter": lambda n: (n - 1) / n,
-    **dict.fromkeys(("reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all"), lambda n: n - 1),
-}
-"""What all ranks together have to send at least, in parts of the larger tensor."""
 
-
-class Collective:
+class Repeated:
     """One collective, again and again.
 
     Element i of rank r is i mod 7 + r: of few ranks, sums and products are exact in every dtype.
@@ -42,8 +21,11 @@ class Collective:
     """
 
     def __init__(self, cfg: DictConfig, comm: Communicator, numel: int) -> None:
-        self._name, self._comm, self._async_op = cfg.collective, comm, cfg.async_op
-        self._op, dtype = ReduceOp(cfg.op), getattr(torch, cfg.dtype)
+        self._name = cfg.collective
+        self._comm = comm
+        self._async_op = cfg.async_op
+        self._op = ReduceOp(cfg.op)
+        dtype = getattr(torch, cfg.dtype)
         empty = comm.empty if cfg.memory == "empty" else torch.empty
         block = max(numel // comm.world_size, 1)
         self._pattern = (torch.arange(block * comm.world_size) % 7).to(dtype)
@@ -75,7 +57,10 @@ class Collective:
         return int((result.view(-1) != expected.reshape(-1)).sum())
 
     def _start(self) -> Work:
-        comm, large, small, is_async = self._comm, self._large, self._small, self._async_op
+        comm = self._comm
+        large = self._large
+        small = self._small
+        is_async = self._async_op
         at_root = large if comm.rank == 0 else None
         match self._name:
             case "all_reduce":
@@ -97,7 +82,8 @@ class Collective:
 
     def _result(self) -> tuple[Tensor, Tensor]:
         """Return what is there and what should be."""
-        rank, own = self._comm.rank, self._pattern + self._comm.rank
+        rank = self._comm.rank
+        own = self._pattern + self._comm.rank
         ranks = torch.arange(self._comm.world_size).to(own.dtype).view(-1, 1)
         match self._name:
             case "all_reduce":

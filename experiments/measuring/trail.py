@@ -111,7 +111,8 @@ class Trail:
     def _way(self, frame: FrameType | None) -> Way:
         way = list[Called]()
         while frame is not None and frame is not self._base:
-            code, frame = frame.f_code, frame.f_back
+            code = frame.f_code
+            frame = frame.f_back
             if code.co_filename.startswith(self._roots):
                 way.append(Called(code.co_filename, code.co_firstlineno, code.co_qualname))
         return tuple(reversed(way))

@@ -29,7 +29,8 @@ from minidist.errors import ConfigError
 from minidist.launch import detect
 
 # A launcher of Hydra's may run the job in another process, whose own command line says nothing.
-COMMAND, JOB = "MINIDIST_COMMAND", "MINIDIST_JOB"
+COMMAND = "MINIDIST_COMMAND"
+JOB = "MINIDIST_JOB"
 
 
 def note_command() -> None:

@@ -31,7 +31,8 @@ def _find(run: Path) -> str | None:
     hydra: Any = HydraConfig.get()  # a section, whatever its type says
     in_sweep = OmegaConf.select(hydra, "job.num", throw_on_missing=False) is not None
     job = Path(hydra.sweep.subdir if in_sweep else "")
-    whole, own = run.parents[len(job.parts) - 1] if in_sweep else run, _command(hydra)
+    whole = run.parents[len(job.parts) - 1] if in_sweep else run
+    own = _command(hydra)
     earlier = sorted((other for other in whole.parent.iterdir() if other.name < whole.name), reverse=True)
     for other in [run, *(other / job for other in earlier)]:
         if any((other / CHECKPOINTS).glob("step_*.pt")) and (other == run or _command_of(other) == own):

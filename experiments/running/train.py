@@ -30,6 +30,7 @@ from minidist.engine import Engine
 from minidist.errors import ConfigError
 from minidist.launch import counted_ranks, detect
 from minidist.training.checkpoint import Checkpoints
+from minidist.training.optimisation import Optimisation
 from minidist.training.report import Report, Summary
 from minidist.training.seed import seed_everything
 
@@ -69,7 +70,8 @@ def _device(name: str, comm: Communicator) -> torch.device:
 
 def _loader(samples: Samples, checked: Config, comm: Communicator, train: bool) -> Any:
     size = checked.data.batch_size if train else checked.data.eval_batch_size
-    workers, seed = checked.data.num_workers, checked.engine.seed
+    workers = checked.data.num_workers
+    seed = checked.engine.seed
     return loader(samples, comm.rank, comm.world_size, size, workers, train, seed)
 
 
@@ -82,35 +84,43 @@ def _engine(
     num_batches: int,
     directory: Path,
 ) -> Engine:
-    settings, ddp = checked.engine, checked.ddp
+    settings = checked.engine
+    ddp = checked.ddp
     hook = build(cfg.ddp.hook, "ddp.hook")
     replica = DistributedDataParallel(
         model, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook
     )
     optimizer = build(cfg.optim, "optim")(replica.parameters())
-    resumes = settings.resume or detect().restarts > 0
-    where = Path(settings.checkpoint_dir) if settings.checkpoint_dir else directory / resume.CHECKPOINTS
-    if resumes and not settings.checkpoint_dir:
-        where = resume.directory(directory, comm)
     return Engine(
         replica,
         optimizer,
         nn.CrossEntropyLoss(),
         comm,
-        scheduler=_scheduler(optimizer, settings, num_batches),
+        Optimisation(
+            _scheduler(optimizer, settings, num_batches),
+            settings.accumulation_steps,
+            settings.max_grad_norm,
+            AUTOCAST_DTYPES[settings.autocast],
+        ),
         device=device,
-        accumulation_steps=settings.accumulation_steps,
-        max_grad_norm=settings.max_grad_norm,
-        autocast_dtype=AUTOCAST_DTYPES[settings.autocast],
         log_every=settings.log_every,
-        checkpoints=Checkpoints(where, comm, settings.checkpoint_every_steps, settings.keep_checkpoints),
+        checkpoints=_checkpoints(settings, comm, directory),
         report=Report(directory, comm.rank, settings.progress, settings.tensorboard),
-        resume=resumes,
     )
 
 
+def _checkpoints(settings: EngineConfig, comm: Communicator, directory: Path) -> Checkpoints:
+    """Return those of this run, or of the one that it goes on from: asked to, or started again after a failure."""
+    resumes = settings.resume or detect().restarts > 0
+    where = Path(settings.checkpoint_dir) if settings.checkpoint_dir else directory / resume.CHECKPOINTS
+    if resumes and not settings.checkpoint_dir:
+        where = resume.directory(directory, comm)
+    return Checkpoints(where, comm, settings.checkpoint_every_steps, settings.keep_checkpoints, resumes)
+
+
 def _scheduler(optimizer: Optimizer, settings: EngineConfig, num_batches: int) -> LambdaLR | None:
-    warmup, cosine = settings.warmup_steps, settings.lr_schedule == "cosine"
+    warmup = settings.warmup_steps
+    cosine = settings.lr_schedule == "cosine"
     num_steps = settings.epochs * math.ceil(num_batches / settings.accumulation_steps)
 
     def factor(step: int) -> float:

@@ -124,11 +124,14 @@ class Hosts(Network):
     """
 
     def __init__(self, ranks_per_host: int, inside: Network, outside: Network) -> None:
-        self._size, self._inside, self._outside = _count(ranks_per_host=ranks_per_host), inside, outside
+        self._size = _count(ranks_per_host=ranks_per_host)
+        self._inside = inside
+        self._outside = outside
         self.start = inside.start
 
     def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
-        host, other = src // self._size, dst // self._size
+        host = src // self._size
+        other = dst // self._size
         if host == other:
             route = self._inside.route(src % self._size, dst % self._size, nbytes, reduces)
             return Route(route.alpha, _renamed(("inside", host), route.links))
@@ -163,13 +166,16 @@ class FatTree(Network):
         hop: float = 0.0,
     ) -> None:
         self._size = _count(ranks_per_leaf=ranks_per_leaf)
-        self._ports, (self._hop,) = Flat(alpha, beta, gamma), _seconds(hop=hop)
+        self._ports = Flat(alpha, beta, gamma)
+        (self._hop,) = _seconds(hop=hop)
         if not 1 <= oversubscription < math.inf:
             raise ValueError(f"oversubscription must be at least 1, got {oversubscription}")
         self._up = beta * oversubscription / ranks_per_leaf
 
     def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
-        route, leaf, other = self._ports.route(src, dst, nbytes, reduces), src // self._size, dst // self._size
+        route = self._ports.route(src, dst, nbytes, reduces)
+        leaf = src // self._size
+        other = dst // self._size
         if leaf == other:
             return route
         core = (Link(("up", leaf), self._up), Link(("down", other), self._up))
@@ -198,7 +204,8 @@ class Torus(Network):
     def __init__(
         self, rows: int, columns: int, alpha: float, beta: float, gamma: float = 0.0, hop: float = 0.0
     ) -> None:
-        self._rows, self._columns = _count(rows=rows), _count(columns=columns)
+        self._rows = _count(rows=rows)
+        self._columns = _count(columns=columns)
         self._alpha, self._beta, self._gamma, self._hop = _seconds(alpha=alpha, beta=beta, gamma=gamma, hop=hop)
 
     def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
@@ -239,7 +246,10 @@ class Slow(Network):
     def __init__(self, network: Network, factor: float, rank: int, peer: int | None = None) -> None:
         if not 1 <= factor < math.inf:
             raise ValueError(f"factor must be at least 1, got {factor}")
-        self._network, self._factor, self._rank, self._peer = network, factor, rank, peer
+        self._network = network
+        self._factor = factor
+        self._rank = rank
+        self._peer = peer
         self.start = network.start
 
     def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
@@ -296,7 +306,8 @@ class Measured(Network):
         reduce: Sequence[float],
         reduce_all: Sequence[float],
     ) -> None:
-        self.ranks, (self.start,) = _count(ranks=ranks), _seconds(start=start)
+        self.ranks = _count(ranks=ranks)
+        (self.start,) = _seconds(start=start)
         self._sizes = list(nbytes)
         if len(self._sizes) < 2 or sorted(set(self._sizes)) != self._sizes:
             raise ValueError(f"nbytes must be two sizes or more, rising, got {self._sizes}")
@@ -305,11 +316,14 @@ class Measured(Network):
             if len(table) != len(self._sizes):
                 raise ValueError(f"{name} must have a value for each of the {len(self._sizes)} sizes, got {len(table)}")
             _seconds(**{f"{name}[{index}]": value for index, value in enumerate(table)})
-        self._one_way, self._exchange = list(one_way), list(exchange)
-        self._reduce, self._reduce_all = list(reduce), list(reduce_all)
+        self._one_way = list(one_way)
+        self._exchange = list(exchange)
+        self._reduce = list(reduce)
+        self._reduce_all = list(reduce_all)
 
     def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
-        port, host = self._at(self._one_way, nbytes), self._at(self._exchange, nbytes)
+        port = self._at(self._one_way, nbytes)
+        host = self._at(self._exchange, nbytes)
         reduce, reduce_all = (
             (self._at(self._reduce, nbytes), self._at(self._reduce_all, nbytes)) if reduces else (0.0, 0.0)
         )
@@ -326,7 +340,8 @@ class Measured(Network):
 def interpolated(sizes: Sequence[float], seconds: Sequence[float], nbytes: float) -> float:
     """Return the seconds at ``nbytes`` on the lines between the sizes; beyond them with the slope at the end."""
     index = min(max(bisect.bisect(sizes, nbytes), 1), len(sizes) - 1)
-    (low, high), (first, last) = sizes[index - 1 : index + 1], seconds[index - 1 : index + 1]
+    (low, high) = sizes[index - 1 : index + 1]
+    (first, last) = seconds[index - 1 : index + 1]
     return max(first + (last - first) * (nbytes - low) / (high - low), 0.0)
 
 

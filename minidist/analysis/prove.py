@@ -13,12 +13,14 @@ can keep them from it, is in `minidist.analysis.execution`.
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minidist.analysis.execution import Rank, World
+from minidist.analysis.execution import Execution, RankState
+from minidist.collective import EVERYONE, Run
 from minidist.errors import ScheduleError
 from minidist.schedule import Recv, Schedule, Send, Transfer, indices
 
@@ -68,105 +70,75 @@ class Value:
 
 Held = Mapping[tuple[int, int], Value]
 """What each (rank, chunk) holds."""
-Observer = Callable[[Rank, Held], None]
+Observer = Callable[[RankState, Held], None]
 
 
-def prove(
-    schedule: Schedule, collective: str, world_size: int, root: int = 0, observe: Observer = lambda rank, held: None
-) -> Counts:
-    """Accept a schedule that does what ``collective`` promises on ``world_size`` ranks, and count what it does.
+def prove(schedule: Schedule, run: Run, observe: Observer = lambda rank, held: None) -> Counts:
+    """Accept a schedule that does what its collective promises, and count what it does.
 
     Args:
         schedule: ``schedule(rank, world_size)``, or with the root for broadcast, reduce, gather and scatter.
-        collective: one of COLLECTIVES.
-        world_size: 1 to MAX_WORLD_SIZE.
-        root: of a rooted collective.
+        run: the collective and its ranks, 1 to MAX_WORLD_SIZE of them: ``Run("all_reduce", 5)``.
         observe: called with a rank that has ended a step, and with what all chunks hold.
 
     Raises:
         ScheduleError: it is wrong; one sentence says what, on which rank and in which step.
-        ValueError: there is no such collective, or the world size or the root is out of range.
+        ValueError: the world size or the root is out of range.
     """
-    proof = (_Barrier if collective == "barrier" else _Values)(schedule, collective, world_size, root, observe)
-    proof.run()
-    proof.check()
-    steps = tuple(rank.step + 1 for rank in proof.ranks)
-    return Counts(steps, tuple(rank.num_sent for rank in proof.ranks), tuple(proof.chunks_sent), proof.num_chunks)
+    proof = (_Values if run.collective.has_tensor else _Barrier)(schedule, run, observe)
+    proof.execute()
+    proof.ensure_promised()
+    return Counts(
+        steps=tuple(rank.step + 1 for rank in proof.ranks),
+        messages=tuple(rank.num_sent for rank in proof.ranks),
+        chunks=tuple(proof.chunks_sent),
+        num_chunks=proof.num_chunks,
+    )
 
 
-class _Proof(World):
+class _Proof(Execution):
     """What the two kinds of proof share."""
 
-    def __init__(self, schedule: Schedule, collective: str, world_size: int, root: int, observe: Observer) -> None:
-        super().__init__(schedule, collective, world_size, root, MAX_WORLD_SIZE)
-        self.chunks_sent = [0] * world_size
+    def __init__(self, schedule: Schedule, run: Run, observe: Observer) -> None:
+        super().__init__(schedule, run, MAX_WORLD_SIZE)
+        self.chunks_sent = [0] * run.world_size
         self.observe = observe
 
-    def posted(self, rank: Rank, send: Send) -> Any:
+    def posted(self, rank: RankState, send: Send) -> Any:
         self.chunks_sent[rank.rank] += len(indices(send.chunk))
         return self.sent(rank, send)
 
     @abstractmethod
-    def sent(self, rank: Rank, send: Send) -> Any:
+    def sent(self, rank: RankState, send: Send) -> Any:
         """Return what is sent."""
 
     @abstractmethod
-    def check(self) -> None:
+    def ensure_promised(self) -> None:
         """Compare what every rank ends with with what it should."""
 
 
 class _Values(_Proof):
     """The chunks of all ranks as multisets of contributions."""
 
-    def __init__(self, schedule: Schedule, collective: str, world_size: int, root: int, observe: Observer) -> None:
-        super().__init__(schedule, collective, world_size, root, observe)
+    def __init__(self, schedule: Schedule, run: Run, observe: Observer) -> None:
+        super().__init__(schedule, run, observe)
+        # A sum is a number for the pair of what was added, so two are alike exactly if they were added up alike. What
+        # is there at the start is a pair of negative numbers, which no sum is.
         self._orders: dict[tuple[int, int], int] = {}
         self._held: dict[tuple[int, int], Value] = {}
-        for rank in range(world_size):
-            for chunk in range(self.num_chunks):
-                if (origin := self._starts_with(rank, chunk)) is not None:
-                    order = self._in_order(-1 - rank, -1 - origin)
-                    self._held[rank, chunk] = Value({origin: 1 << (_BITS * rank)}, order)
-        self._arrived: dict[int, list[tuple[Transfer, list[Value]]]] = {rank: [] for rank in range(world_size)}
+        for rank, chunk in self._places():
+            if (origin := run.collective.starts(run, rank, chunk)) is not None:
+                order = self._in_order(-1 - rank, -1 - origin)
+                self._held[rank, chunk] = Value({origin: 1 << (_BITS * rank)}, order)
+        self._arrived: dict[int, list[tuple[Transfer, list[Value]]]] = {rank: [] for rank in range(run.world_size)}
         self._sent: set[tuple[int, int]] = set()
         self._lost: dict[tuple[int, int], str] = {}
-
-    def _starts_with(self, rank: int, chunk: int) -> int | None:
-        """Return whose chunk it is that lies there at the start, if any."""
-        match self.collective:
-            case "broadcast" | "scatter":
-                return chunk if rank == self.root else None
-            case "all_gather" | "gather":
-                return chunk if rank == chunk else None
-            case "all_to_all" if chunk >= self.world_size:  # its own part of the output is there
-                return rank if chunk == self.world_size + rank else None
-        return chunk
-
-    def _ends_with(self, rank: int, chunk: int) -> tuple[int, int] | None:
-        """Return what has to be there at the end: (rank, chunk), with rank -1 for all ranks; None for anything."""
-        n, root = self.world_size, self.root
-        match self.collective:
-            case "all_reduce":
-                return -1, chunk
-            case "reduce":
-                return (-1, chunk) if rank == root else None
-            case "reduce_scatter":
-                return (-1, chunk) if rank == chunk else None
-            case "broadcast":
-                return root, chunk
-            case "all_gather":
-                return chunk, chunk
-            case "gather":
-                return (chunk, chunk) if rank == root else None
-            case "scatter":
-                return (root, chunk) if rank == chunk else None
-        return (chunk - n, rank) if n <= chunk < 2 * n else None
 
     def _in_order(self, first: int, second: int) -> int:
         """Return what stands for the sum of two values, the same one for the same two."""
         return self._orders.setdefault((first, second), len(self._orders))
 
-    def sent(self, rank: Rank, send: Send) -> list[Value]:
+    def sent(self, rank: RankState, send: Send) -> list[Value]:
         values = []
         for chunk in indices(send.chunk):
             if (rank.rank, chunk) not in self._held:
@@ -175,10 +147,12 @@ class _Values(_Proof):
             values.append(self._held[rank.rank, chunk])
         return values
 
-    def met(self, sender: Rank, send: Send, message: Any, receiver: Rank, receive: Transfer, time: float) -> None:
+    def met(
+        self, sender: RankState, send: Send, message: Any, receiver: RankState, receive: Transfer, time: float
+    ) -> None:
         self._arrived[receiver.rank].append((receive, message))
 
-    def step_ended(self, rank: Rank) -> None:
+    def step_ended(self, rank: RankState) -> None:
         """Overwrite chunks, or add to them in the order of the ranks."""
         sums: dict[int, Value] = {}
         for transfer, values in sorted(self._arrived[rank.rank], key=lambda arrived: arrived[0].peer):
@@ -206,29 +180,35 @@ class _Values(_Proof):
             counts[chunk] = counts.get(chunk, 0) + count
         return Value(counts, self._in_order(first.order, second.order))
 
-    def _overwrite(self, rank: Rank, place: tuple[int, int], value: Value) -> None:
+    def _overwrite(self, rank: RankState, place: tuple[int, int], value: Value) -> None:
         if place in self._held and place not in self._sent:
             self._lost.setdefault(place, f"{rank.where} overwrote it before it was sent")
         self._held[place] = value
 
-    def check(self) -> None:
-        everyone = sum(1 << (_BITS * rank) for rank in range(self.world_size))
-        for rank in range(self.world_size):
-            for chunk in range(self.num_chunks):
-                if (wanted := self._ends_with(rank, chunk)) is not None:
-                    source, origin = wanted
-                    counts = {origin: everyone if source < 0 else 1 << (_BITS * source)}
-                    held = self._held.get((rank, chunk), Value({}, 0))
-                    if held.counts != counts:
-                        raise ScheduleError(f"rank {rank}, chunk {chunk}: {self._difference(held, Value(counts, 0))}")
-                    if self.collective == "all_reduce" and held.order != self._held[0, chunk].order:
-                        raise ScheduleError(
-                            f"rank {rank}, chunk {chunk}: it is added up in another order than on rank 0, so "
-                            "that their bits can differ"
-                        )
+    def _places(self) -> Iterator[tuple[int, int]]:
+        return itertools.product(range(self.run.world_size), range(self.num_chunks))
+
+    def ensure_promised(self) -> None:
+        everyone = sum(1 << (_BITS * rank) for rank in range(self.run.world_size))
+        first: dict[tuple[int, int], Value] = {}  # of the ranks that end with the same, what the first one holds
+        for rank, chunk in self._places():
+            if (wanted := self.run.collective.ends(self.run, rank, chunk)) is None:
+                continue
+            source, origin = wanted
+            counts = {origin: everyone if source == EVERYONE else 1 << (_BITS * source)}
+            held = self._held.get((rank, chunk), Value({}, 0))
+            if held.counts != counts:
+                raise ScheduleError(f"rank {rank}, chunk {chunk}: {self._difference(held, Value(counts, 0))}")
+            # Only an all-reduce has several ranks end with one sum.
+            if held.order != first.setdefault(wanted, held).order:
+                raise ScheduleError(
+                    f"rank {rank}, chunk {chunk}: it is added up in another order than on rank 0, so "
+                    "that their bits can differ"
+                )
 
     def _difference(self, held: Value, wanted: Value) -> str:
-        there, should = held.contributions(), wanted.contributions()
+        there = held.contributions()
+        should = wanted.contributions()
         for (source, origin), count in sorted(there.items()):
             if (source, origin) not in should:
                 return f"it ends with chunk {origin} of rank {source}, which does not belong there"
@@ -242,24 +222,26 @@ class _Values(_Proof):
 class _Barrier(_Proof):
     """Who has heard of whom."""
 
-    def __init__(self, schedule: Schedule, collective: str, world_size: int, root: int, observe: Observer) -> None:
-        super().__init__(schedule, collective, world_size, root, observe)
-        self._heard = [{rank} for rank in range(world_size)]
-        self._arrived: list[set[int]] = [set() for _ in range(world_size)]
+    def __init__(self, schedule: Schedule, run: Run, observe: Observer) -> None:
+        super().__init__(schedule, run, observe)
+        self._heard = [{rank} for rank in range(run.world_size)]
+        self._arrived: list[set[int]] = [set() for _ in range(run.world_size)]
 
-    def sent(self, rank: Rank, send: Send) -> set[int]:
+    def sent(self, rank: RankState, send: Send) -> set[int]:
         return set(self._heard[rank.rank])
 
-    def met(self, sender: Rank, send: Send, message: Any, receiver: Rank, receive: Transfer, time: float) -> None:
+    def met(
+        self, sender: RankState, send: Send, message: Any, receiver: RankState, receive: Transfer, time: float
+    ) -> None:
         self._arrived[receiver.rank] |= message
 
-    def step_ended(self, rank: Rank) -> None:
+    def step_ended(self, rank: RankState) -> None:
         self._heard[rank.rank] |= self._arrived[rank.rank]
         heard = {other: 1 << (_BITS * other) for other in self._heard[rank.rank]}
         if rank.step >= 0:
             self.observe(rank, {(rank.rank, 1): Value({0: sum(heard.values())}, 0)})
 
-    def check(self) -> None:
+    def ensure_promised(self) -> None:
         for rank, heard in enumerate(self._heard):
-            if missing := set(range(self.world_size)) - heard:
+            if missing := set(range(self.run.world_size)) - heard:
                 raise ScheduleError(f"rank {rank}: it leaves the barrier and rank {min(missing)} may not have come")

@@ -5,23 +5,24 @@ network.py says, and a step ends with the last of its transfers; a reduction tak
 shows what the closed formulas show where these exist, and goes on where they end: shared links, slow ranks, other
 numbers of ranks.
 
-Where no two messages can share a link and every rank sends one message and receives one in each step, as in a ring on
-a flat network, all ranks are one array, the schedule is asked once for all of them (its arithmetic is that of numbers
-as of arrays), and thousands of ranks take seconds. The times are the same.
+Where a schedule says that all ranks step alike, as a ring does, and no two messages can share a link, all ranks are one
+array, the schedule is asked once for all of them, and thousands of ranks take seconds. The times are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from minidist.analysis.execution import MAX_STEPS, Rank, World
+from minidist.analysis.execution import MAX_STEPS, Execution, RankState, ensure_size
 from minidist.analysis.network import Link, Network, Route, Seconds
+from minidist.analysis.rules import counted_chunks
+from minidist.collective import Run
 from minidist.errors import ScheduleError
-from minidist.schedule import CUT, ROOTED, Reduce, Schedule, Send, Step, Transfer, indices
+from minidist.schedule import Reduce, Schedule, Send, Step, Transfer, indices, steps_alike
 
 MAX_WORLD_SIZE = 65_536
 
@@ -70,24 +71,14 @@ class Timeline:
         return max(self.ends)
 
 
-def simulate(
-    schedule: Schedule,
-    world_size: int,
-    nbytes: float,
-    network: Network,
-    collective: str = "all_reduce",
-    root: int = 0,
-    record: bool = False,
-) -> Timeline:
-    """Run ``schedule`` on ``world_size`` ranks that start together, and return when everything happened.
+def simulate(schedule: Schedule, run: Run, nbytes: float, network: Network, record: bool = False) -> Timeline:
+    """Run ``schedule`` on ranks that start together, and return when everything happened.
 
     Args:
         schedule: see `minidist.schedule`.
-        world_size: 1 to MAX_WORLD_SIZE.
+        run: the collective and its ranks, 1 to MAX_WORLD_SIZE of them: ``Run("all_reduce", 1024)``.
         nbytes: of the larger tensor of the collective, whose chunks are equal parts; a barrier has none.
         network: what a message takes.
-        collective: one of COLLECTIVES.
-        root: of a rooted collective.
         record: whether to keep every message.
 
     Raises:
@@ -96,44 +87,46 @@ def simulate(
     """
     if not nbytes >= 0:
         raise ValueError(f"nbytes must be 0 or more, got {nbytes}")
-    simulation = _Simulation(schedule, collective, world_size, root, nbytes, network, record)
-    if not record and collective not in ROOTED and (ends := simulation.all_at_once(schedule)) is not None:
-        return Timeline(ends, simulation.num_messages)
-    simulation.run(network.start)
+    everyone = np.arange(run.world_size)
+    if not record and steps_alike(schedule) and network.alone(everyone, everyone) is not None:
+        return _Together(schedule, run, nbytes, network).timeline()
+    simulation = _OneByOne(schedule, run, nbytes, network, record)
+    simulation.execute(network.start)
     return Timeline([rank.ends for rank in simulation.ranks], simulation.num_messages, simulation.messages)
 
 
-class _Simulation(World):
-    """All ranks on one clock."""
+def _chunk_bytes(run: Run, num_chunks: int, nbytes: float) -> float:
+    """Return the size of a chunk: scratch has chunks as large as the others, and a barrier moves tokens of a byte."""
+    if not run.collective.has_tensor:
+        return 1.0
+    return nbytes / (run.world_size if run.collective.has_scratch else num_chunks)
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        collective: str,
-        world_size: int,
-        root: int,
-        nbytes: float,
-        network: Network,
-        record: bool,
-    ) -> None:
-        super().__init__(schedule, collective, world_size, root, MAX_WORLD_SIZE)
-        parts = world_size if collective == "all_to_all" else self.num_chunks
-        self._chunk_bytes = 1.0 if collective == "barrier" else nbytes / parts
-        self._network, self._record = network, record
+
+class _OneByOne(Execution):
+    """All ranks on one clock, each with its own steps."""
+
+    def __init__(self, schedule: Schedule, run: Run, nbytes: float, network: Network, record: bool) -> None:
+        super().__init__(schedule, run, MAX_WORLD_SIZE)
+        self._chunk_bytes = _chunk_bytes(run, self.num_chunks, nbytes)
+        self._network = network
+        self._record = record
         self._free: dict[Any, float] = {}  # by link: when it has served all that came to it
         self._routes: dict[tuple[int, int, float, bool], Route] = {}
         self.messages: list[Message] = []
         self.num_messages = 0
 
-    def posted(self, rank: Rank, send: Send) -> None:
+    def posted(self, rank: RankState, send: Send) -> None:
         return
 
-    def step_ended(self, rank: Rank) -> None:
+    def step_ended(self, rank: RankState) -> None:
         return
 
-    def met(self, sender: Rank, send: Send, message: Any, receiver: Rank, receive: Transfer, time: float) -> None:
+    def met(
+        self, sender: RankState, send: Send, message: Any, receiver: RankState, receive: Transfer, time: float
+    ) -> None:
         chunks = indices(send.chunk)
-        nbytes, pair = self._chunk_bytes * len(chunks), (sender.rank, receiver.rank)
+        nbytes = self._chunk_bytes * len(chunks)
+        pair = (sender.rank, receiver.rank)
         key = (*pair, nbytes, isinstance(receive, Reduce))
         if key not in self._routes:
             self._routes[key] = self._network.route(*key)
@@ -142,7 +135,8 @@ class _Simulation(World):
         sender.ends = max(sender.ends, ends)
         self.num_messages += 1
         if self._record:
-            steps, reduces = (sender.step, receiver.step), isinstance(receive, Reduce)
+            steps = (sender.step, receiver.step)
+            reduces = isinstance(receive, Reduce)
             places = (chunks, indices(receive.chunk))
             self.messages.append(Message(*pair, *steps, *places, reduces, nbytes, time, ends))
         if isinstance(receive, Reduce):
@@ -157,52 +151,68 @@ class _Simulation(World):
             served = max(served, free)
         return served
 
-    def all_at_once(self, schedule: Schedule) -> list[float] | None:
-        """Run all ranks as one array; None if the schedule or the network is not of that kind."""
-        everyone = np.arange(self.world_size)
-        if self._network.alone(everyone, everyone) is None:
-            return None
-        gammas, now = self._network.gammas(self.world_size), np.full(self.world_size, self._network.start)
-        try:
-            for number, step in enumerate(self._exchanges(schedule, everyone)):
-                if number >= MAX_STEPS:
-                    raise ScheduleError(f"it takes more than {MAX_STEPS} steps; does it end?")
-                now = self._exchange(step, everyone, now, gammas)
-        except ScheduleError:
-            raise
-        except (TypeError, ValueError, AttributeError, IndexError, _Uneven):
-            self.num_messages = 0
-            return None  # it asks something of a rank, or ranks do different things: one by one
-        return list(now.tolist())
 
-    def _exchanges(self, schedule: Schedule, everyone: Any) -> Iterator[Step]:
-        for step in schedule(everyone, self.world_size):
-            kinds = [isinstance(move, Send) for move in step]
-            if sorted(kinds) != [False, True]:
-                raise _Uneven
-            yield step
+class _Together:
+    """All ranks as one array, for a schedule in which they step alike and a network on which they do not meet.
 
-    def _exchange(self, step: Step, everyone: Any, now: Seconds, gammas: Seconds) -> Seconds:
+    Its rank is the array of all ranks, so its peers and chunks are arrays too: element r is what rank r does.
+    """
+
+    def __init__(self, schedule: Schedule, run: Run, nbytes: float, network: Network) -> None:
+        ensure_size(run, MAX_WORLD_SIZE)
+        self._schedule = schedule
+        self._run = run
+        self._network = network
+        self._num_chunks = counted_chunks(schedule, run)
+        self._chunk_bytes = _chunk_bytes(run, self._num_chunks, nbytes)
+        self._everyone = np.arange(run.world_size)
+
+    def timeline(self) -> Timeline:
+        """Run all steps."""
+        now = np.full(self._run.world_size, self._network.start)
+        gammas = self._network.gammas(self._run.world_size)
+        number = 0
+        for step in self._schedule(self._everyone, *self._run.arguments):
+            if number >= MAX_STEPS:
+                raise ScheduleError(f"it takes more than {MAX_STEPS} steps; does it end?")
+            now = self._step(number, step, now, gammas)
+            number += 1
+        return Timeline(list(now.tolist()), number * self._run.world_size)
+
+    def _step(self, number: int, step: Step, now: Seconds, gammas: Seconds) -> Seconds:
         """Return when each rank ends a step in which it sends one message and receives one."""
-        send, receive = sorted(step, key=lambda move: not isinstance(move, Send))
-        dst, src = np.asarray(send.peer), np.asarray(receive.peer)
-        chunks = len(indices(send.chunk))
-        if chunks != len(indices(receive.chunk)) or not np.array_equal(src[dst], everyone) or np.any(dst == everyone):
-            raise _Uneven
-        sent, received = (np.array([everyone * 0 + chunk for chunk in indices(move.chunk)]) for move in (send, receive))
-        if not chunks or min(sent.min(), received.min()) < 0 or max(sent.max(), received.max()) >= self.num_chunks:
-            raise _Uneven  # one by one, it is said what is wrong
-        if self.collective in CUT and not np.array_equal(sent[:, src], received):
-            raise _Uneven
-        alone = self._network.alone(everyone, dst)
-        assert alone is not None
-        nbytes = self._chunk_bytes * chunks
+        sends = [move for move in step if isinstance(move, Send)]
+        if len(step) != 2 or len(sends) != 1:
+            raise ScheduleError(f"step {number}: where all ranks step alike, each sends one message and receives one")
+        send = sends[0]
+        receive = step[1] if step[0] is send else step[0]
+        dst = np.asarray(send.peer)
+        src = np.asarray(receive.peer)
+        self._ensure_meeting(number, send, receive, dst, src)
+        alone = self._network.alone(self._everyone, dst)
+        assert alone is not None  # on such a network it never is
+        nbytes = self._chunk_bytes * len(indices(send.chunk))
+        # A message begins when both of its ends are there, and a rank goes on when its message has arrived elsewhere
+        # and what it receives has arrived here and is reduced.
         arrives = np.maximum(now, now[dst]) + alone[0] + alone[1] * nbytes
-        self.num_messages += self.world_size
         reduced = gammas * nbytes if isinstance(receive, Reduce) else 0.0
         ends: Seconds = np.maximum(arrives, arrives[src] + reduced)
         return ends
 
+    def _ensure_meeting(self, number: int, send: Send, receive: Transfer, dst: Any, src: Any) -> None:
+        """Refuse a step in which the messages of some ranks do not meet their receives."""
+        sent, received = (self._chunks(move) for move in (send, receive))
+        if not np.array_equal(src[dst], self._everyone) or np.any(dst == self._everyone):
+            raise ScheduleError(f"step {number}: a rank sends to one that does not receive from it")
+        if min(sent.min(initial=0), received.min(initial=0)) < 0 or self._num_chunks <= max(
+            sent.max(initial=0), received.max(initial=0)
+        ):
+            raise ScheduleError(f"step {number}: the chunks are 0 to {self._num_chunks - 1}")
+        # The chunks of a tensor that is cut may differ by one element.
+        same = np.array_equal(sent[:, src], received) if self._run.collective.is_cut else len(sent) == len(received)
+        if not same or not len(sent):
+            raise ScheduleError(f"step {number}: ranks send other chunks than the ones that are expected")
 
-class _Uneven(Exception):
-    """Ranks do different things."""
+    def _chunks(self, move: Transfer) -> Any:
+        """Return, for each chunk that a message names, which one it is for each rank."""
+        return np.array([self._everyone * 0 + chunk for chunk in indices(move.chunk)])

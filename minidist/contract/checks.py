@@ -93,7 +93,8 @@ def overlaps_itself(tensor: Tensor) -> bool:
     """Whether elements of a tensor share memory."""
     if tensor.is_contiguous() or tensor.numel() == 0:
         return False
-    reach, dims = 0, sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    reach = 0
+    dims = sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
     if dims[0][0] == 0:
         return True
     for stride, n in dims:

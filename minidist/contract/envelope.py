@@ -30,7 +30,8 @@ END_BYTES = 2**11
 ENVELOPE_BYTES = HEADER.size + END_BYTES
 SIZES = tuple(END_BYTES * 8**power for power in range(7))
 """The sizes of pieces, 2 KB to 512 MB."""
-SIZE_SHIFT, MAX_CHANNEL = 28, 2**13
+SIZE_SHIFT = 28
+MAX_CHANNEL = 2**13
 """Three bits of a tag name the size of a piece; 13 are left for the channel, and 15 for the user's tag."""
 
 Hook = Callable[[Tensor, int, int, float], Work]
@@ -123,7 +124,10 @@ class _Enveloped(Work):
     def __init__(
         self, first: Work, rest: list[Work], envelope: Tensor, unpack: Callable[[], None] | None = None
     ) -> None:
-        self._first, self._rest, self._envelope, self._unpack = first, rest, envelope, unpack
+        self._first = first
+        self._rest = rest
+        self._envelope = envelope
+        self._unpack = unpack
         self._is_open = False
         self._error: Exception | None = None
 

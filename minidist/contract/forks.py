@@ -50,7 +50,8 @@ class Living(Generic[T]):
             return list(self._things)
 
     def _begin_anew(self) -> None:
-        inherited, self._things = self._things, weakref.WeakSet()
+        inherited = self._things
+        self._things = weakref.WeakSet()
         self._lock = threading.Lock()  # a thread that is not here may have held the other one
         if self._in_fork is not None:
             for thing in list(inherited):
@@ -68,7 +69,8 @@ class Maker:
     """
 
     def __init__(self, who: str = "") -> None:
-        self._who, self._pid = who, os.getpid()
+        self._who = who
+        self._pid = os.getpid()
         self.is_here = True
         _makers.add(self)
 

@@ -27,9 +27,13 @@ class Inner:
 
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
-        self.isend, self.irecv = comm._isend, comm._irecv
-        self.collective, self.agree, self.dispatch = comm._collective, comm._agree, comm._dispatch
-        self.gone, self.translate = comm._gone, comm._translate
+        self.isend = comm._isend
+        self.irecv = comm._irecv
+        self.collective = comm._collective
+        self.agree = comm._agree
+        self.dispatch = comm._dispatch
+        self.gone = comm._gone
+        self.translate = comm._translate
 
     def split(self, groups: Sequence[Sequence[int]]) -> Communicator | None:
         """Return the communicator of this rank's group, see `Communicator._split`; all ranks call it."""
@@ -41,11 +45,14 @@ class Inner:
         All ranks call it. Operations of several communicators on one transport would otherwise meet on it in an order
         that differs between ranks.
         """
-        outer.traffic, outer._progress = self.comm.traffic, self.comm._progress
+        outer.traffic = self.comm.traffic
+        outer._progress = self.comm._progress
         outer.overlaps = self.comm.overlaps
-        outer.checks_sizes, outer.checks_dtypes = self.comm.checks_sizes, self.comm.checks_dtypes
+        outer.checks_sizes = self.comm.checks_sizes
+        outer.checks_dtypes = self.comm.checks_dtypes
         self.put_on_channel(outer, self.comm._new_channel())
 
     def put_on_channel(self, outer: Communicator, channel: int) -> None:
         """Let the messages of ``outer``, some of these ranks, travel on a channel that `_new_channel` has given."""
-        outer._root, outer._channel = self.comm._root, channel
+        outer._root = self.comm._root
+        outer._channel = channel

@@ -37,8 +37,11 @@ class Membership(ABC):
 
     def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0) -> None:
         checks.group(rank, world_size, timeout_s)
-        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
-        self.traffic, self._maker = Traffic(), Maker(f"[rank {rank}/{world_size}] ")
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout_s = timeout_s
+        self.traffic = Traffic()
+        self._maker = Maker(f"[rank {rank}/{world_size}] ")
         self._progress = Progress(f"minidist-rank{rank}", self.traffic, self._maker)
         self._closed = ""
         self._failure: CommError | None = None
@@ -248,7 +251,9 @@ class _Message(Work):
     """A send or receive on its way, with what its caller still expects of it."""
 
     def __init__(self, comm: Membership, operation: str, work: Work, staged_tensor: Staged) -> None:
-        self._comm, self._operation, self._work = comm, operation, work
+        self._comm = comm
+        self._operation = operation
+        self._work = work
         self._staged: Staged | None = staged_tensor
         self._error: CommError | None = None
 

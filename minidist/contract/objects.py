@@ -14,7 +14,8 @@ from torch import Tensor
 from minidist.contract.rank import Rank
 from minidist.errors import CommError
 
-IS_OBJECT, IS_REASON = 0, 1
+IS_OBJECT = 0
+IS_REASON = 1
 
 
 class Mover(Rank, Protocol):
@@ -63,11 +64,14 @@ def broadcast_object(comm: Mover, obj: Any, src: int, timeout_s: float | None) -
 
 def _pickled(obj: Any) -> tuple[int, Tensor, Exception | None]:
     """Return what is sent for ``obj``, and why it cannot be pickled."""
-    what, error = IS_OBJECT, None
+    what = IS_OBJECT
+    error = None
     try:
         data = pickle.dumps(obj)
     except Exception as caught:  # whatever the object's own methods raise
-        what, data, error = IS_REASON, f"{type(caught).__name__}: {caught}".encode(), caught
+        what = IS_REASON
+        data = f"{type(caught).__name__}: {caught}".encode()
+        error = caught
     return what, torch.frombuffer(bytearray(data), dtype=torch.uint8), error
 
 

@@ -74,7 +74,8 @@ def is_native(tensor: Tensor, device_type: str) -> bool:
 
 def _overlap(output: Tensor, input: Tensor, own_block: int | None) -> bool:
     """Whether two contiguous tensors have memory in common, and not as the hook takes it."""
-    start, other = output.data_ptr(), input.data_ptr()
+    start = output.data_ptr()
+    other = input.data_ptr()
     if own_block is not None and other == start + own_block * input.nbytes:
         return False
     return start < other + input.nbytes and other < start + output.nbytes

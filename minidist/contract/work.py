@@ -62,7 +62,8 @@ DONE = Done()
 
 class _Then(Work):
     def __init__(self, work: Work, callback: Callable[[], None]) -> None:
-        self._work, self._callback = work, callback
+        self._work = work
+        self._callback = callback
         self._called = False
         self._error: BaseException | None = None
 
@@ -89,7 +90,9 @@ class Pending(Work):
     """An operation in the hands of a `Progress` thread."""
 
     def __init__(self, future: Future[None], traffic: Traffic, maker: Maker) -> None:
-        self._future, self._traffic, self._maker = future, traffic, maker
+        self._future = future
+        self._traffic = traffic
+        self._maker = maker
 
     def wait(self) -> None:
         if not self._maker.is_here and not self._future.done():
@@ -114,7 +117,9 @@ class Progress:
     """
 
     def __init__(self, name: str, traffic: Traffic, maker: Maker) -> None:
-        self._name, self._traffic, self._maker = name, traffic, maker
+        self._name = name
+        self._traffic = traffic
+        self._maker = maker
         self._at_exit = only_here(self.finish)
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None

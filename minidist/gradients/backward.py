@@ -31,7 +31,8 @@ class BackwardPass:
         self._named = list(itertools.chain.from_iterable(named))
         self._versions: list[int] = []
         self._due: weakref.WeakSet[Callable[[Tensor], None]] = weakref.WeakSet()
-        self.running, self.communicates = False, True
+        self.running = False
+        self.communicates = True
 
     @property
     def broke_off(self) -> bool:
@@ -99,7 +100,9 @@ class Listener:
     """
 
     def __init__(self, method: Callable[[Bucket, int], None], bucket: Bucket, slot: int) -> None:
-        self._method, self._bucket, self._slot = weakref.WeakMethod(method), bucket, slot
+        self._method = weakref.WeakMethod(method)
+        self._bucket = bucket
+        self._slot = slot
         parameter = bucket.parameters[slot]
         for other in [key for key, hook in _hooks(parameter).items() if isinstance(hook, Listener)]:
             del _hooks(parameter)[other]  # of an earlier wrapper: two of them would both reduce the gradient

@@ -35,10 +35,12 @@ class Broadcast:
     """
 
     def __init__(self, comm: Communicator, tensors: Sequence[Tensor]) -> None:
-        self.kinds, self._comm = kinds(tensors), comm
+        self.kinds = kinds(tensors)
+        self._comm = comm
         # The widest dtype first: every tensor then begins at a multiple of its item size within the message.
         order = sorted(range(len(tensors)), key=lambda index: -tensors[index].itemsize)
-        sizes, devices = [tensors[i].nbytes for i in order], [tensors[i].device for i in order]
+        sizes = [tensors[i].nbytes for i in order]
+        devices = [tensors[i].device for i in order]
         groups = assign(sizes, devices, MESSAGE_BYTES, MESSAGE_BYTES)
         longest: dict[torch.device, int] = {}
         for group in groups:

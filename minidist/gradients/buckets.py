@@ -41,7 +41,8 @@ def assign(sizes: Sequence[int], kinds: Sequence[Hashable], cap_bytes: int, firs
         filled[kind] = filled.get(kind, 0) + size
         if filled[kind] >= caps.setdefault(kind, min(first_cap_bytes, cap_bytes)):
             closed.append(opened.pop(kind))
-            caps[kind], filled[kind] = cap_bytes, 0
+            caps[kind] = cap_bytes
+            filled[kind] = 0
     return sorted(closed + list(opened.values()), key=lambda group: group[-1])
 
 
@@ -57,8 +58,10 @@ class Bucket:
     """
 
     def __init__(self, index: int, flat: Tensor, named: Mapping[str, nn.Parameter]) -> None:
-        self.index, self.flat = index, flat
-        self.names, self.parameters = list(named), list(named.values())
+        self.index = index
+        self.flat = flat
+        self.names = list(named)
+        self.parameters = list(named.values())
         places = torch.split(flat, [parameter.numel() for parameter in self.parameters])
         self.views = [_shaped(place, parameter) for place, parameter in zip(places, self.parameters, strict=True)]
         self.reset()
@@ -93,7 +96,8 @@ class Bucket:
         Without a gradient the place is zeroed. A division and not a product with 1 / divisor: the result then has
         the bits of a reference that divides.
         """
-        parameter, view = self.parameters[slot], self.views[slot]
+        parameter = self.parameters[slot]
+        view = self.views[slot]
         if parameter.grad is view:
             view.div_(divisor)
         elif parameter.grad is not None:

@@ -82,7 +82,9 @@ class Join:
     def _round(self, has_batch: bool, syncs_buffers: bool, syncs_gradients: bool) -> _Round:
         comm = self._ddp.comm
         says = torch.zeros(comm.world_size + 2, dtype=torch.int64)
-        says[comm.rank], says[-2], says[-1] = has_batch, syncs_buffers, syncs_gradients
+        says[comm.rank] = has_batch
+        says[-2] = syncs_buffers
+        says[-1] = syncs_gradients
         says = says.to(comm.device_type)
         comm.all_reduce(says)
         *has_batches, num_buffers, num_gradients = says.tolist()

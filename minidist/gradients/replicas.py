@@ -35,7 +35,8 @@ def make_replicas(
         ValueError: on every rank, what of a rank's module or arguments cannot be trained.
         MismatchError: names the first entry that differs, on rank 0 and on the first rank where it differs.
     """
-    who, why = comm.who("DistributedDataParallel"), complaint(module, arguments[0], wrapper)
+    who = comm.who("DistributedDataParallel")
+    why = complaint(module, arguments[0], wrapper)
     description = [] if why else [(ARGUMENTS, str(arguments)), *describe(module)]
     answers: list[tuple[str | None, Description]] = comm.all_gather_object((why, description))
     for rank, (why, _) in enumerate(answers):
@@ -96,7 +97,8 @@ class SharedBuffers:
     """
 
     def __init__(self, comm: Communicator, module: nn.Module) -> None:
-        self._comm, self._module = comm, module
+        self._comm = comm
+        self._module = module
         self._broadcast = Broadcast(comm, [])
 
     def send(self, src: int) -> None:

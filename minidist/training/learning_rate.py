@@ -28,7 +28,8 @@ class LearningRate:
 
     def __init__(self, scheduler: Scheduler | None, optimizer: Optimizer) -> None:
         _check_optimizer(optimizer)
-        self._scheduler, self._by_loss = scheduler, isinstance(scheduler, ReduceLROnPlateau)
+        self._scheduler = scheduler
+        self._by_loss = isinstance(scheduler, ReduceLROnPlateau)
         if scheduler is not None and not self._by_loss and (needs := _needed(type(scheduler).step)):
             raise ValueError(
                 f"Engine: {_name(scheduler)}.step needs {', '.join(needs)}, which the engine does not know; derive it "

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from minidist.training.progress import Batch, Position, Steps
-from minidist.training.status import Status, Tally
+from minidist.training.loaders import Batch, Steps
+from minidist.training.progress import Position
+from minidist.training.tally import Tallies, Tally
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -62,7 +63,8 @@ class Report:
 
     def __init__(self, directory: Path | None, rank: int = 0, progress: bool = True, tensorboard: bool = False) -> None:
         self._directory = Path(directory) if directory is not None and rank == 0 else None
-        self._speaks, self._progress = rank == 0, progress
+        self._speaks = rank == 0
+        self._progress = progress
         self._writer = _tensorboard_writer(directory, rank) if tensorboard else None
         if self._directory is not None:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -81,31 +83,32 @@ class Report:
             tqdm.write(line)
             sys.stdout.flush()
 
-    def exchanged(self, position: Position, tally: Tally, lr: float, line: Tally | None) -> None:
-        """Record a status exchange; at a log point print the line, ``line`` being what came since the last one."""
+    def progressed(self, position: Position, tally: Tally, lr: float, line: Tally | None) -> None:
+        """Record what a roll call told; at a log point print the line, ``line`` being what came since the last one."""
         self._record(position, loss=tally.loss, lr=lr, **_speed(tally))
         if line is not None:
             self.say(f"[Epoch {position.epoch}] Step {position.step} | Loss: {line.loss:.4f}")
 
-    def end_epoch(self, position: Position, status: Status) -> None:
+    def end_epoch(self, position: Position, tallies: Tallies) -> None:
         """Record and print how the epoch of ``position`` went."""
-        epoch, metrics = status.epoch, status.metrics
+        epoch = tallies.epoch
+        metrics = tallies.metrics
         self._record(
             position, train_loss=epoch.loss, eval_loss=metrics.loss, accuracy=metrics.accuracy, **_speed(epoch)
         )
         accuracy = "" if math.isnan(metrics.accuracy) else f" | Accuracy: {_percent(metrics.accuracy)}"
         self.say(f"[Epoch {position.epoch}] Done | Loss: {epoch.loss:.4f}{accuracy}")
 
-    def finish(self, position: Position, status: Status) -> Summary:
+    def finish(self, position: Position, tallies: Tallies, stopped: bool) -> Summary:
         """Print and return the summary."""
         summary = Summary(
             epochs=position.epoch,
             steps=position.step,
-            loss=status.epoch.loss,
-            accuracy=status.metrics.accuracy,
-            samples_per_s=status.run.samples_per_s,
-            comm_share=status.run.comm_share,
-            stopped=status.stopping,
+            loss=tallies.epoch.loss,
+            accuracy=tallies.metrics.accuracy,
+            samples_per_s=tallies.run.samples_per_s,
+            comm_share=tallies.run.comm_share,
+            stopped=stopped,
         )
         how = "Stopped early" if summary.stopped else "Finished"
         self.say(f"{how} after {summary.epochs} epochs, {summary.steps} steps | Loss: {summary.loss:.4f}")

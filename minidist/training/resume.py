@@ -1,91 +1,79 @@
-"""Everything that a resumed training needs, gathered from where it lives and put back there."""
+"""What a checkpoint holds of a training, and how a training goes on from it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from minidist.contract.checks import spell
 from minidist.training.checkpoint import Checkpoints, Signature, State
+from minidist.training.learning_rate import Scheduler
 from minidist.training.progress import Position
-from minidist.training.status import Status
+from minidist.training.tally import Tallies
 
 
-class Resumption:
-    """Saves a training to checkpoints and goes on from them; every method is collective.
+@dataclass
+class Training:
+    """All of a training that outlives its process.
 
     The model's buffers are kept per rank besides, since they may differ, as do the random states in the position.
     A hook's own state is not kept.
-
-    Args:
-        checkpoints: None to keep nothing.
-        resume: go on from the newest one, if any; otherwise those of an earlier run are refused.
-        module, optimizer, scheduler, position, status: the parts of the training.
     """
 
-    def __init__(
-        self,
-        checkpoints: Checkpoints | None,
-        resume: bool,
-        module: nn.Module,
-        optimizer: Optimizer,
-        scheduler: LRScheduler | None,
-        position: Position,
-        status: Status,
-    ) -> None:
-        self._checkpoints, self._resume, self._module = checkpoints, resume, module
-        self._optimizer, self._scheduler = optimizer, scheduler
-        self._position, self._status = position, status
+    module: nn.Module
+    optimizer: Optimizer
+    scheduler: Scheduler | None
+    position: Position
+    tallies: Tallies
 
-    def start(self) -> None:
-        """Begin to train: from the newest checkpoint, from the start, or from where this process stopped."""
-        if self._checkpoints is not None and self._position.step == 0:
-            if not self._resume:
-                self._checkpoints.refuse_existing()
-            elif (state := self._checkpoints.load(self._signature())) is not None:
-                self._restore(state)
-            self._checkpoints.check(self._state())
-        self._status.start(self._position.step)
+    def signature(self) -> Signature:
+        """Return what a checkpoint has to agree with to be one of this training."""
+        kinds = {"the optimizer": _kind(self.optimizer), "the scheduler": _kind(self.scheduler)}
+        named = [*self.module.named_parameters(), *self.module.named_buffers()]
+        return kinds | {name: f"{spell(t.dtype)}{list(t.shape)}" for name, t in named}
 
-    def due(self, step: int) -> bool:
-        """Return whether a checkpoint is to be saved after ``step``."""
-        return self._checkpoints is not None and self._checkpoints.due(step)
-
-    def save(self) -> None:
-        """Save where training stands, right after a status exchange."""
-        if self._checkpoints is not None:
-            self._checkpoints.save(self._state())
-            self._status.restart_clock()
-
-    def _state(self) -> State:
+    def state(self) -> State:
+        """Return where it stands; what ranks share is taken from rank 0."""
         shared = {
-            "model": self._module.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
-            "status": self._status.state(),
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "status": self.tallies.state(),
         }
         # On the CPU, since another rank's GPU may not exist where rank 0 unpickles.
-        buffers = {name: buffer.cpu() for name, buffer in self._module.named_buffers()}
-        local = {"position": self._position.state(), "buffers": buffers}
-        return State(self._position.step, self._signature(), shared, local)
+        buffers = {name: buffer.cpu() for name, buffer in self.module.named_buffers()}
+        local = {"position": self.position.state(), "buffers": buffers}
+        return State(self.position.step, self.signature(), shared, local)
 
-    def _restore(self, state: State) -> None:
-        self._module.load_state_dict(state.shared["model"])
-        for name, buffer in self._module.named_buffers():
-            buffer.copy_(state.local["buffers"][name])
-        self._optimizer.load_state_dict(state.shared["optimizer"])
-        if self._scheduler is not None:
-            self._scheduler.load_state_dict(state.shared["scheduler"])
-        self._status.restore(state.shared["status"])
-        self._position.restore(state.local["position"])
+    def restore(self, state: State) -> None:
+        """Go to where `state` was called."""
+        self.module.load_state_dict(state.shared["model"])
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(state.local["buffers"][name])  # rank 0's came with the model
+        self.optimizer.load_state_dict(state.shared["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state.shared["scheduler"])
+        self.tallies.restore(state.shared["status"])
+        self.position.restore(state.local["position"])  # last, as what came before may draw random numbers
 
-    def _signature(self) -> Signature:
-        kinds = {"the optimizer": _kind(self._optimizer), "the scheduler": _kind(self._scheduler)}
-        named = [*self._module.named_parameters(), *self._module.named_buffers()]
-        return kinds | {name: f"{spell(t.dtype)}{list(t.shape)}" for name, t in named}
+
+def begin(training: Training, checkpoints: Checkpoints | None) -> None:
+    """Begin to train: from the newest checkpoint, from the start, or from where this process stopped. Collective.
+
+    Raises:
+        CheckpointError: an earlier run's checkpoints are there, and not to be resumed; they do not fit; or this
+            training holds what no checkpoint can.
+    """
+    if checkpoints is None or training.position.step > 0:
+        return
+    if not checkpoints.resume:
+        checkpoints.refuse_existing()
+    elif (state := checkpoints.load(training.signature())) is not None:
+        training.restore(state)
+    checkpoints.ensure_storable(training.state())
 
 
 def _kind(part: Any) -> str:

@@ -55,13 +55,20 @@ class ShardedSampler(Sampler[int]):
                 raise ValueError(f"ShardedSampler: {name} must be at least 1, got {count}")
         if not 0 <= rank < world_size:
             raise ValueError(f"ShardedSampler: rank must be 0 to {world_size - 1} (world_size - 1), got {rank}")
-        self.num_samples, self.rank, self.world_size, self.batch_size = num_samples, rank, world_size, batch_size
-        self.shuffle, self.seed, self.drop_last, self.pad = shuffle, seed, drop_last, pad
+        self.num_samples = num_samples
+        self.rank = rank
+        self.world_size = world_size
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.pad = pad
         self.epoch = self.first_batch = 0
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose the epoch whose order comes next, from batch ``first_batch`` of this rank on."""
-        self.epoch, self.first_batch = epoch, first_batch
+        self.epoch = epoch
+        self.first_batch = first_batch
 
     def __len__(self) -> int:
         """Return this rank's number of samples in a whole epoch, wherever it begins."""

@@ -18,7 +18,8 @@ import torch
 from minidist.errors import CheckpointError
 
 _PLAIN = (type(None), bool, int, float, complex, str, torch.Tensor, torch.nn.Parameter, torch.dtype)
-_MAPPINGS, _SEQUENCES = (dict, OrderedDict, Counter), (list, tuple)
+_MAPPINGS = (dict, OrderedDict, Counter)
+_SEQUENCES = (list, tuple)
 _NUMPY = "minidist.numpy"
 """The key by which a value of NumPy's is recognised."""
 

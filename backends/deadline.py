@@ -1,0 +1,35 @@
+"""Until when a rank waits for others."""
+
+from __future__ import annotations
+
+import time
+
+from minidist.errors import CommTimeoutError
+
+
+class Deadline:
+    """The end of a wait that begins now.
+
+    Attributes:
+        timeout_s: how long all of the wait may take.
+    """
+
+    __slots__ = ("_at", "timeout_s")
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._at = time.monotonic() + timeout_s
+
+    @property
+    def left_s(self) -> float:
+        """How many seconds are left, 0 if none."""
+        return max(self._at - time.monotonic(), 0.0)
+
+    def missed_by(self, peer: int | None) -> CommTimeoutError | None:
+        """Return what to tell the caller about ``peer``, None if any rank may be late, once no time is left."""
+        if time.monotonic() <= self._at:
+            return None
+        within = f"within {round(self.timeout_s, 2):g} s"
+        if peer is None:
+            return CommTimeoutError(f"no answer {within}; a rank did not take part")
+        return CommTimeoutError(f"no answer from rank {peer} {within}; it did not take part")
