@@ -42,7 +42,7 @@ def _world_sizes(config: pytest.Config, row: Row) -> list[int]:
         return [1]
     if chosen := config.getoption("--world-sizes"):
         return [int(size) for size in chosen.split(",")]
-    more = [5] if row.launcher == "thread" else [5, 8]
+    more = [5, 8] if row.launcher != "thread" else [5] if row.name == "thread" else []
     return [1, 2, 3, 4, *(more if config.getoption("--slow") else [])]
 
 
