@@ -98,7 +98,7 @@ class Engine:
         if epochs < 1:
             raise ValueError(f"{self.comm.who('Engine.fit')}: epochs must be at least 1, got {epochs}")
         require_eval_batches(eval_loader, self.comm)
-        self.learning_rate.check(eval_loader)
+        self.learning_rate.ensure_evaluated(eval_loader)
         begin(self._training(), self.checkpoints)
         self.roll_call.start(self.position.step)
         with self.stop_signal:

@@ -77,12 +77,12 @@ class Curves:
         return Crossover(math.exp(x0 + part * (x1 - x0)), math.exp(old[0] + part * (old[1] - old[0])), before, after)
 
 
-Schedules = Mapping[str, Callable[[int], Schedule]]
+SchedulesBySize = Mapping[str, Callable[[int], Schedule]]
 """By algorithm, what gives its schedule for a number of ranks."""
 
 
 def over_sizes(
-    algorithms: Schedules, world_size: int, sizes: Sequence[int], network: Network, collective: str, root: int
+    algorithms: SchedulesBySize, world_size: int, sizes: Sequence[int], network: Network, collective: str, root: int
 ) -> Curves:
     """Return what the algorithms take at each size in bytes, on one number of ranks; see `simulate` for the rest."""
 
@@ -93,7 +93,7 @@ def over_sizes(
 
 
 def over_ranks(
-    algorithms: Schedules, counts: Sequence[int], nbytes: float, network: Network, collective: str, root: int
+    algorithms: SchedulesBySize, counts: Sequence[int], nbytes: float, network: Network, collective: str, root: int
 ) -> Curves:
     """Return what the algorithms take on each number of ranks, at one size; see `simulate` for the rest."""
 

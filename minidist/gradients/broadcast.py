@@ -66,10 +66,10 @@ class Broadcast:
                 torch._foreach_copy_(message.views, places)
             self._comm.broadcast(message.memory, src)
             if self._comm.rank != src:
-                self._check(message, src)
+                self._ensure_same(message, src)
                 torch._foreach_copy_(places, message.views)
 
-    def _check(self, message: _Message, src: int) -> None:
+    def _ensure_same(self, message: _Message, src: int) -> None:
         if int(message.header[0]) != message.content:
             raise MismatchError(
                 f"{self._comm.who('broadcast')}: rank {src} sends tensors of other shapes or dtypes than here; "

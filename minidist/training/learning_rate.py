@@ -36,7 +36,7 @@ class LearningRate:
                 "from ReduceLROnPlateau to be given the loss of each evaluation, or step it between calls of fit"
             )
 
-    def check(self, eval_loader: Iterable[Any] | None) -> None:
+    def ensure_evaluated(self, eval_loader: Iterable[Any] | None) -> None:
         """Raise ValueError where the scheduler wants a loss that nobody measures."""
         if self._by_loss and eval_loader is None:
             raise ValueError(
