@@ -131,14 +131,21 @@ def test_a_lost_rank_is_named_through_wrappers() -> None:
     def job() -> str:
         comm = Counting(RingCommunicator(Counting(ThreadCommunicator(timeout_s=20))))
         if comm.rank == 2:
+            comm.barrier()  # all have made theirs
             comm.abort("out of memory")
             return ""
         with pytest.raises(PeerLostError) as caught:
-            comm.all_reduce(torch.ones(5))  # rank 2 takes no part in it
+            _meet_and_reduce(comm)
         return str(caught.value)
 
     messages = spawn_threads(job, 3)
     assert [message.split(": ", 1)[1] for message in messages[:2]] == ["rank 2 is gone: out of memory"] * 2
+
+
+def _meet_and_reduce(comm: Communicator) -> None:
+    """The abort of rank 2 may come before this rank has left the barrier."""
+    comm.barrier()
+    comm.all_reduce(torch.ones(5))
 
 
 def test_a_split_is_one_of_the_communicator_inside() -> None:
