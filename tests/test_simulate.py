@@ -296,9 +296,45 @@ def _sends_others(rank: int, world_size: int) -> Iterator[Step]:
     yield Send((rank + 1) % world_size, rank), Recv((rank - 1) % world_size, rank)
 
 
+@alike
+def _sends_half_of_itself(rank: int, world_size: int) -> Iterator[Step]:
+    yield Send((rank + 1) % world_size, rank / 2), Recv((rank - 1) % world_size, rank / 2)  # type: ignore[arg-type]
+
+
+@alike
+def _forgets_to_go_around(rank: int, world_size: int) -> Iterator[Step]:
+    yield Send(rank + 1, rank), Recv(rank - 1, rank)
+
+
+@alike
+def _sends_to_one(rank: int, world_size: int) -> Iterator[Step]:
+    yield Send(1, rank), Recv(0, rank)
+
+
+@alike
+def _not_a_step(rank: int, world_size: int) -> Iterator[Step]:
+    yield Send((rank + 1) % world_size, rank)  # type: ignore[misc]
+
+
+@alike
+def _sends_nothing(rank: int, world_size: int) -> Iterator[Step]:
+    yield Send((rank + 1) % world_size, []), Recv((rank - 1) % world_size, [])
+
+
+@alike
+def _half_a_step(rank: int, world_size: int) -> Iterator[Step]:
+    yield Send((rank + 1) % world_size, rank), None  # type: ignore[misc]
+
+
 @pytest.mark.parametrize(
     ("schedule", "kind", "message"),
     [
+        (_sends_half_of_itself, ScheduleError, "step 0: the chunks are 0 to 3, got 0.0 on rank 0"),
+        (_forgets_to_go_around, ScheduleError, "step 0: the ranks are 0 to 3, got 4 on rank 3"),
+        (_sends_to_one, ScheduleError, "step 0: a rank sends to one that does not receive from it"),
+        (_not_a_step, ScheduleError, "step 0: where all ranks step alike, each sends one message and receives one"),
+        (_sends_nothing, ScheduleError, "step 0: ranks send other chunks than the ones that are expected, or none"),
+        (_half_a_step, ScheduleError, "step 0: where all ranks step alike, each sends one message and receives one"),
         (_compares, ValueError, "truth value of an array"),
         (_sends_twice, ScheduleError, "step 0: where all ranks step alike, each sends one message and receives one"),
         (_sends_elsewhere, ScheduleError, "step 0: a rank sends to one that does not receive from it"),

@@ -68,8 +68,7 @@ def frames(schedule: Schedule, run: Run, messages: Sequence[Message]) -> list[Fr
         ScheduleError: the schedule is wrong.
     """
     shown: list[Frame] = [Frame()]
-    ends = [0] * run.world_size
-    """The frame in which each rank ended its last step."""
+    ends = [0] * run.world_size  # by rank: the frame in which its last step ended
     step_ends = {(rank, -1): 0 for rank in range(run.world_size)}
     begins: dict[tuple[int, int], int] = {}
     for message in messages:

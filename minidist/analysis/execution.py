@@ -31,7 +31,7 @@ class RankState:
     Attributes:
         rank: its number.
         steps: what is left of its schedule.
-        step: the number of its present step.
+        step: the number of its present step; -1 before the first.
         ends: when the present step ends, as far as is known.
         open: the transfers of the present step that have not begun.
         num_sent: how many messages it has sent.
@@ -118,6 +118,7 @@ class Execution(ABC):
             rank = self.ranks[number]
             self.step_ended(rank)
             self._post(rank, time)
+        # Whoever has not finished waits for the other end of a transfer, and nobody is left who goes on to post it.
         stuck = next((rank for rank in self.ranks if rank.open), None)
         if stuck is not None:
             raise ScheduleError(self._why_stuck(stuck))
@@ -131,30 +132,33 @@ class Execution(ABC):
         rank.step += 1
         self._ensure_possible(rank, step)
         rank.open = list(step)
-        if not step:
+        if not step:  # nothing will meet, which is what ends a step elsewhere
             heapq.heappush(self._ready, (time, rank.rank))
         for transfer in step:
             if isinstance(transfer, Send):
                 rank.num_sent += 1
+                # Its content is taken now: a step sends what was there before it, and the peer may come much later.
                 self._sends[rank.rank, transfer.peer].append((transfer, self.posted(rank, transfer)))
             else:
                 self._receives[transfer.peer, rank.rank].append(transfer)
         # Once all of them are posted: which ends first must not depend on the order in which a step names them.
         for transfer in step:
             peer = self.ranks[transfer.peer]
-            self._match(*((rank, peer) if isinstance(transfer, Send) else (peer, rank)), time)
+            sender, receiver = (rank, peer) if isinstance(transfer, Send) else (peer, rank)
+            self._match(sender, receiver, time)
 
     def _match(self, sender: RankState, receiver: RankState, time: float) -> None:
         sends = self._sends[sender.rank, receiver.rank]
         receives = self._receives[sender.rank, receiver.rank]
         while sends and receives:
-            (send, message) = sends.popleft()
+            send, message = sends.popleft()
             receive = receives.popleft()
             self._ensure_same_size(sender, send, receiver, receive)
             self.met(sender, send, message, receiver, receive, time)
             for rank, transfer in ((sender, send), (receiver, receive)):
+                # The first that equals it: of two equal transfers with one peer, either stands for the other.
                 rank.open.remove(transfer)
-                if not rank.open:
+                if not rank.open:  # all have begun, so the end of the step is known for good
                     heapq.heappush(self._ready, (rank.ends, rank.rank))
 
     def _ensure_possible(self, rank: RankState, step: Step) -> None:
@@ -175,6 +179,7 @@ class Execution(ABC):
 
     def _why_stuck(self, first: RankState) -> str:
         """Follow who waits for whom, to a rank that has finished or back to one that was there before."""
+        # One of both it comes to: whoever has not finished is stuck too, and there are only so many ranks.
         path = [first]
         while True:
             transfer = path[-1].open[0]

@@ -100,6 +100,7 @@ class Flat(Network):
         self._full = duplex == "full"
 
     def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
+        # With half duplex what a rank sends and what it receives queue for one and the same link.
         out, into = (("out", src), ("in", dst)) if self._full else (("port", src), ("port", dst))
         return Route(self._alpha, (Link(out, self._beta), Link(into, self._beta)))
 
@@ -107,6 +108,7 @@ class Flat(Network):
         return (Link(("reduce", rank), self._gamma),)
 
     def alone(self, src: Ranks, dst: Ranks) -> tuple[Seconds, Seconds] | None:
+        # One message out of each port and one into it: in full duplex no link serves two.
         shape = np.ones(len(src))
         return (self._alpha * shape, self._beta * shape) if self._full else None
 
@@ -130,6 +132,8 @@ class Hosts(Network):
         self.start = inside.start
 
     def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
+        # Links are told apart by name, and each host counts its ranks from 0: so the host becomes a part of the name.
+        # Outside, ranks of one host have one name already, which is how they share its card.
         host = src // self._size
         other = dst // self._size
         if host == other:
@@ -170,6 +174,7 @@ class FatTree(Network):
         (self._hop,) = _seconds(hop=hop)
         if not 1 <= oversubscription < math.inf:
             raise ValueError(f"oversubscription must be at least 1, got {oversubscription}")
+        # All ports of a leaf together have ranks_per_leaf / beta bytes per second; the way up has a part of that.
         self._up = beta * oversubscription / ranks_per_leaf
 
     def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
@@ -178,6 +183,7 @@ class FatTree(Network):
         other = dst // self._size
         if leaf == other:
             return route
+        # One link up and one down stand for all there are, as if the switches spread messages evenly over them.
         core = (Link(("up", leaf), self._up), Link(("down", other), self._up))
         return Route(route.alpha + self._hop, (*route.links, *core))
 
@@ -213,6 +219,7 @@ class Torus(Network):
             raise ValueError(f"a torus of {self._rows} x {self._columns} has no rank {max(src, dst)}")
         row, column = divmod(src, self._columns)
         to_row, to_column = divmod(dst, self._columns)
+        # A link is where it begins and its direction: 1 and -1 in a row, 2 and -2 in a column.
         along = [(row, at, way) for at, way in _way(column, to_column, self._columns)]
         across = [(at, to_column, way * 2) for at, way in _way(row, to_row, self._rows)]
         links = tuple(Link(place, self._beta) for place in (*along, *across))
@@ -225,7 +232,7 @@ class Torus(Network):
 def _way(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
     """Yield where a message is before each link on the shorter way around, and the direction."""
     forwards = (end - start) % size
-    way = 1 if 2 * forwards <= size else -1
+    way = 1 if 2 * forwards <= size else -1  # forwards where both are as short
     for step in range(forwards if way == 1 else size - forwards):
         yield (start + way * step) % size, way
 
@@ -256,7 +263,8 @@ class Slow(Network):
         route = self._network.route(src, dst, nbytes, reduces)
         if not (self._rank in (src, dst) if self._peer is None else (src, dst) == (self._rank, self._peer)):
             return route
-        # The slow end holds up its message, not the links that others use.
+        # The slow end holds up its message, not the links that others use. Its link is named by this object, too: one
+        # slow network may stand in another, and they must not queue for each other.
         slowest = max(link.beta for link in route.links) * self._factor
         return Route(route.alpha * self._factor, (*route.links, Link(("slow", id(self), src, dst), slowest)))
 
@@ -322,16 +330,19 @@ class Measured(Network):
         self._reduce_all = list(reduce_all)
 
     def route(self, src: int, dst: int, nbytes: float, reduces: bool = False) -> Route:
+        # An exchange moves one message of every rank, so one message keeps the host busy for its share of it. Where few
+        # ranks send, their ports are slower than that.
         port = self._at(self._one_way, nbytes)
         host = self._at(self._exchange, nbytes)
         reduce, reduce_all = (
             (self._at(self._reduce, nbytes), self._at(self._reduce_all, nbytes)) if reduces else (0.0, 0.0)
         )
         seconds = {("out", src): port, ("in", dst): port + reduce, "host": (host + reduce_all) / self.ranks}
+        # Alpha is 0, as latency is in these times. What has no bytes is not sent, so that it takes none is no matter.
         return Route(0.0, tuple(Link(name, time / nbytes if nbytes else 0.0) for name, time in seconds.items()))
 
     def reduction(self, rank: int, nbytes: float) -> tuple[Link, ...]:
-        return ()
+        return ()  # it is in the times of its message
 
     def _at(self, seconds: list[float], nbytes: float) -> float:
         return interpolated(self._sizes, seconds, nbytes)
@@ -340,8 +351,9 @@ class Measured(Network):
 def interpolated(sizes: Sequence[float], seconds: Sequence[float], nbytes: float) -> float:
     """Return the seconds at ``nbytes`` on the lines between the sizes; beyond them with the slope at the end."""
     index = min(max(bisect.bisect(sizes, nbytes), 1), len(sizes) - 1)
-    (low, high) = sizes[index - 1 : index + 1]
-    (first, last) = seconds[index - 1 : index + 1]
+    low, high = sizes[index - 1 : index + 1]
+    first, last = seconds[index - 1 : index + 1]
+    # Beneath the smallest size a steep line would go below 0.
     return max(first + (last - first) * (nbytes - low) / (high - low), 0.0)
 
 
@@ -351,6 +363,7 @@ def _renamed(where: Hashable, links: tuple[Link, ...]) -> tuple[Link, ...]:
 
 def _seconds(**values: float) -> list[float]:
     for name, value in values.items():
+        # `not 0 <= value`, as a value that is not a number is neither above 0 nor below; and to Python True is a 1.
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a number of seconds, 0 or more, got {value!r}")
     return list(values.values())

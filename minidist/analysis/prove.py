@@ -13,8 +13,10 @@ can keep them from it, is in `minidist.analysis.execution`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +132,9 @@ class _Values(_Proof):
             if (origin := run.collective.starts(run, rank, chunk)) is not None:
                 order = self._in_order(-1 - rank, -1 - origin)
                 self._held[rank, chunk] = Value({origin: 1 << (_BITS * rank)}, order)
+        # What a step brings waits for its end, as what it sends is what was there before it.
         self._arrived: dict[int, list[tuple[Transfer, list[Value]]]] = {rank: [] for rank in range(run.world_size)}
+        # Only to say why something is missing: an overwritten chunk that was never sent is mostly the reason.
         self._sent: set[tuple[int, int]] = set()
         self._lost: dict[tuple[int, int], str] = {}
 
@@ -154,25 +158,29 @@ class _Values(_Proof):
 
     def step_ended(self, rank: RankState) -> None:
         """Overwrite chunks, or add to them in the order of the ranks."""
-        sums: dict[int, Value] = {}
+        reduced: dict[int, list[tuple[int, Value]]] = defaultdict(list)  # by chunk: from which rank, and what
+        # By rank and not as they came: the order of arrival is up to the network, and sums must not depend on it. The
+        # sort is stable, so two messages of one rank stay in the order in which they were posted.
         for transfer, values in sorted(self._arrived[rank.rank], key=lambda arrived: arrived[0].peer):
             for chunk, value in zip(indices(transfer.chunk), values, strict=True):
-                place = rank.rank, chunk
                 if isinstance(transfer, Recv):
-                    self._overwrite(rank, place, value)
-                elif place not in self._held:
-                    raise ScheduleError(f"{rank.where}: it reduces into chunk {chunk}, in which there is nothing yet")
-                elif transfer.peer < rank.rank:
-                    sums[chunk] = self._sum(sums[chunk], value) if chunk in sums else value
+                    self._overwrite(rank, (rank.rank, chunk), value)
                 else:
-                    if chunk in sums:
-                        self._held[place] = self._sum(sums.pop(chunk), self._held[place])
-                    self._held[place] = self._sum(self._held[place], value)
-        for chunk, value in sums.items():
-            self._held[rank.rank, chunk] = self._sum(value, self._held[rank.rank, chunk])
+                    reduced[chunk].append((transfer.peer, value))
+        for chunk, values_by_rank in reduced.items():
+            self._reduce(rank, chunk, values_by_rank)
         self._arrived[rank.rank] = []
         if rank.step >= 0:
             self.observe(rank, self._held)
+
+    def _reduce(self, rank: RankState, chunk: int, arrived: list[tuple[int, Value]]) -> None:
+        """Add up what came into a chunk and what is there, as the executor does, so that orders are the real ones."""
+        place = rank.rank, chunk
+        if place not in self._held:
+            raise ScheduleError(f"{rank.where}: it reduces into chunk {chunk}, in which there is nothing yet")
+        # The own value stands at its own place: ranks that exchange the same values then add them up alike.
+        in_order = sorted([*arrived, (rank.rank, self._held[place])], key=lambda one: one[0])
+        self._held[place] = functools.reduce(self._sum, (value for _, value in in_order))
 
     def _sum(self, first: Value, second: Value) -> Value:
         counts = dict(first.counts)
@@ -181,6 +189,7 @@ class _Values(_Proof):
         return Value(counts, self._in_order(first.order, second.order))
 
     def _overwrite(self, rank: RankState, place: tuple[int, int], value: Value) -> None:
+        # The first loss is told: what is overwritten later may be what the first one had put there.
         if place in self._held and place not in self._sent:
             self._lost.setdefault(place, f"{rank.where} overwrote it before it was sent")
         self._held[place] = value
@@ -214,6 +223,7 @@ class _Values(_Proof):
                 return f"it ends with chunk {origin} of rank {source}, which does not belong there"
             if count > 1:
                 return f"the contribution of rank {source} is in it {count} times"
+        # Nothing is there that should not be, so something that should be is not.
         source, origin = min(should.keys() - there.keys())
         reason = self._lost.get((source, origin))
         return f"the contribution of rank {source} is missing" + (f"; {reason}" if reason else "")
@@ -228,6 +238,7 @@ class _Barrier(_Proof):
         self._arrived: list[set[int]] = [set() for _ in range(run.world_size)]
 
     def sent(self, rank: RankState, send: Send) -> set[int]:
+        # A token tells that its sender has come, and so all of whom the sender had heard before it sent.
         return set(self._heard[rank.rank])
 
     def met(
@@ -239,6 +250,7 @@ class _Barrier(_Proof):
         self._heard[rank.rank] |= self._arrived[rank.rank]
         heard = {other: 1 << (_BITS * other) for other in self._heard[rank.rank]}
         if rank.step >= 0:
+            # Shown in the chunk that tokens come into, as if each were a contribution.
             self.observe(rank, {(rank.rank, 1): Value({0: sum(heard.values())}, 0)})
 
     def ensure_promised(self) -> None:

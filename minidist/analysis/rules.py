@@ -27,6 +27,7 @@ def counted_chunks(schedule: Schedule, run: Run) -> int:
     """
     promise = run.collective
     count = chunks_of(schedule, run.name, run.world_size)
+    # More chunks than blocks would have no memory, but in a tensor that is cut anyhow, or in scratch.
     is_free = promise.is_cut or promise.has_scratch
     least = 1 if promise.is_cut else default_chunks(run.name, run.world_size)
     if count < least or (count > least and not is_free):
@@ -63,6 +64,7 @@ class Rules:
 
     def _ensure_names(self, rank: int, where: str, transfer: Transfer) -> None:
         """Refuse ranks and chunks that there are not."""
+        # Before it is compared, as a rank of 1.0 would lie in the range.
         if not isinstance(transfer.peer, int):
             raise ScheduleError(f"{where}: a rank is a whole number, got {transfer.peer!r}")
         if not 0 <= transfer.peer < self._run.world_size or transfer.peer == rank:
@@ -83,6 +85,7 @@ class Rules:
         if not all(promise.exists(self._run, rank, chunk) for chunk in chunks):
             what = f"of the chunks of a {self._run.name} it has only its own"
             raise ScheduleError(f"{where}: {spell(transfer)}, but {what}")
+        # An input may be sent on as it is, which saves a copy; the caller would notice only what is written there.
         if not isinstance(transfer, Send) and any(promise.is_input(self._run, rank, chunk) for chunk in chunks):
             what = f"that is the input of the {self._run.name}, which stays as it is"
             raise ScheduleError(f"{where}: {spell(transfer)}, but {what}")

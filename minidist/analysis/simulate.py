@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minidist.analysis.execution import MAX_STEPS, Execution, RankState, ensure_size
-from minidist.analysis.network import Link, Network, Route, Seconds
+from minidist.analysis.network import Link, Network, Ranks, Route, Seconds
 from minidist.analysis.rules import counted_chunks
 from minidist.collective import Run
 from minidist.errors import ScheduleError
-from minidist.schedule import Reduce, Schedule, Send, Step, Transfer, indices, steps_alike
+from minidist.schedule import Recv, Reduce, Schedule, Send, Step, Transfer, indices, steps_alike
 
 MAX_WORLD_SIZE = 65_536
 
@@ -111,6 +111,7 @@ class _OneByOne(Execution):
         self._network = network
         self._record = record
         self._free: dict[Any, float] = {}  # by link: when it has served all that came to it
+        # Routes are asked for once: a schedule has few pairs and sizes, and very many messages.
         self._routes: dict[tuple[int, int, float, bool], Route] = {}
         self.messages: list[Message] = []
         self.num_messages = 0
@@ -131,6 +132,7 @@ class _OneByOne(Execution):
         if key not in self._routes:
             self._routes[key] = self._network.route(*key)
         alpha, links = self._routes[key]
+        # Alpha is a delay and no work: a link that has served a message takes the next one while this one travels.
         ends = self._served(links, nbytes, time) + alpha
         sender.ends = max(sender.ends, ends)
         self.num_messages += 1
@@ -139,12 +141,16 @@ class _OneByOne(Execution):
             reduces = isinstance(receive, Reduce)
             places = (chunks, indices(receive.chunk))
             self.messages.append(Message(*pair, *steps, *places, reduces, nbytes, time, ends))
+        # The sender is done when its message has arrived. The receiver adds up one message after the other, so they
+        # queue for it as they do for a link.
         if isinstance(receive, Reduce):
             ends = self._served(self._network.reduction(receiver.rank, nbytes), nbytes, ends)
         receiver.ends = max(receiver.ends, ends)
 
     def _served(self, links: Sequence[Link], nbytes: float, time: float) -> float:
         """Return when the slowest of the links has served so many bytes, which come to it at ``time``."""
+        # Each link for itself, and the slowest counts: bytes flow through all of them at once, not one after another.
+        # A message waits for those that came before it, which `Execution` calls in the order of time.
         served = time
         for name, beta in links:
             self._free[name] = free = max(time, self._free.get(name, 0.0)) + beta * nbytes
@@ -181,13 +187,9 @@ class _Together:
 
     def _step(self, number: int, step: Step, now: Seconds, gammas: Seconds) -> Seconds:
         """Return when each rank ends a step in which it sends one message and receives one."""
-        sends = [move for move in step if isinstance(move, Send)]
-        if len(step) != 2 or len(sends) != 1:
-            raise ScheduleError(f"step {number}: where all ranks step alike, each sends one message and receives one")
-        send = sends[0]
-        receive = step[1] if step[0] is send else step[0]
-        dst = np.asarray(send.peer)
-        src = np.asarray(receive.peer)
+        send, receive = _both_ends(number, step)
+        dst = self._by_rank(number, "ranks", send.peer, self._run.world_size)
+        src = self._by_rank(number, "ranks", receive.peer, self._run.world_size)
         self._ensure_meeting(number, send, receive, dst, src)
         alone = self._network.alone(self._everyone, dst)
         assert alone is not None  # on such a network it never is
@@ -199,20 +201,40 @@ class _Together:
         ends: Seconds = np.maximum(arrives, arrives[src] + reduced)
         return ends
 
-    def _ensure_meeting(self, number: int, send: Send, receive: Transfer, dst: Any, src: Any) -> None:
+    def _ensure_meeting(self, number: int, send: Send, receive: Transfer, dst: Ranks, src: Ranks) -> None:
         """Refuse a step in which the messages of some ranks do not meet their receives."""
-        sent, received = (self._chunks(move) for move in (send, receive))
+        sent = self._chunks(number, send)
+        received = self._chunks(number, receive)
+        # Who I send to receives from me; with that, no rank can be the target of two, as it names one source.
         if not np.array_equal(src[dst], self._everyone) or np.any(dst == self._everyone):
             raise ScheduleError(f"step {number}: a rank sends to one that does not receive from it")
-        if min(sent.min(initial=0), received.min(initial=0)) < 0 or self._num_chunks <= max(
-            sent.max(initial=0), received.max(initial=0)
-        ):
-            raise ScheduleError(f"step {number}: the chunks are 0 to {self._num_chunks - 1}")
         # The chunks of a tensor that is cut may differ by one element.
-        same = np.array_equal(sent[:, src], received) if self._run.collective.is_cut else len(sent) == len(received)
-        if not same or not len(sent):
-            raise ScheduleError(f"step {number}: ranks send other chunks than the ones that are expected")
+        may_differ = self._run.collective.is_cut
+        if not 0 < len(sent) == len(received) or (may_differ and not np.array_equal(sent[:, src], received)):
+            raise ScheduleError(f"step {number}: ranks send other chunks than the ones that are expected, or none")
 
-    def _chunks(self, move: Transfer) -> Any:
+    def _chunks(self, number: int, move: Transfer) -> Ranks:
         """Return, for each chunk that a message names, which one it is for each rank."""
-        return np.array([self._everyone * 0 + chunk for chunk in indices(move.chunk)])
+        return np.array([self._by_rank(number, "chunks", chunk, self._num_chunks) for chunk in indices(move.chunk)])
+
+    def _by_rank(self, number: int, what: str, given: Any, count: int) -> Ranks:
+        """Return what each rank names, where it is one of ``count``.
+
+        An index below 0 is none to a schedule, but it is one to numpy, so it has to be found here.
+        """
+        # What is the same for all ranks is a number, and has to become an array as long as the others.
+        found = np.broadcast_to(np.asarray(given), self._everyone.shape)
+        is_wrong = (found < 0) | (found >= count) if found.dtype.kind == "i" else np.full(found.shape, True)
+        if is_wrong.any():
+            rank = int(is_wrong.argmax())
+            raise ScheduleError(f"step {number}: the {what} are 0 to {count - 1}, got {found[rank]} on rank {rank}")
+        return found
+
+
+def _both_ends(number: int, step: Step) -> tuple[Send, Transfer]:
+    """Return what every rank sends in a step, and what it receives."""
+    if isinstance(step, tuple) and len(step) == 2:
+        for send, receive in (step, step[::-1]):
+            if isinstance(send, Send) and isinstance(receive, Recv | Reduce):
+                return send, receive
+    raise ScheduleError(f"step {number}: where all ranks step alike, each sends one message and receives one")
