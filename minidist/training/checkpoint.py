@@ -110,7 +110,7 @@ class Checkpoints:
         if data is None:
             return None
         content = _load(data)
-        self._check_fits(content, signature)
+        self._ensure_fits(content, signature)
         local = content["locals"][self._comm.rank]
         return State(content["step"], signature, original(content["shared"]), original(local))
 
@@ -140,7 +140,7 @@ class Checkpoints:
             "world_size": self._comm.world_size,
         }
 
-    def _check_fits(self, content: dict[str, Any], given: Signature) -> None:
+    def _ensure_fits(self, content: dict[str, Any], given: Signature) -> None:
         who = f"{self._comm.who('Checkpoints.load')}: the checkpoint of step {content['step']} in {self.directory}"
         if content["world_size"] != self._comm.world_size:
             raise CheckpointError(
@@ -213,7 +213,7 @@ class Checkpoints:
         for place, path in reversed(list(enumerate(paths))):
             data = path.read_bytes()
             if _is_whole(data):
-                _check_loads(data, path)
+                _ensure_loads(data, path)
                 return data
             if place:
                 warnings.warn(f"the checkpoint {path} is damaged or cut short; using the one before it", stacklevel=2)
@@ -241,7 +241,7 @@ def _is_whole(data: bytes) -> bool:
         return False
 
 
-def _check_loads(data: bytes, path: Path) -> None:
+def _ensure_loads(data: bytes, path: Path) -> None:
     """Say why a file that is whole cannot be used: it was written by something else, or by an older version."""
     try:
         missing = _KEYS - _load(data).keys()
