@@ -162,6 +162,7 @@ class Checkpoints:
         result = None
         problem = ""
         if self._comm.rank == 0:
+            # An error that rank 0 alone raised would leave the others waiting in the next collective.
             try:
                 result = action()
             except (OSError, CheckpointError) as error:
@@ -180,6 +181,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"the directory {self.directory} cannot be written ({error.strerror}); choose another one"
             ) from error
+        # A kill in the middle of a write leaves one, which nobody would rename any more.
         for left_over in self.directory.glob("*.tmp"):
             left_over.unlink()
 
@@ -188,6 +190,7 @@ class Checkpoints:
         return sorted(path for path in self.directory.iterdir() if re.fullmatch(r"step_\d{8,}\.pt", path.name))
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
+        # In memory first: torch wraps the error of a full disk in one of its own, without a number that says so.
         buffer = io.BytesIO()
         torch.save(content, buffer)
         temporary = path.with_suffix(".tmp")
@@ -195,8 +198,10 @@ class Checkpoints:
             with open(temporary, "wb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
+                # Before the rename, or a power cut could leave the new name with nothing behind it.
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            # And before old files go, or it could leave neither the new name nor the old ones.
             _sync_directory(self.directory)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -212,6 +217,7 @@ class Checkpoints:
         paths = self._paths()
         for place, path in reversed(list(enumerate(paths))):
             data = path.read_bytes()
+            # Whole but of no use is an error: going on from an older one would throw away days of training silently.
             if _is_whole(data):
                 _ensure_loads(data, path)
                 return data
