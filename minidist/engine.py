@@ -16,7 +16,7 @@ from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
 from minidist.training.checkpoint import Checkpoints
 from minidist.training.learning_rate import LearningRate
-from minidist.training.loaders import Batch, Loader, require_eval_batches
+from minidist.training.loaders import Batch, Loader, ensure_eval_batches
 from minidist.training.metrics import Metrics, MetricSums
 from minidist.training.optimisation import Optimisation
 from minidist.training.progress import Position
@@ -97,7 +97,7 @@ class Engine:
         """
         if epochs < 1:
             raise ValueError(f"{self.comm.who('Engine.fit')}: epochs must be at least 1, got {epochs}")
-        require_eval_batches(eval_loader, self.comm)
+        ensure_eval_batches(eval_loader, self.comm)
         self.learning_rate.ensure_evaluated(eval_loader)
         begin(self._training(), self.checkpoints)
         self.roll_call.start(self.position.step)

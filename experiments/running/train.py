@@ -49,7 +49,9 @@ def train(cfg: DictConfig, checked: Config) -> float:
         seed_everything(checked.engine.seed, comm.rank)
         model = build(cfg.model, "model", shape=chosen.shape, num_classes=chosen.num_classes).to(device)
         loaders = [_loader(samples, checked, comm, samples is chosen.train) for samples in (chosen.train, chosen.test)]
-        engine = _engine(cfg, checked, comm, model, device, len(loaders[0]), directory)
+        replica = _replica(cfg, checked, comm, model)
+        optimizer = build(cfg.optim, "optim")(replica.parameters())
+        engine = _engine(replica, optimizer, checked.engine, device, len(loaders[0]), directory)
         if comm.rank == 0:
             _announce(comm, chosen, model)
         summary = engine.fit(loaders[0], checked.engine.epochs, loaders[1])
@@ -75,33 +77,35 @@ def _loader(samples: Samples, checked: Config, comm: Communicator, train: bool) 
     return loader(samples, comm.rank, comm.world_size, size, workers, train, seed)
 
 
+def _replica(cfg: DictConfig, checked: Config, comm: Communicator, model: nn.Module) -> DistributedDataParallel:
+    ddp = checked.ddp
+    hook = build(cfg.ddp.hook, "ddp.hook")
+    return DistributedDataParallel(
+        model, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook
+    )
+
+
 def _engine(
-    cfg: DictConfig,
-    checked: Config,
-    comm: Communicator,
-    model: nn.Module,
+    replica: DistributedDataParallel,
+    optimizer: Optimizer,
+    settings: EngineConfig,
     device: torch.device,
     num_batches: int,
     directory: Path,
 ) -> Engine:
-    settings = checked.engine
-    ddp = checked.ddp
-    hook = build(cfg.ddp.hook, "ddp.hook")
-    replica = DistributedDataParallel(
-        model, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook
+    comm = replica.comm
+    optimisation = Optimisation(
+        _scheduler(optimizer, settings, num_batches),
+        settings.accumulation_steps,
+        settings.max_grad_norm,
+        AUTOCAST_DTYPES[settings.autocast],
     )
-    optimizer = build(cfg.optim, "optim")(replica.parameters())
     return Engine(
         replica,
         optimizer,
         nn.CrossEntropyLoss(),
         comm,
-        Optimisation(
-            _scheduler(optimizer, settings, num_batches),
-            settings.accumulation_steps,
-            settings.max_grad_norm,
-            AUTOCAST_DTYPES[settings.autocast],
-        ),
+        optimisation,
         device=device,
         log_every=settings.log_every,
         checkpoints=_checkpoints(settings, comm, directory),

@@ -110,7 +110,7 @@ class Checkpoints:
         if data is None:
             return None
         content = _load(data)
-        self._check_fits(content, signature)
+        self._ensure_fits(content, signature)
         local = content["locals"][self._comm.rank]
         return State(content["step"], signature, original(content["shared"]), original(local))
 
@@ -140,7 +140,7 @@ class Checkpoints:
             "world_size": self._comm.world_size,
         }
 
-    def _check_fits(self, content: dict[str, Any], given: Signature) -> None:
+    def _ensure_fits(self, content: dict[str, Any], given: Signature) -> None:
         who = f"{self._comm.who('Checkpoints.load')}: the checkpoint of step {content['step']} in {self.directory}"
         if content["world_size"] != self._comm.world_size:
             raise CheckpointError(
@@ -162,6 +162,7 @@ class Checkpoints:
         result = None
         problem = ""
         if self._comm.rank == 0:
+            # An error that rank 0 alone raised would leave the others waiting in the next collective.
             try:
                 result = action()
             except (OSError, CheckpointError) as error:
@@ -180,6 +181,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"the directory {self.directory} cannot be written ({error.strerror}); choose another one"
             ) from error
+        # A kill in the middle of a write leaves one, which nobody would rename any more.
         for left_over in self.directory.glob("*.tmp"):
             left_over.unlink()
 
@@ -188,6 +190,7 @@ class Checkpoints:
         return sorted(path for path in self.directory.iterdir() if re.fullmatch(r"step_\d{8,}\.pt", path.name))
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
+        # In memory first: torch wraps the error of a full disk in one of its own, without a number that says so.
         buffer = io.BytesIO()
         torch.save(content, buffer)
         temporary = path.with_suffix(".tmp")
@@ -195,8 +198,10 @@ class Checkpoints:
             with open(temporary, "wb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
+                # Before the rename, or a power cut could leave the new name with nothing behind it.
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            # And before old files go, or it could leave neither the new name nor the old ones.
             _sync_directory(self.directory)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -212,8 +217,9 @@ class Checkpoints:
         paths = self._paths()
         for place, path in reversed(list(enumerate(paths))):
             data = path.read_bytes()
+            # Whole but of no use is an error: going on from an older one would throw away days of training silently.
             if _is_whole(data):
-                _check_loads(data, path)
+                _ensure_loads(data, path)
                 return data
             if place:
                 warnings.warn(f"the checkpoint {path} is damaged or cut short; using the one before it", stacklevel=2)
@@ -241,7 +247,7 @@ def _is_whole(data: bytes) -> bool:
         return False
 
 
-def _check_loads(data: bytes, path: Path) -> None:
+def _ensure_loads(data: bytes, path: Path) -> None:
     """Say why a file that is whole cannot be used: it was written by something else, or by an older version."""
     try:
         missing = _KEYS - _load(data).keys()

@@ -25,7 +25,7 @@ class FirstBadStep:
         return self._step.item()
 
 
-def require_finite(first_bad_steps: Tensor, epoch: int, who: str) -> None:
+def ensure_finite(first_bad_steps: Tensor, epoch: int, who: str) -> None:
     """Raise FloatingPointError if a rank has had a bad step.
 
     Args:

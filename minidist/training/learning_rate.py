@@ -27,7 +27,7 @@ class LearningRate:
     """
 
     def __init__(self, scheduler: Scheduler | None, optimizer: Optimizer) -> None:
-        _check_optimizer(optimizer)
+        _ensure_steps_alone(optimizer)
         self._scheduler = scheduler
         self._by_loss = isinstance(scheduler, ReduceLROnPlateau)
         if scheduler is not None and not self._by_loss and (needs := _needed(type(scheduler).step)):
@@ -55,7 +55,7 @@ class LearningRate:
             self._scheduler.step(metrics.loss)
 
 
-def _check_optimizer(optimizer: Optimizer) -> None:
+def _ensure_steps_alone(optimizer: Optimizer) -> None:
     if needs := _needed(type(optimizer).step):
         raise ValueError(
             f"Engine: {_name(optimizer)}.step needs a {needs[0]}, to compute the loss several times within one step; "

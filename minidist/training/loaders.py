@@ -168,7 +168,7 @@ def length_of(loader: Loader, who: str) -> int:
         ) from error
 
 
-def require_equal_lengths(lengths: Sequence[int], num_done: int, epoch: int, who: str) -> None:
+def ensure_equal_lengths(lengths: Sequence[int], num_done: int, epoch: int, who: str) -> None:
     """Refuse training loaders that differ between ranks, or end before what was trained on already.
 
     Args:
@@ -196,7 +196,7 @@ def require_equal_lengths(lengths: Sequence[int], num_done: int, epoch: int, who
         )
 
 
-def require_eval_batches(eval_loader: Iterable[Any] | None, comm: Communicator) -> None:
+def ensure_eval_batches(eval_loader: Iterable[Any] | None, comm: Communicator) -> None:
     """Raise ValueError, on every rank, unless all ranks have an evaluation, with a batch on one of them. Collective."""
     who = comm.who("Engine.fit")
     lengths = comm.all_gather_object(_eval_length(eval_loader))

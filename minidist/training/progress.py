@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minidist.communicator import Communicator
-from minidist.training.loaders import Batch, Loader, Steps, batches_from, length_of, require_equal_lengths
+from minidist.training.loaders import Batch, Loader, Steps, batches_from, ensure_equal_lengths, length_of
 from minidist.training.seed import RandomState, random_state, restore_random_state
 
 
@@ -45,7 +45,7 @@ class Position:
         # would see that, and leave the others in the first step's all-reduce; so all ranks read first, and then tell.
         first = next(batches, None)
         told = comm.all_gather_object((num_batches, first is not None))
-        require_equal_lengths([length for length, _ in told], self.batch, self.epoch, who)
+        ensure_equal_lengths([length for length, _ in told], self.batch, self.epoch, who)
         silent = [rank for rank, (_, has_first) in enumerate(told) if not has_first]
         if silent and self.batch < num_batches:
             raise ValueError(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minidist.communicator import Communicator
-from minidist.training.finite import FirstBadStep, require_finite
+from minidist.training.finite import FirstBadStep, ensure_finite
 from minidist.training.stop import StopSignal
 from minidist.training.tally import OwnTally, Tally
 
@@ -78,7 +78,7 @@ class RollCall:
             FloatingPointError: on every rank, if a rank's loss was not finite.
         """
         told = self._gather()
-        require_finite(told["first_bad_step"], epoch, self._comm.who("Engine.fit"))
+        ensure_finite(told["first_bad_step"], epoch, self._comm.who("Engine.fit"))
         self.stopping = self.stopping or bool(told["stop"].any())
         tally = Tally(
             loss_sum=told["loss_sum"].sum().item(),

@@ -74,16 +74,20 @@ class ShardedSampler(Sampler[int]):
         """Return this rank's number of samples in a whole epoch, wherever it begins."""
         if self.drop_last:
             return self.num_samples // self.world_size
+        # Rounded up: with pad on all ranks, without it on those below num_samples % world_size.
         left_over = self.world_size - 1 if self.pad else self.world_size - 1 - self.rank
         return (self.num_samples + left_over) // self.world_size
 
     def __iter__(self) -> Iterator[int]:
+        # All of the order, also where the epoch begins in its middle: only then is its rest what it was before.
         order = self._order()
         for position in range(self.first_batch * self.batch_size, len(self)):
+            # Only the padded end goes beyond the order: at its start again, several times in a small data set.
             yield order[(self.rank + position * self.world_size) % self.num_samples]
 
     def _order(self) -> list[int]:
         if not self.shuffle:
             return list(range(self.num_samples))
+        # Of its own: the global generator stands elsewhere on each rank, and elsewhere again after a resume.
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         return torch.randperm(self.num_samples, generator=generator).tolist()

@@ -44,7 +44,7 @@ def storable(value: Any, name: str = "") -> Any:
         return value if _unchanged(parts, value) else kind(parts)
     if isinstance(value, np.generic) or kind is np.ndarray:
         return _spelled(value, name)
-    _check_by_reading(value, name)
+    _ensure_reads_back(value, name)
     return value
 
 
@@ -95,7 +95,7 @@ def _numpy(spelling: str, shape: tuple[int, ...] | None, data: str) -> Any:
     return array[0] if shape is None else array.reshape(shape).copy()
 
 
-def _check_by_reading(value: Any, name: str) -> None:
+def _ensure_reads_back(value: Any, name: str) -> None:
     """Refuse what torch cannot write and read; what it can, a program may have told it."""
     buffer = io.BytesIO()
     try:
