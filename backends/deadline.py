@@ -6,6 +6,9 @@ import time
 
 from minidist.errors import CommTimeoutError
 
+LEAST_S = 1e-3
+"""What is given to a transport when no time is left: it takes no 0, and a short look may still find what has come."""
+
 
 class Deadline:
     """The end of a wait that begins now.
@@ -22,8 +25,8 @@ class Deadline:
 
     @property
     def left_s(self) -> float:
-        """How many seconds are left, 0 if none."""
-        return max(self._at - time.monotonic(), 0.0)
+        """How many seconds are left, LEAST_S if none."""
+        return max(self._at - time.monotonic(), LEAST_S)
 
     def missed_by(self, peer: int | None) -> CommTimeoutError | None:
         """Return what to tell the caller about ``peer``, None if any rank may be late, once no time is left."""

@@ -6,9 +6,8 @@ that your transport does better. Every hook gets ``timeout_s`` and must end, one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from backends.contact import LEFT, ContactLostError
@@ -74,10 +73,6 @@ class ScheduledCommunicator(Communicator):
 
     def _barrier(self, timeout_s: float) -> None:
         self._executor.barrier(timeout_s)
-
-    def _blocks_of(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Cut into one part per rank, the first ones larger by one element where it does not divide."""
-        return torch.tensor_split(tensor.view(-1), self.world_size)
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:
         channel = self._new_channel()

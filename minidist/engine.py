@@ -76,6 +76,7 @@ class Engine:
         self.learning_rate = LearningRate(optimisation.scheduler, optimizer)
         self.position = Position()
         self.tallies = Tallies()
+        self.training = Training(model.module, optimizer, optimisation.scheduler, self.position, self.tallies)
         self.stop_signal = StopSignal()
         self.roll_call = RollCall(comm, self.stop_signal)
 
@@ -99,7 +100,7 @@ class Engine:
             raise ValueError(f"{self.comm.who('Engine.fit')}: epochs must be at least 1, got {epochs}")
         ensure_eval_batches(eval_loader, self.comm)
         self.learning_rate.ensure_evaluated(eval_loader)
-        begin(self._training(), self.checkpoints)
+        begin(self.training, self.checkpoints)
         self.roll_call.start(self.position.step)
         with self.stop_signal:
             while self.position.epoch < epochs and not self.roll_call.stopping:
@@ -184,13 +185,8 @@ class Engine:
         if save or self.roll_call.stopping:
             self._save()
 
-    def _training(self) -> Training:
-        """Return what a checkpoint holds."""
-        scheduler = self.optimisation.scheduler
-        return Training(self.model.module, self.optimizer, scheduler, self.position, self.tallies)
-
     def _save(self) -> None:
         """Save where training stands, right after a roll call, so that the tallies hold all of it."""
         if self.checkpoints is not None:
-            self.checkpoints.save(self._training().state())
+            self.checkpoints.save(self.training.state())
             self.roll_call.restart_clock()

@@ -14,15 +14,16 @@ this one has ended. Chunks without elements (fewer elements than chunks) are ski
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from backends.deadline import Deadline
 from backends.executor.messages import Arrival, messages, store, store_in_order
 from backends.executor.plan import Plan, PlannedStep, ensure_right, planned
 from backends.executor.scratch import Scratch
+from minidist.collective import Run
 from minidist.communicator import ReduceOp, Work
 from minidist.contract.inner import Inner
 from minidist.schedule import Recv, Reduce, Schedule
@@ -62,12 +63,13 @@ class Executor:
         self._turn = 0
         self.plan = functools.cache(self._make_plan)
 
-    def _make_plan(self, collective: str, root: int | None = None) -> Plan:
+    def _make_plan(self, collective: str, root: int = 0) -> Plan:
         """Work out this rank's steps; every rank does so when it first comes here, before anything is sent."""
         schedule = self.schedules[collective]
+        run = Run(collective, self._world_size, root)
         if self._proves:
-            ensure_right(schedule, collective, self._rank, self._world_size, root)
-        return planned(schedule, collective, self._rank, self._world_size, root)
+            ensure_right(schedule, run, self._rank)
+        return planned(schedule, run, self._rank)
 
     # Collectives ------------------------------------------------------------------------------
 
@@ -85,13 +87,13 @@ class Executor:
         self._run(plan, torch.tensor_split(tensor.view(-1), plan.num_chunks), op, timeout_s)
 
     def all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        blocks = self._blocks(output)
+        blocks = self.blocks(output)
         if blocks[self._rank].data_ptr() != input.data_ptr():
             blocks[self._rank].copy_(input.view(-1))
         self._run(self.plan("all_gather"), blocks, SUM, timeout_s)
 
     def reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
-        blocks = self._blocks(self.scratch.copy_of("input", input))  # the caller's stays as it is
+        blocks = self.blocks(self.scratch.copy_of("input", input))  # the caller's stays as it is
         self._run(self.plan("reduce_scatter"), blocks, op, timeout_s)
         output.view(-1).copy_(blocks[self._rank])
 
@@ -109,8 +111,8 @@ class Executor:
 
     def all_to_all(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
         plan = self.plan("all_to_all")
-        sent = self._blocks(input)
-        received = self._blocks(output)
+        sent = self.blocks(input)
+        received = self.blocks(output)
         received[self._rank].copy_(sent[self._rank])
         num_extra = plan.num_chunks - 2 * self._world_size
         extra = self.scratch.pieces("extra", [sent[0].numel()] * num_extra, input)
@@ -120,22 +122,23 @@ class Executor:
         tokens = self.scratch.take("barrier", 2, torch.uint8, self._transport.comm.device_type)
         self._run(self.plan("barrier"), [tokens[:1], tokens[1:]], SUM, timeout_s)
 
-    def _blocks(self, tensor: Tensor) -> Sequence[Tensor]:
+    def blocks(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Cut into one part per rank, the first ones larger by one element where it does not divide."""
         return torch.tensor_split(tensor.view(-1), self._world_size)
 
     def _root_blocks(self, many: Tensor | None, one: Tensor) -> Sequence[Tensor]:
         """Return the blocks at the root; elsewhere only the own one is there, and a right schedule names no other."""
-        return [one.view(-1)] * self._world_size if many is None else self._blocks(many)
+        return [one.view(-1)] * self._world_size if many is None else self.blocks(many)
 
     # Steps ------------------------------------------------------------------------------------
 
     def _run(self, plan: Plan, chunks: Sequence[Tensor], op: ReduceOp, timeout_s: float) -> None:
         """Run this rank's steps on the memory in ``chunks``; each chunk is 1-d and contiguous."""
-        timeout_s = self._transport.agree(plan.collective, chunks, op, plan.root, timeout_s)
-        deadline = time.monotonic() + timeout_s
+        run = plan.run
+        deadline = Deadline(self._transport.agree(run.name, chunks, op, run.root, timeout_s))
         early: list[Arrival] | None = None
         for number, step in enumerate(plan.steps, start=1):
-            left = max(deadline - time.monotonic(), 1e-3)
+            left = deadline.left_s
             arrivals = self._post_receives(step, chunks, left) if early is None else early
             sent = self._post_sends(step, chunks, left)
             early = None

@@ -38,19 +38,18 @@ class PlannedStep:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All steps of one rank, and into how many chunks the collective cuts its memory."""
+    """All steps of one rank in a run, and into how many chunks the collective cuts its memory."""
 
-    collective: str
-    root: int
+    run: Run
     num_chunks: int
     steps: Sequence[PlannedStep]
 
 
-def planned(schedule: Schedule, collective: str, rank: int, world_size: int, root: int | None) -> Plan:
-    """Return the plan of ``rank``; ``root`` is None for a collective that has none."""
-    steps = list(schedule(rank, world_size) if root is None else schedule(rank, world_size, root))
+def planned(schedule: Schedule, run: Run, rank: int) -> Plan:
+    """Return the plan of ``rank``."""
+    steps = list(schedule(rank, *run.arguments))
     rows = [_planned_step(step, before) for step, before in zip(steps, [None, *steps], strict=False)]
-    return Plan(collective, root or 0, chunks_of(schedule, collective, world_size), rows)
+    return Plan(run, chunks_of(schedule, run.name, run.world_size), rows)
 
 
 def _planned_step(step: Step, before: Step | None) -> PlannedStep:
@@ -70,19 +69,19 @@ def _chunks(step: Step, *kinds: type[Transfer]) -> set[int]:
     return {index for move in step if isinstance(move, kinds) for index in indices(move.chunk)}
 
 
-def ensure_right(schedule: Schedule, collective: str, rank: int, world_size: int, root: int | None) -> None:
+def ensure_right(schedule: Schedule, run: Run, rank: int) -> None:
     """Prove a schedule on so many ranks, where that does not take too long.
 
     Raises:
         ScheduleError: it is wrong.
     """
-    if world_size > MAX_PROVED:
+    if run.world_size > MAX_PROVED:
         if rank == 0:
             log.warning(
-                "%s: its schedule is not proved, as that takes long on more than %d ranks", collective, MAX_PROVED
+                "%s: its schedule is not proved, as that takes long on more than %d ranks", run.name, MAX_PROVED
             )
         return
     try:
-        prove(schedule, Run(collective, world_size, root or 0))
+        prove(schedule, run)
     except ScheduleError as error:
-        raise ScheduleError(f"the schedule is wrong on {world_size} ranks; {error}") from None
+        raise ScheduleError(f"the schedule is wrong on {run.world_size} ranks; {error}") from None

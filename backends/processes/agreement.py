@@ -31,8 +31,6 @@ from minidist.errors import MismatchError
 
 SMALL_BYTES = 2**11
 """What fits into a row."""
-LEAST_S = 1e-3
-"""What is left of a timeout that has run out: a transport takes no 0."""
 DATA = 64
 """Where in a row the tensor begins: after the signature, aligned for any dtype."""
 
@@ -65,7 +63,7 @@ class Agreement:
             self._rows[0, DATA : DATA + source.nbytes].view(source.dtype).copy_(source.view(-1))
         self.compare(offer.signature, deadline)
         if not is_small:
-            return deadline.left_s or LEAST_S
+            return deadline.left_s
         for target, parts in reads:
             combine(offer.op, [self._piece(*part, target) for part in parts], target)
         self._comm.traffic.count(0 if source is None else source.nbytes)
@@ -79,7 +77,7 @@ class Agreement:
         have = 1  # rows, of this rank and the ones after it; each step doubles them
         while have < n:
             count = min(have, n - have)
-            left = deadline.left_s or LEAST_S
+            left = deadline.left_s
             receive = self._transport.irecv(self._rows[have : have + count], (comm.rank + have) % n, self._tag, left)
             send = self._transport.isend(self._rows[:count], (comm.rank - have) % n, self._tag, left)
             receive.wait()

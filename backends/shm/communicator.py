@@ -95,7 +95,7 @@ class ShmCommunicator(ProcessCommunicator):
             self._share(Offer("broadcast", flat, None, root=src), [(flat, [(src, 0)])], timeout_s)
 
     def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        reads = [(chunk, [(rank, 0)]) for rank, chunk in enumerate(self._blocks_of(output))]
+        reads = [(chunk, [(rank, 0)]) for rank, chunk in enumerate(self._executor.blocks(output))]
         self._share(Offer("all_gather", input, input.view(-1)), reads, timeout_s)
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
@@ -103,7 +103,7 @@ class ShmCommunicator(ProcessCommunicator):
         self._share(Offer("reduce_scatter", output, input.view(-1), self.world_size, op), reads, timeout_s)
 
     def _gather(self, output: Tensor | None, input: Tensor, dst: int, timeout_s: float) -> None:
-        chunks = [] if output is None else self._blocks_of(output)
+        chunks = [] if output is None else self._executor.blocks(output)
         reads = [(chunk, [(rank, 0)]) for rank, chunk in enumerate(chunks)]
         self._share(Offer("gather", input, input.view(-1), root=dst), reads, timeout_s)
 
@@ -113,7 +113,7 @@ class ShmCommunicator(ProcessCommunicator):
         self._share(Offer("scatter", output, source, self.world_size, root=src), reads, timeout_s)
 
     def _all_to_all(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        chunks = self._blocks_of(output)
+        chunks = self._executor.blocks(output)
         reads = [(chunk, [(rank, self.rank)]) for rank, chunk in enumerate(chunks)]
         self._share(Offer("all_to_all", chunks[0], input.view(-1), self.world_size), reads, timeout_s)
 

@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from backends.contact import ContactLostError
 from backends.deadline import Deadline
-from backends.processes.agreement import LEAST_S, Agreement
+from backends.processes.agreement import Agreement
 from backends.processes.communicator import Place, ProcessCommunicator
 from backends.processes.offer import Offer
 from backends.processes.rendezvous import from_everyone
@@ -169,7 +169,7 @@ class GlooCommunicator(TorchDistCommunicator):
         numel = sum(chunk.numel() for chunk in chunks) if COLLECTIVES[collective].is_cut else chunks[0].numel()
         deadline = Deadline(timeout_s)
         self._agreement.compare(pack(collective, numel, chunks[0].dtype, op, root), deadline)
-        return deadline.left_s or LEAST_S
+        return deadline.left_s
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:
         reads = [(tensor, self._everyone)]
@@ -187,7 +187,7 @@ class GlooCommunicator(TorchDistCommunicator):
             super()._broadcast(tensor, src, left)
 
     def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        reads = zip(self._blocks_of(output), self._each(0), strict=True)
+        reads = zip(self._executor.blocks(output), self._each(0), strict=True)
         if left := self._agreement.settle(Offer("all_gather", input, input), reads, timeout_s):
             super()._all_gather(output, input, left)
 
@@ -199,7 +199,7 @@ class GlooCommunicator(TorchDistCommunicator):
             super()._reduce_scatter(output, input, op, left)
 
     def _gather(self, output: Tensor | None, input: Tensor, dst: int, timeout_s: float) -> None:
-        reads = [] if output is None else zip(self._blocks_of(output), self._each(0), strict=True)
+        reads = [] if output is None else zip(self._executor.blocks(output), self._each(0), strict=True)
         if left := self._agreement.settle(Offer("gather", input, input, root=dst), reads, timeout_s):
             super()._gather(output, input, dst, left)
 
@@ -209,7 +209,7 @@ class GlooCommunicator(TorchDistCommunicator):
             super()._scatter(output, input, src, left)
 
     def _all_to_all(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        chunks = self._blocks_of(output)
+        chunks = self._executor.blocks(output)
         reads = zip(chunks, self._each(self.rank), strict=True)
         if left := self._agreement.settle(Offer("all_to_all", chunks[0], input, self.world_size), reads, timeout_s):
             super()._all_to_all(output, input, left)
@@ -241,7 +241,7 @@ class _GlooMessage(Work):
         self._work = work
         self._tensor = tensor
         self._peer = peer
-        self._deadline = time.monotonic() + timeout_s
+        self._deadline = Deadline(timeout_s)
         self._timeout_s = timeout_s
         self._done = False
         self._ended: Future[None] | None = None
@@ -254,7 +254,7 @@ class _GlooMessage(Work):
 
     def _finish(self) -> None:
         try:
-            self._comm._wait(self._work, max(self._deadline - time.monotonic(), 1e-3))
+            self._comm._wait(self._work, self._deadline.left_s)
         except CommError:
             raise
         except RuntimeError as error:

@@ -6,7 +6,6 @@ checks, no staging, no order. So they take what the front has let through, in th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import final
 
 from minidist.communicator import Communicator
@@ -22,6 +21,7 @@ class Inner:
         collective: ``(name)`` returns what runs that collective, see `Communicator._collective`.
         agree: ``(collective, chunks, op, root, timeout_s)`` before a schedule runs over its messages.
         dispatch: ``(run, async_op)`` runs an operation in the order of all that it was given.
+        split: ``(groups)`` returns the communicator of this rank's group, see `Communicator._split`; all ranks call it.
         gone, translate: the ranks that are lost, and what an error of its library means.
     """
 
@@ -32,12 +32,9 @@ class Inner:
         self.collective = comm._collective
         self.agree = comm._agree
         self.dispatch = comm._dispatch
+        self.split = comm._split
         self.gone = comm._gone
         self.translate = comm._translate
-
-    def split(self, groups: Sequence[Sequence[int]]) -> Communicator | None:
-        """Return the communicator of this rank's group, see `Communicator._split`; all ranks call it."""
-        return self.comm._split([list(ranks) for ranks in groups])
 
     def adopt(self, outer: Communicator) -> None:
         """Give ``outer``, of the same ranks, a channel of its own and one order, count and clock with this one.
