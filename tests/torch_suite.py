@@ -23,6 +23,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch.multiprocessing
+
 LIMIT_S = 90
 
 
@@ -46,7 +48,7 @@ def load(backend: str, world_size: int, folder: Path) -> type[unittest.TestCase]
     class TorchSuite(distributed_test.TestDistBackend, distributed_test.DistributedTest._DistTestBase):  # type: ignore[misc]
         def setUp(self) -> None:
             super().setUp()
-            self._fork_processes()
+            self._start_processes(torch.multiprocessing.get_context("fork").Process)
 
         def tearDown(self) -> None:
             for process in self.processes:  # what hangs has been reported
