@@ -4,6 +4,7 @@
 
     python -m tests.torch_suite --backend gloo                      what passes natively
     python -m tests.torch_suite --backend minidist --comm ring/gloo -k all_reduce
+    python -m tests.torch_suite --backend minidist --as gloo        also those that torch has for gloo alone
 
 Torch starts three new processes for each test. Here they are forks of one that has torch loaded, as most of the time
 would otherwise go into that; the tests are torch's, unchanged. What it says of a backend that it does not know ("ddp",
@@ -25,6 +26,8 @@ from typing import Any
 
 import torch.multiprocessing
 
+from minidist.c10d import register
+
 LIMIT_S = 90
 
 
@@ -41,7 +44,7 @@ def load(backend: str, world_size: int, folder: Path) -> type[unittest.TestCase]
     )
     from torch.testing._internal.common_distributed import DistTestCases
 
-    for feature in ("ddp", "subgroup"):
+    for feature in ("ddp", "gpu", "subgroup"):
         DistTestCases.backend_feature[feature].add("minidist")
     from torch.testing._internal.distributed import distributed_test
 
@@ -80,6 +83,7 @@ def main() -> None:
     """Run the chosen tests, and print what came of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="minidist")
+    parser.add_argument("--as", dest="name", help="the name that minidist has in the tests: gloo or mpi")
     parser.add_argument("--comm", default=None, help="what MINIDIST_COMM is set to")
     parser.add_argument("--world-size", type=int, default=3)
     parser.add_argument("-k", default="", help="a part of the names; or several, with commas")
@@ -90,7 +94,9 @@ def main() -> None:
     sys.argv = sys.argv[:1]  # torch's tests read it too
     outcomes: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        case = load(given.backend, given.world_size, Path(folder))
+        if given.name:
+            register(given.name)
+        case = load(given.name or given.backend, given.world_size, Path(folder))
         parts = given.k.split(",")
         names = [name for name in unittest.TestLoader().getTestCaseNames(case) if any(part in name for part in parts)]
         for name in names:

@@ -66,15 +66,18 @@ class MinidistBackend(Backend):
     # Reductions -------------------------------------------------------------------------------
 
     def allreduce(self, tensors: list[Tensor], opts: Any) -> TorchWork:
-        return self._run(lambda: [self._all_reduce(tensor, opts) for tensor in tensors], opts, tensors)
+        def run() -> None:
+            for tensor in tensors:
+                self._all_reduce(tensor, opts)
+
+        return self._run(run, opts, tensors)
 
     allreduce_coalesced = allreduce
     allreduce_sparse = allreduce
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> TorchWork:
-        return self._run(
-            lambda: [self._reduction(tensor, opts).reduce(tensor, opts.rootRank) for tensor in tensors], opts, tensors
-        )
+        (tensor,) = tensors
+        return self._run(lambda: self._reduction(tensor, opts).reduce(tensor, opts.rootRank), opts, tensors)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any) -> TorchWork:
         return self._run(lambda: self._reduction(input, opts).reduce_scatter(output, input), opts, [output])
@@ -96,10 +99,8 @@ class MinidistBackend(Backend):
     # Moves ------------------------------------------------------------------------------------
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> TorchWork:
-        seconds = _seconds(opts)
-        return self._run(
-            lambda: [moves.broadcast(self.comm, tensor, opts.rootRank, seconds) for tensor in tensors], opts, tensors
-        )
+        (tensor,) = tensors
+        return self._run(lambda: moves.broadcast(self.comm, tensor, opts.rootRank, _seconds(opts)), opts, tensors)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any) -> TorchWork:
         return self.all_gather_single_coalesced([output], [input], opts)
@@ -121,8 +122,7 @@ class MinidistBackend(Backend):
     def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> TorchWork:
         """Take the outputs by rank, and in each the tensors."""
         by_tensor = [list(of_all) for of_all in zip(*outputs, strict=True)]
-        work = self.allgather(by_tensor, inputs, opts)
-        return work
+        return self.allgather(by_tensor, inputs, opts)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> TorchWork:
         mine = outputs[0] if self.comm.rank == opts.rootRank else []
@@ -170,7 +170,10 @@ class MinidistBackend(Backend):
     # Barriers ---------------------------------------------------------------------------------
 
     def barrier(self, opts: Any) -> TorchWork:
-        return self._run(lambda: self.comm.barrier(timeout_s=_seconds(opts)), opts, [])
+        return self._run(lambda: self._barrier(opts), opts, [])
+
+    def _barrier(self, opts: Any) -> None:
+        self.comm.barrier(timeout_s=_seconds(opts))
 
     def monitored_barrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
         self._num_barriers += 1
@@ -190,7 +193,6 @@ class MinidistBackend(Backend):
 
     def shutdown(self) -> None:
         """Close the communicator, or leave it at once where it has failed."""
-
         atexit.unregister(self._at_exit)
         try:
             self.comm.ensure_usable("shutdown")
@@ -220,7 +222,7 @@ class MinidistBackend(Backend):
     def _reduction(self, tensor: Tensor, opts: Any) -> Reduction:
         return Reduction(self.comm, opts.reduceOp, tensor.dtype, _seconds(opts))
 
-    def _run(self, job: Callable[[], object], opts: Any, result: Any) -> TorchWork:
+    def _run(self, job: Callable[[], None], opts: Any, result: Any) -> TorchWork:
         self._sequence += 1
         return TorchWork(self.comm.in_order(job, opts.asyncOp), result)
 

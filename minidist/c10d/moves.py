@@ -141,7 +141,11 @@ def receive(comm: Communicator, tensor: Tensor, src: int, tag: int) -> Work:
         return comm.irecv(tensor, src, tag)
     memory = tensor.detach().contiguous()
     work = comm.irecv(memory.view(-1).view(torch.uint8), src, tag)
-    return work if memory.data_ptr() == tensor.data_ptr() else work.then(lambda: tensor.copy_(memory))
+    return work if memory.data_ptr() == tensor.data_ptr() else work.then(lambda: _copy(memory, tensor))
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    target.copy_(source)
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:

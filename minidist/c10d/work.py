@@ -30,7 +30,7 @@ class TorchWork(dist.Work):
         self._future: Any = None
 
     def wait(self, timeout: timedelta = ZERO) -> bool:
-        """Block until it is finished, or raise what it raised, or CommTimeoutError after ``timeout``, if that is set."""
+        """Block until it is finished, and raise what it raised; or CommTimeoutError after ``timeout``, if it is set."""
         if timeout > ZERO and not self._work.is_done():
             done = threading.Event()
             self._work.on_done(done.set)
@@ -55,5 +55,7 @@ class TorchWork(dist.Work):
         return self._result
 
     def _outcome(self, finished: Any) -> Any:
-        self._work.wait()  # it is finished: this raises what went wrong
+        error = self._work.exception()
+        if error is not None:
+            raise error.with_traceback(None)  # torch makes a text of it, with all frames
         return self._result

@@ -47,7 +47,7 @@ class Work(ABC):
     def on_done(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` once the operation is finished, well or not: at once, or in a thread of the library.
 
-        A callback may start operations and wait for them. It must not raise.
+        A callback may start operations, which then run at once, and wait for others. It must not raise.
         """
         threading.Thread(target=self._wait_and_call, args=(callback,), daemon=True).start()
 
@@ -160,7 +160,10 @@ class Progress:
 
     @property
     def in_job(self) -> bool:
-        """Whether a job of it asks, so that what it starts is a part of the job."""
+        """Whether a job of it asks, or what is called at its end, so that what it starts is a part of the job.
+
+        It then runs at once, before the jobs behind, of which another rank may have fewer by now.
+        """
         return self._in_job and self.serving
 
     def submit(self, job: Callable[[], None]) -> Pending:
@@ -212,9 +215,9 @@ class Progress:
             error: BaseException | None = caught
         else:
             error = None
-        self._in_job = False
         del item, job  # a served job must not keep its tensors alive
-        future.set_result(None) if error is None else future.set_exception(error)
+        future.set_result(None) if error is None else future.set_exception(error)  # and call what waits for it
+        self._in_job = False
         with self._lock:
             self._num_open -= 1
         return True
