@@ -8,7 +8,6 @@ runs in the communicator's own, as torch computes meanwhile.
 from __future__ import annotations
 
 import atexit
-import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -39,6 +38,14 @@ class MinidistBackend(Backend):
         make_child: makes the backend of some of the ranks, called by those alone.
     """
 
+    # Torch asks for these of the object; those of its own class would ask the object again, without an end.
+    supports_splitting = True
+    supports_coalescing = False
+    supports_shrinking = False
+    supports_reconfigure = False
+    supports_window = False
+    _supports_time_estimate = False
+
     def __init__(self, comm: Communicator, store: dist.Store, options: Any, make_child: MakeChild) -> None:
         super().__init__(comm.rank, comm.world_size)
         self.comm = comm
@@ -47,18 +54,14 @@ class MinidistBackend(Backend):
         self._make_child = make_child
         self._sequence = 0
         self._num_barriers = 0
-        self._at_exit = only_here(_Leaving(self))
+        # Torch's debug mode holds its C++ half alone, so until the end of the group or of the process this holds it.
+        self._at_exit = only_here(self.shutdown)
         atexit.register(self._at_exit)
 
     @property
     def options(self) -> Any:
         """What torch made it with."""
         return self._options
-
-    @property
-    def supports_splitting(self) -> bool:
-        """Whether `split` works."""
-        return True
 
     def getBackendName(self) -> str:
         return str(self._options.backend)
@@ -225,18 +228,6 @@ class MinidistBackend(Backend):
     def _run(self, job: Callable[[], None], opts: Any, result: Any) -> TorchWork:
         self._sequence += 1
         return TorchWork(self.comm.in_order(job, opts.asyncOp), result)
-
-
-class _Leaving:
-    """What a process does at its exit that has not destroyed the group; it keeps no backend alive."""
-
-    def __init__(self, backend: MinidistBackend) -> None:
-        self._backend = weakref.ref(backend)
-
-    def __call__(self) -> None:
-        backend = self._backend()
-        if backend is not None:
-            backend.shutdown()
 
 
 def _seconds(opts: Any) -> float | None:

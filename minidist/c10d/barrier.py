@@ -28,20 +28,27 @@ def monitored_barrier(store: dist.Store, comm: Communicator, timeout_s: float, w
     Raises:
         CommTimeoutError: some did not come.
     """
+    begin = f"{comm.who('monitored_barrier')}: "
+    if comm.rank != 0:  # torch's words, which programs look for
+        begin += (
+            f"Rank {comm.rank} successfully reached monitoredBarrier, but received errors while waiting for send/recv "
+            "from rank 0: "
+        )
     store.set(str(comm.rank), "")
     if comm.rank == 0:
         missing = _missing(store, [str(rank) for rank in range(comm.world_size)], timeout_s)
         store.set("missing", json.dumps(missing))
+        # The store may end with rank 0's process.
+        readers = [f"read{rank}" for rank in range(1, comm.world_size) if str(rank) not in missing]
+        _missing(store, readers, VERDICT_S)
     elif _missing(store, ["missing"], timeout_s + VERDICT_S):
-        raise CommTimeoutError(
-            f"{comm.who('monitored_barrier')}: rank 0 failed to pass monitoredBarrier in {timeout_s * 1e3:.0f} ms"
-        )
-    if missing := json.loads(store.get("missing")):
+        raise CommTimeoutError(f"{begin}it did not come within {timeout_s * 1e3:.0f} ms")
+    missing = json.loads(store.get("missing"))
+    store.set(f"read{comm.rank}", "")
+    if missing:
         named = missing if wait_all_ranks else missing[:1]
         who = f"Ranks {', '.join(named)}" if wait_all_ranks else f"Rank {named[0]}"
-        raise CommTimeoutError(
-            f"{comm.who('monitored_barrier')}: {who} failed to pass monitoredBarrier in {timeout_s * 1e3:.0f} ms"
-        )
+        raise CommTimeoutError(f"{begin}{who} failed to pass monitoredBarrier in {timeout_s * 1e3:.0f} ms")
 
 
 def _missing(store: dist.Store, keys: Sequence[str], timeout_s: float) -> list[str]:
