@@ -181,7 +181,8 @@ class MinidistBackend(Backend):
     def monitored_barrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
         self._num_barriers += 1
         store = dist.PrefixStore(f"monitored_barrier{self._num_barriers}", self._store)
-        monitored_barrier(store, self.comm, _seconds(opts) or self.comm.timeout_s, wait_all_ranks)
+        seconds = opts.timeout.total_seconds()  # 0 is none at all here
+        monitored_barrier(store, self.comm, self.comm.timeout_s if seconds < 0 else seconds, wait_all_ranks)
 
     # Life -------------------------------------------------------------------------------------
 

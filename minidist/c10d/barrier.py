@@ -34,6 +34,8 @@ def monitored_barrier(store: dist.Store, comm: Communicator, timeout_s: float, w
             f"Rank {comm.rank} successfully reached monitoredBarrier, but received errors while waiting for send/recv "
             "from rank 0: "
         )
+    if timeout_s == 0:
+        raise CommTimeoutError(f"{begin}Rank {comm.rank} timed out in monitoredBarrier after 0 ms")
     store.set(str(comm.rank), "")
     if comm.rank == 0:
         missing = _missing(store, [str(rank) for rank in range(comm.world_size)], timeout_s)
