@@ -4,7 +4,8 @@
 
     python -m tests.torch_suite --backend gloo                      what passes natively
     python -m tests.torch_suite --backend minidist --comm ring/gloo -k all_reduce
-    python -m tests.torch_suite --backend minidist --as gloo        also those that torch has for gloo alone
+    python -m tests.torch_suite --as gloo                           under the name of gloo
+    python -m tests.torch_suite --like mpi -k all_to_all            those that torch has for MPI alone
 
 Torch starts three new processes for each test. Here they are forks of one that has torch loaded, as most of the time
 would otherwise go into that; the tests are torch's, unchanged. What it says of a backend that it does not know ("ddp",
@@ -31,12 +32,12 @@ from minidist.c10d import register
 LIMIT_S = 90
 
 
-def load(backend: str, world_size: int, folder: Path) -> type[unittest.TestCase]:
-    """Return torch's tests for ``backend``, as a class of ours."""
+def load(backend: str, like: str, world_size: int, folder: Path) -> type[unittest.TestCase]:
+    """Return those of torch's tests that are for ``like``, as a class of ours that runs them on ``backend``."""
     (folder / "barrier").mkdir()
     (folder / "test_dir").mkdir()
     os.environ.update(
-        BACKEND=backend,
+        BACKEND=like,
         WORLD_SIZE=str(world_size),
         TEMP_DIR=str(folder),
         MASTER_ADDR="127.0.0.1",
@@ -48,6 +49,7 @@ def load(backend: str, world_size: int, folder: Path) -> type[unittest.TestCase]
         DistTestCases.backend_feature[feature].add("minidist")
     from torch.testing._internal.distributed import distributed_test
 
+    os.environ["BACKEND"] = distributed_test.BACKEND = backend
     for lists in ("PROFILING_SUPPORTED_BACKENDS", "SEND_RECV_PROFILING_SUPPORTED_BACKENDS"):
         getattr(distributed_test, lists).clear()  # under Gloo's name too: its events in a profile are its own
 
@@ -86,7 +88,8 @@ def main() -> None:
     """Run the chosen tests, and print what came of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="minidist")
-    parser.add_argument("--as", dest="name", help="the name that minidist has in the tests: gloo or mpi")
+    parser.add_argument("--like", help="a backend whose tests are run: gloo or mpi; the backend's own name otherwise")
+    parser.add_argument("--as", dest="name", help="the name that minidist has, for programs that ask for gloo")
     parser.add_argument("--comm", default=None, help="what MINIDIST_COMM is set to")
     parser.add_argument("--world-size", type=int, default=3)
     parser.add_argument("-k", default="", help="a part of the names; or several, with commas")
@@ -99,7 +102,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if given.name:
             register(given.name)
-        case = load(given.name or given.backend, given.world_size, Path(folder))
+        backend = given.name or given.backend
+        case = load(backend, given.like or backend, given.world_size, Path(folder))
         parts = given.k.split(",")
         names = [name for name in unittest.TestLoader().getTestCaseNames(case) if any(part in name for part in parts)]
         for name in names:
