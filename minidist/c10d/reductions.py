@@ -125,7 +125,7 @@ class Reduction:
     @property
     def _kind(self) -> Any:
         """The operation without what it carries, as a key."""
-        return self.torch_op.op if isinstance(self.torch_op, TorchOp) else self.torch_op
+        return self.torch_op.op
 
     @property
     def _is_gathered(self) -> bool:
