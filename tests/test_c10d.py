@@ -26,7 +26,8 @@ assert "minidist" in sys.modules if len(sys.argv) > 2 else "minidist" not in sys
 dist.init_process_group(sys.argv[1])
 tensor = torch.ones(3)
 dist.all_reduce(tensor)
-print("sum", tensor.tolist(), type(dist.group.WORLD._get_backend(torch.device("cpu"))).__name__)
+name = type(dist.group.WORLD._get_backend(torch.device("cpu"))).__name__
+sys.stdout.write(f"sum {tensor.tolist()} {name}\\n")
 dist.destroy_process_group()
 """
 
