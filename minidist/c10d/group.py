@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -108,7 +110,7 @@ class ProcessGroupCommunicator(Communicator):
             if self.rank in ranks:
                 members = [dist.get_global_rank(self._group, rank) for rank in ranks]
                 # Only the members call it: the ranks of this group need not be all of the world.
-                child = dist.new_group(members, use_local_synchronization=True)
+                child = dist.new_group(members, use_local_synchronization=True, sort_ranks=False)
                 return ProcessGroupCommunicator(child, self.timeout_s)
         return None
 
@@ -122,25 +124,40 @@ class ProcessGroupCommunicator(Communicator):
 
 
 class _Message(Work):
-    """A send or receive of the group."""
+    """A send or receive of the group. Gloo tells only those who wait, so who polls has a thread that waits."""
 
     def __init__(self, work: Any, tensor: Tensor, timeout_s: float) -> None:
         self._work = work
         self._tensor = tensor
         self._timeout = timedelta(seconds=timeout_s)
-        self._error: BaseException | None = None
         self._done = False
+        self._ended: Future[None] | None = None
 
     def wait(self) -> None:
-        if not self._done:
+        if self._ended is not None:
+            self._ended.result()
+        elif not self._done:
             self._work.wait(self._timeout)
             self._done = True
 
     def is_done(self) -> bool:
-        return self._done or bool(self._work.is_completed())
+        if self._done:
+            return True
+        if self._ended is None:
+            self._ended = ended = Future[None]()
+            threading.Thread(target=self._await, args=(ended,), daemon=True).start()
+        return self._ended.done()
+
+    def _await(self, ended: Future[None]) -> None:
+        try:
+            self._work.wait(self._timeout)
+        except BaseException as error:  # whatever it is belongs to the one who waits
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
 
     def exception(self) -> BaseException | None:
-        return self._error
+        return self._ended.exception() if self._ended is not None and self._ended.done() else None
 
 
 def _options(options: Any, timeout_s: float, **values: object) -> Any:
