@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import Backend
 
 from minidist.c10d import moves, sparse
 from minidist.c10d.barrier import monitored_barrier
+from minidist.c10d.choice import Choice
 from minidist.c10d.reductions import Reduction
 from minidist.c10d.work import TorchWork
 from minidist.communicator import Communicator
@@ -36,6 +37,7 @@ class MinidistBackend(Backend):
         store: of the group.
         options: torch's, with the timeout.
         make_child: makes the backend of some of the ranks, called by those alone.
+        choice: what groups of other ranks are to run on; None for the fastest.
     """
 
     # Torch asks for these of the object; those of its own class would ask the object again, without an end.
@@ -46,12 +48,20 @@ class MinidistBackend(Backend):
     supports_window = False
     _supports_time_estimate = False
 
-    def __init__(self, comm: Communicator, store: dist.Store, options: Any, make_child: MakeChild) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        store: dist.Store,
+        options: Any,
+        make_child: MakeChild,
+        choice: Choice | None = None,
+    ) -> None:
         super().__init__(comm.rank, comm.world_size)
         self.comm = comm
         self._store = store
         self._options = options
         self._make_child = make_child
+        self.choice = choice
         self._sequence = 0
         self._num_barriers = 0
         # Torch's debug mode holds its C++ half alone, so until the end of the group or of the process this holds it.
@@ -189,7 +199,7 @@ class MinidistBackend(Backend):
     def split(self, store: dist.Store, ranks: Sequence[int], options: Any) -> MinidistBackend | None:
         if self.comm.rank not in ranks:
             return None
-        return self._make_child(store, list(ranks).index(self.comm.rank), len(ranks), options)
+        return self._make_child(store, list(ranks).index(self.comm.rank), len(ranks), options._timeout)
 
     def set_timeout(self, timeout: timedelta) -> None:
         self.comm.timeout_s = timeout.total_seconds()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from datetime import timedelta
 from typing import Any
@@ -44,28 +45,21 @@ class _Creator:
         choice = choice or os.environ.get(VARIABLE) or _of_default_group()
         timeout_s = timeout.total_seconds()
         comm = made(choice, find_place(store, rank, world_size, timeout_s), timeout_s)
-        return MinidistBackend(comm, store, _Options(self._name, timeout, choice), self._make_child)
+        options = Backend.Options(self._name, timeout)
+        # A communicator is of its own ranks alone; all else makes one for any group.
+        general = None if isinstance(choice, Communicator) else choice
+        return MinidistBackend(comm, store, options, functools.partial(self._make_child, general), general)
 
-    def _make_child(self, store: dist.Store, rank: int, world_size: int, options: Any) -> MinidistBackend:
-        return self._make(store, rank, world_size, options._timeout, getattr(options, "choice", None))
-
-
-class _Options(Backend.Options):
-    """Torch's options, with the user's choice."""
-
-    def __init__(self, name: str, timeout: timedelta, choice: Choice | None) -> None:
-        super().__init__(name, timeout)
-        self.choice = None if isinstance(choice, Communicator) else choice
+    def _make_child(
+        self, choice: Choice | None, store: dist.Store, rank: int, world_size: int, timeout: timedelta
+    ) -> MinidistBackend:
+        return self._make(store, rank, world_size, timeout, choice)
 
 
 def _of_default_group() -> Choice | None:
     """Return what the default group was told to run on: the others run on the same, unless told otherwise."""
     if not dist.is_initialized():
         return None
-    for backend in c10d._get_default_group()._device_types and [_backend_of(c10d._get_default_group())]:
-        return getattr(getattr(backend, "options", None), "choice", None)
-    return None
-
-
-def _backend_of(group: Any) -> Any:
-    return group._get_backend(next(iter(group._device_types)))
+    group: Any = c10d._get_default_group()
+    backend = group._get_backend(next(iter(group._device_types)))
+    return backend.choice if isinstance(backend, MinidistBackend) else None
