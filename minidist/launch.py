@@ -101,6 +101,14 @@ def located(world: World, hosts: Sequence[str]) -> World:
     return replace(world, local_rank=here.index(world.rank), local_world_size=len(here), knows_host=True)
 
 
+def own_address(host: str) -> str:
+    """Return the address of this host by which it reaches ``host``."""
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing: it only chooses a route
+        return str(probe.getsockname()[0])
+
+
 def _number(value: str) -> int:
     """Return the first number: Slurm writes "4(x2),3" for the tasks per node, and it is near enough."""
     return int(value.split("(")[0].split(",")[0])

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.processes.rendezvous import own_address
-from minidist.launch import World, counted_ranks, detect, host_id, located, without_launcher
+from minidist.launch import World, counted_ranks, detect, host_id, located, own_address, without_launcher
 from tests.harness import run_command, run_forked
 
 TORCHRUN = {

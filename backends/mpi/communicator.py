@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from backends import cores
@@ -24,6 +25,7 @@ from backends.mpi import process
 from backends.scheduled import ScheduledCommunicator
 from minidist import launch
 from minidist.communicator import Communicator, ReduceOp, Work
+from minidist.contract.place import Place
 from minidist.errors import BackendUnavailableError, CommError, MismatchError, PeerLostError
 
 MAX_COUNT = 2**31 - 1
@@ -43,6 +45,7 @@ class MpiCommunicator(ScheduledCommunicator):
     Args:
         timeout_s, segment_bytes: see `ScheduledCommunicator`.
         mpi_comm: an mpi4py communicator to take over; None for a duplicate of COMM_WORLD.
+        place: makes one of the ranks of a place, which alone have to call it; the first one of a process is of all.
 
     Raises:
         BackendUnavailableError: see `check_available`.
@@ -51,9 +54,14 @@ class MpiCommunicator(ScheduledCommunicator):
     launcher: ClassVar[str] = "mpirun"
     checks_sizes = True
 
-    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, mpi_comm: Any = None) -> None:
-        self.check_available()
+    def __init__(
+        self, timeout_s: float = 300.0, segment_bytes: int = 2**22, mpi_comm: Any = None, place: Place | None = None
+    ) -> None:
+        if place is None:
+            self.check_available()
         MPI = self._MPI = process.initialised()
+        if place is not None:
+            mpi_comm = _comm_of(MPI, place)
         self._comm = MPI.COMM_WORLD.Dup() if mpi_comm is None else mpi_comm
         process.ensure_own_launcher(MPI.COMM_WORLD.size)
         super().__init__(self._comm.rank, self._comm.size, timeout_s, segment_bytes)
@@ -305,3 +313,17 @@ def _reduced_types(MPI: Any) -> dict[torch.dtype, Any]:
 
 def _parts(tensor: Tensor) -> list[Tensor]:
     return [tensor] if tensor.numel() <= MAX_COUNT else list(torch.split(tensor.view(-1), 2**30))
+
+
+def _comm_of(MPI: Any, place: Place) -> Any:
+    """Return an MPI communicator of the ranks of ``place``, in their order."""
+    world = MPI.COMM_WORLD
+    store = dist.PrefixStore("mpi", place.store)
+    store.set(str(place.rank), str(world.rank))
+    ranks = [int(store.get(str(rank))) for rank in range(place.world_size)]
+    if len(set(ranks)) < place.world_size:
+        raise BackendUnavailableError(
+            f"mpi was given {place.world_size} ranks, of which each is an MPI world of its own; start them with "
+            "mpirun -n 2 python -m minidist.c10d script.py"
+        )
+    return world.Create_group(world.Get_group().Incl(ranks))

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch.distributed as dist
 
 from backends.contact import LEFT
 from backends.processes.lifeline import Lifeline
-from backends.processes.rendezvous import meet, own_address
+from backends.processes.rendezvous import meet
 from backends.scheduled import ScheduledCommunicator
 from minidist.communicator import Communicator
 from minidist.contract import checks
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a communicator is: its rank among how many, their store, and an address of their rank 0."""
-
-    rank: int
-    world_size: int
-    store: dist.Store
-    host: str
+from minidist.contract.place import Place
+from minidist.launch import host_id, own_address
 
 
 class ProcessCommunicator(ScheduledCommunicator):
@@ -30,7 +22,7 @@ class ProcessCommunicator(ScheduledCommunicator):
 
     Args:
         timeout_s, segment_bytes: see `ScheduledCommunicator`.
-        place: the group of a split; None for all processes of the world.
+        place: where it is, if that is known, as in a split; None for all processes of the world, which then meet.
 
     Raises:
         CommTimeoutError: not every rank came within ``timeout_s``.
@@ -38,13 +30,12 @@ class ProcessCommunicator(ScheduledCommunicator):
     """
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
-        self.check_available()
         checks.group(0, 1, timeout_s)
-        self._meeting = meet(timeout_s)
-        world = self._meeting.world
         if place is None:
-            place = Place(world.rank, world.world_size, self._meeting.job_store(), self._meeting.host)
+            self.check_available()
+            place = meet(timeout_s).place()
         super().__init__(place.rank, place.world_size, timeout_s, segment_bytes)
+        self._place = place
         self._store = place.store
         self._num_splits = 0
         self._lifeline = Lifeline(place.store, place.host, self.rank, self.world_size, self._interrupt, timeout_s)
@@ -55,16 +46,22 @@ class ProcessCommunicator(ScheduledCommunicator):
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:
         self._num_splits += 1
-        hosts = self.all_gather_object(self._host())
+        one_host = self._place.one_host
+        mine = ("127.0.0.1" if one_host else own_address(self._place.host), "" if one_host else host_id())
+        hosts = self.all_gather_object(mine)
         for index, ranks in enumerate(groups):
             if self.rank in ranks:
                 store = dist.PrefixStore(f"split{self._num_splits}/{index}", self._store)
-                place = Place(ranks.index(self.rank), len(ranks), store, hosts[ranks[0]])
+                place = replace(
+                    self._place,
+                    rank=ranks.index(self.rank),
+                    world_size=len(ranks),
+                    store=store,
+                    host=hosts[ranks[0]][0],
+                    num_here=sum(hosts[rank][1] == mine[1] for rank in ranks),
+                )
                 return type(self)(self.timeout_s, self.segment_bytes, place)
         return None
-
-    def _host(self) -> str:
-        return "127.0.0.1" if self._meeting.one_host else own_address(self._meeting.host)
 
     def _close(self) -> None:
         self._lifeline.leave()

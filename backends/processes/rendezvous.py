@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from minidist import launch
 from minidist.contract.forks import Maker, kept_in_forks
+from minidist.contract.place import Place
 from minidist.errors import BackendUnavailableError, CommTimeoutError, PeerLostError
 
 CONNECT_S = 300.0
@@ -67,6 +68,12 @@ class Meeting:
         """Return an empty store for one communicator; all ranks call it in the same order."""
         self._num_jobs += 1
         return dist.PrefixStore(f"attempt{self.world.restarts}/job{self._num_jobs}", self.store)
+
+    def place(self) -> Place:
+        """Return the place of one communicator of all processes; all ranks call it in the same order."""
+        world = self.world
+        here = world.local_world_size
+        return Place(world.rank, world.world_size, self.job_store(), self.host, here, here)
 
 
 def meet(timeout_s: float = CONNECT_S) -> Meeting:
@@ -148,14 +155,6 @@ def from_everyone(
 def run_id() -> str:
     """Return a name for this run, the same on all ranks and after a restart; it sorts by time."""
     return meet().run_id
-
-
-def own_address(host: str) -> str:
-    """Return the address of this host by which it reaches ``host``."""
-    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)  # sends nothing: it only chooses a route
-        return str(probe.getsockname()[0])
 
 
 def _meet_at_master(world: launch.World) -> Meeting:

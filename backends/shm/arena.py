@@ -35,7 +35,6 @@ from backends.shm import mailbox
 from backends.shm.doorbell import Doorbell
 from backends.shm.heap import Heap, OwnHeap, attach, unreachable
 from backends.shm.mailbox import LINE, Mailbox
-from minidist import launch
 from minidist.errors import BackendUnavailableError, MismatchError
 
 BLOCK_BYTES = 2**17
@@ -230,12 +229,12 @@ class Arena:
         self._bell.forget_mail()
 
 
-def ensure_one_host(world: launch.World) -> None:
-    """Raise BackendUnavailableError if the ranks are known to be on several hosts."""
-    if world.knows_host and world.local_world_size != world.world_size:
+def ensure_one_host(num_here: int, world_size: int) -> None:
+    """Raise BackendUnavailableError if of so many ranks fewer are on this host."""
+    if num_here != world_size:
         raise BackendUnavailableError(
-            f"shm joins the ranks of one host, but of these {world.world_size} ranks only "
-            f"{world.local_world_size} are on this one; use comm=ring or comm=gloo"
+            f"shm joins the ranks of one host, but of these {world_size} ranks only "
+            f"{num_here} are on this one; use comm=ring or comm=gloo"
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from backends.contact import ContactLostError
 from backends.deadline import Deadline
-from backends.processes.communicator import Place, ProcessCommunicator
+from backends.processes.communicator import ProcessCommunicator
 from backends.processes.offer import Offer, Read
 from backends.processes.signature import MEETING
 from backends.shm import doorbell
@@ -31,6 +31,7 @@ from backends.shm.mailbox import Message
 from backends.shm.sharing import share
 from minidist import launch
 from minidist.communicator import Device, ReduceOp, Shape, Work
+from minidist.contract.place import Place
 from minidist.errors import CommError
 
 
@@ -56,15 +57,17 @@ class ShmCommunicator(ProcessCommunicator):
         self.overlaps = arena.cores_per_rank > 1
 
     def _make_arena(self) -> Arena:
-        world = self._meeting.world
-        ensure_one_host(world)
+        place = self._place
+        ensure_one_host(place.num_here, place.world_size)
         deadline = Deadline(self.timeout_s)
-        return Arena(self.rank, self.world_size, self._store, self.why_hopeless, deadline, world.local_world_size)
+        return Arena(self.rank, self.world_size, self._store, self.why_hopeless, deadline, place.local_world_size)
 
     @classmethod
     def check_available(cls) -> None:
         doorbell.ensure_futex()
-        ensure_one_host(launch.detect())
+        world = launch.detect()
+        if world.knows_host:
+            ensure_one_host(world.local_world_size, world.world_size)
 
     def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:
         if device is not None and torch.device(device).type != "cpu":

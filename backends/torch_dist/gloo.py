@@ -22,7 +22,7 @@ from torch.distributed import distributed_c10d as c10d
 from backends.contact import ContactLostError
 from backends.deadline import Deadline
 from backends.processes.agreement import Agreement
-from backends.processes.communicator import Place, ProcessCommunicator
+from backends.processes.communicator import ProcessCommunicator
 from backends.processes.offer import Offer
 from backends.processes.rendezvous import from_everyone
 from backends.processes.signature import MEETING, pack
@@ -30,6 +30,7 @@ from backends.scheduled import TAG
 from minidist.collective import COLLECTIVES
 from minidist.communicator import ReduceOp, Work
 from minidist.contract.forks import kept_in_forks
+from minidist.contract.place import Place
 from minidist.errors import CommError, CommTimeoutError
 
 OPS = {
@@ -141,7 +142,7 @@ class GlooCommunicator(TorchDistCommunicator):
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
         # The host name of a machine need not lead back to it, so on one host it is not used.
-        device = gloo.create_device(hostname="127.0.0.1") if self._meeting.one_host else gloo.create_default_device()
+        device = gloo.create_device(hostname="127.0.0.1") if self._place.one_host else gloo.create_default_device()
         options._devices = [device]
         options._threads = 1  # operations finish in the order in which they were started
         options._timeout = timedelta(seconds=self.timeout_s)

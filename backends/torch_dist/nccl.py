@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from backends.processes.communicator import Place
 from backends.processes.rendezvous import meet
 from backends.scheduled import TAG
 from backends.torch_dist.gloo import TorchDistCommunicator, bytes_of
 from minidist import launch
 from minidist.communicator import Work
 from minidist.contract.envelope import SIZE_SHIFT
+from minidist.contract.place import Place
 from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError
 
 
@@ -32,8 +32,9 @@ class NcclCommunicator(TorchDistCommunicator):
     device_type: ClassVar[str] = "cuda"
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
-        self.check_available()
-        torch.cuda.set_device(meet(timeout_s).world.local_rank)
+        if place is None:
+            self.check_available()
+            torch.cuda.set_device(meet(timeout_s).world.local_rank)
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._running: list[Any] = []
         # The pieces of a message are posted after its envelope was seen: NCCL itself does not tell a wrong size.

@@ -110,6 +110,18 @@ class Membership(ABC):
         if self._closed or self._failure is not None or not self._maker.is_here or self._gone():
             self._refuse(operation)
 
+    @final
+    def in_order(self, job: Callable[[], None], async_op: bool = False) -> Work:
+        """Run ``job``, which may call this communicator's operations, as one operation in the order of the others.
+
+        Every rank calls it with a job that starts the same operations; what it raises is raised by the Work.
+        """
+        self.ensure_usable("in_order")
+        if not async_op and self._progress.idle:
+            job()
+            return DONE
+        return self._dispatch(job, async_op)
+
     def _refuse(self, operation: str) -> NoReturn:
         """Say why this communicator cannot be used."""
         self._maker.ensure_here(operation)
@@ -162,7 +174,7 @@ class Membership(ABC):
 
     def _dispatch(self, run: Callable[[], None], async_op: bool) -> Work:
         """Run an operation after those that were started before it: here, or in the thread that runs those."""
-        if async_op or not self._progress.idle:
+        if (async_op or not self._progress.idle) and not self._progress.in_job:
             work = self._progress.submit(run)
             if not async_op:
                 work.wait()

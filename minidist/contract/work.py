@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import queue
 import threading
 import time
@@ -43,6 +44,18 @@ class Work(ABC):
         """Return a Work that also calls ``callback`` once, in the thread that first waits."""
         return _Then(self, callback)
 
+    def on_done(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once the operation is finished, well or not: at once, or in a thread of the library.
+
+        A callback may start operations, which then run at once, and wait for others. It must not raise.
+        """
+        threading.Thread(target=self._wait_and_call, args=(callback,), daemon=True).start()
+
+    def _wait_and_call(self, callback: Callable[[], None]) -> None:
+        with contextlib.suppress(Exception):  # the callback asks for it
+            self.wait()
+        callback()
+
 
 class Done(Work):
     """An operation that finished before it was asked for."""
@@ -55,6 +68,9 @@ class Done(Work):
 
     def exception(self) -> BaseException | None:
         return None
+
+    def on_done(self, callback: Callable[[], None]) -> None:
+        callback()
 
 
 DONE = Done()
@@ -89,7 +105,8 @@ class _Then(Work):
 class Pending(Work):
     """An operation in the hands of a `Progress` thread."""
 
-    def __init__(self, future: Future[None], traffic: Traffic, maker: Maker) -> None:
+    def __init__(self, progress: Progress, future: Future[None], traffic: Traffic, maker: Maker) -> None:
+        self._progress = progress
         self._future = future
         self._traffic = traffic
         self._maker = maker
@@ -99,6 +116,7 @@ class Pending(Work):
             self._maker.ensure_here("wait")  # its thread is not in a fork
         started = time.perf_counter()
         try:
+            self._progress.serve_until(self._future)
             self._future.result()
         finally:
             self._traffic.blocked_seconds += time.perf_counter() - started
@@ -108,6 +126,9 @@ class Pending(Work):
 
     def exception(self) -> BaseException | None:
         return self._future.exception() if self._future.done() else None
+
+    def on_done(self, callback: Callable[[], None]) -> None:
+        self._future.add_done_callback(lambda future: callback())
 
 
 class Progress:
@@ -123,33 +144,52 @@ class Progress:
         self._at_exit = only_here(self.finish)
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._last: Future[None] | None = None
+        self._lock = threading.Lock()
+        self._num_open = 0
+        self._in_job = False
 
     @property
     def idle(self) -> bool:
-        """Whether everything that was submitted has finished."""
-        return self._last is None or self._last.done()
+        """Whether everything that was submitted has finished, with all that was to be called then."""
+        return not self._num_open
 
     @property
     def serving(self) -> bool:
         """Whether this is its thread: the operation that asks runs beside other work of its rank."""
         return threading.current_thread() is self._thread
 
+    @property
+    def in_job(self) -> bool:
+        """Whether a job of it asks, or what is called at its end, so that what it starts is a part of the job.
+
+        It then runs at once, before the jobs behind, of which another rank may have fewer by now.
+        """
+        return self._in_job and self.serving
+
     def submit(self, job: Callable[[], None]) -> Pending:
         """Run ``job`` after all that was submitted before it."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
-            self._thread.start()
-            atexit.register(self._at_exit, EXIT_S)
-        self._last = Future()
-        self._jobs.put((job, self._last))
-        return Pending(self._last, self._traffic, self._maker)
+        future: Future[None] = Future()
+        with self._lock:  # callbacks submit too, in the thread
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+                self._thread.start()
+                atexit.register(self._at_exit, EXIT_S)
+            self._num_open += 1
+            self._jobs.put((job, future))
+        return Pending(self, future, self._traffic, self._maker)
+
+    def serve_until(self, future: Future[None]) -> None:
+        """In the thread itself, whose callback waits for a later job: run the jobs up to that one first."""
+        while self.serving and not future.done():
+            if not self._serve_one():
+                self._jobs.put(None)  # the end comes after what callbacks still wait for
 
     def finish(self, timeout_s: float | None = None) -> None:
         """Let the jobs finish, well or not, and end the thread; wait for that no longer than ``timeout_s``."""
         if self._thread is not None:
             self.stop()
-            self._thread.join(timeout_s)
+            if not self.serving:
+                self._thread.join(timeout_s)
             atexit.unregister(self._at_exit)
             self._thread = None
 
@@ -159,12 +199,25 @@ class Progress:
             self._jobs.put(None)
 
     def _serve(self) -> None:
-        while (item := self._jobs.get()) is not None:
-            job, future = item
-            try:
-                job()
-            except BaseException as error:  # whatever it is belongs to the one who waits
-                future.set_exception(error)
-            else:
-                future.set_result(None)
-            del item, job, future  # a served job must not keep its tensors alive
+        while self._serve_one():
+            pass
+
+    def _serve_one(self) -> bool:
+        """Run the next job, and what is to be called after it; return whether there was one."""
+        item = self._jobs.get()
+        if item is None:
+            return False
+        job, future = item
+        self._in_job = True
+        try:
+            job()
+        except BaseException as caught:  # whatever it is belongs to the one who waits
+            error: BaseException | None = caught
+        else:
+            error = None
+        del item, job  # a served job must not keep its tensors alive
+        future.set_result(None) if error is None else future.set_exception(error)  # and call what waits for it
+        self._in_job = False
+        with self._lock:
+            self._num_open -= 1
+        return True

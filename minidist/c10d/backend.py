@@ -1,0 +1,247 @@
+"""A communicator as a backend of torch.distributed: what torch calls, and nothing else.
+
+Each operation of torch is one operation of the communicator, in the order of the calls, whatever steps it takes
+(`minidist.c10d.moves`, `minidist.c10d.reductions`). What torch waits for at once runs in the caller's thread; all else
+runs in the communicator's own, as torch computes meanwhile.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import Backend
+
+from minidist.c10d import moves, sparse
+from minidist.c10d.barrier import monitored_barrier
+from minidist.c10d.choice import Choice
+from minidist.c10d.reductions import Reduction
+from minidist.c10d.work import TorchWork
+from minidist.communicator import Communicator
+from minidist.contract.checks import MAX_TAG
+from minidist.contract.forks import only_here
+from minidist.errors import CommError
+
+MakeChild = Callable[[dist.Store, int, int, timedelta], "MinidistBackend"]
+
+
+class MinidistBackend(Backend):
+    """``comm`` as torch.distributed calls it.
+
+    Args:
+        comm: of the ranks of the group; it is taken over, and closed with the group.
+        store: of the group.
+        options: torch's, with the timeout.
+        make_child: makes the backend of some of the ranks, called by those alone.
+        choice: what groups of other ranks are to run on; None for the fastest.
+    """
+
+    # Torch asks for these of the object; those of its own class would ask the object again, without an end.
+    supports_splitting = True
+    supports_coalescing = False
+    supports_shrinking = False
+    supports_reconfigure = False
+    supports_window = False
+    _supports_time_estimate = False
+
+    def __init__(
+        self,
+        comm: Communicator,
+        store: dist.Store,
+        options: Any,
+        make_child: MakeChild,
+        choice: Choice | None = None,
+    ) -> None:
+        super().__init__(comm.rank, comm.world_size)
+        self.comm = comm
+        self._store = store
+        self._options = options
+        self._make_child = make_child
+        self.choice = choice
+        self._sequence = 0
+        self._num_barriers = 0
+        # Torch's debug mode holds its C++ half alone, so until the end of the group or of the process this holds it.
+        self._at_exit = only_here(self.shutdown)
+        atexit.register(self._at_exit)
+
+    @property
+    def options(self) -> Any:
+        """What torch made it with."""
+        return self._options
+
+    def getBackendName(self) -> str:
+        return str(self._options.backend)
+
+    # Reductions -------------------------------------------------------------------------------
+
+    def allreduce(self, tensors: list[Tensor], opts: Any) -> TorchWork:
+        def run() -> None:
+            for tensor in tensors:
+                self._all_reduce(tensor, opts)
+
+        return self._run(run, opts, tensors)
+
+    allreduce_coalesced = allreduce
+    allreduce_sparse = allreduce
+
+    def reduce(self, tensors: list[Tensor], opts: Any) -> TorchWork:
+        (tensor,) = tensors
+        return self._run(lambda: self._reduction(tensor, opts).reduce(tensor, opts.rootRank), opts, tensors)
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any) -> TorchWork:
+        return self._run(lambda: self._reduction(input, opts).reduce_scatter(output, input), opts, [output])
+
+    def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> TorchWork:
+        def run() -> None:
+            for output, input in zip(outputs, inputs, strict=True):
+                self._reduction(input, opts).reduce_scatter(output, input)
+
+        return self._run(run, opts, outputs)
+
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> TorchWork:
+        def run() -> None:
+            for output, blocks in zip(outputs, inputs, strict=True):
+                self._reduction(output, opts).reduce_scatter_list(output, blocks)
+
+        return self._run(run, opts, outputs)
+
+    # Moves ------------------------------------------------------------------------------------
+
+    def broadcast(self, tensors: list[Tensor], opts: Any) -> TorchWork:
+        (tensor,) = tensors
+        return self._run(lambda: moves.broadcast(self.comm, tensor, opts.rootRank, _seconds(opts)), opts, tensors)
+
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any) -> TorchWork:
+        return self.all_gather_single_coalesced([output], [input], opts)
+
+    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> TorchWork:
+        def run() -> None:
+            for output, input in zip(outputs, inputs, strict=True):
+                moves.all_gather(self.comm, output, input, _seconds(opts))
+
+        return self._run(run, opts, outputs)
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> TorchWork:
+        def run() -> None:
+            for output, input in zip(outputs, inputs, strict=True):
+                moves.all_gather_list(self.comm, output, input, _seconds(opts))
+
+        return self._run(run, opts, outputs)
+
+    def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> TorchWork:
+        """Take the outputs by rank, and in each the tensors."""
+        by_tensor = [list(of_all) for of_all in zip(*outputs, strict=True)]
+        return self.allgather(by_tensor, inputs, opts)
+
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> TorchWork:
+        mine = outputs[0] if self.comm.rank == opts.rootRank else []
+        return self._run(lambda: moves.gather(self.comm, mine, inputs[0], opts.rootRank, _seconds(opts)), opts, outputs)
+
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> TorchWork:
+        mine = inputs[0] if self.comm.rank == opts.rootRank else []
+        return self._run(
+            lambda: moves.scatter(self.comm, outputs[0], mine, opts.rootRank, _seconds(opts)), opts, outputs
+        )
+
+    def all_to_all_single(
+        self, output: Tensor, input: Tensor, output_sizes: list[int], input_sizes: list[int], opts: Any
+    ) -> TorchWork:
+        return self._run(
+            lambda: moves.all_to_all(self.comm, output, input, output_sizes, input_sizes, _seconds(opts)),
+            opts,
+            [output],
+        )
+
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> TorchWork:
+        return self._run(lambda: moves.exchange(self.comm, outputs, inputs, _seconds(opts)), opts, outputs)
+
+    # Messages ---------------------------------------------------------------------------------
+
+    def send(self, tensors: list[Tensor], dst: int, tag: int) -> TorchWork:
+        self._check_tag("send", tag)
+        with moves.written(tensors[0], keep=True) as memory:
+            return TorchWork(self.comm.isend(memory, dst, tag), tensors)
+
+    def recv(self, tensors: list[Tensor], src: int, tag: int) -> TorchWork:
+        self._check_tag("recv", tag)
+        return TorchWork(moves.receive(self.comm, tensors[0], src, tag), tensors)
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int) -> TorchWork:
+        raise CommError(
+            f"{self.comm.who('recv')}: a receive from any source is not supported: torch does not ask a backend "
+            "written in Python whom it came from; give src"
+        )
+
+    def _check_tag(self, operation: str, tag: int) -> None:
+        if not 0 <= tag < MAX_TAG:
+            raise ValueError(f"{self.comm.who(operation)}: tag must be from 0 to {MAX_TAG - 1}, got {tag}")
+
+    # Barriers ---------------------------------------------------------------------------------
+
+    def barrier(self, opts: Any) -> TorchWork:
+        return self._run(lambda: self._barrier(opts), opts, [])
+
+    def _barrier(self, opts: Any) -> None:
+        self.comm.barrier(timeout_s=_seconds(opts))
+
+    def monitored_barrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
+        self._num_barriers += 1
+        store = dist.PrefixStore(f"monitored_barrier{self._num_barriers}", self._store)
+        seconds = opts.timeout.total_seconds()  # 0 is none at all here
+        monitored_barrier(store, self.comm, self.comm.timeout_s if seconds < 0 else seconds, wait_all_ranks)
+
+    # Life -------------------------------------------------------------------------------------
+
+    def split(self, store: dist.Store, ranks: Sequence[int], options: Any) -> MinidistBackend | None:
+        if self.comm.rank not in ranks:
+            return None
+        return self._make_child(store, list(ranks).index(self.comm.rank), len(ranks), options._timeout)
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self.comm.timeout_s = timeout.total_seconds()
+        self._options._timeout = timeout
+
+    def shutdown(self) -> None:
+        """Close the communicator, or leave it at once where it has failed."""
+        atexit.unregister(self._at_exit)
+        try:
+            self.comm.ensure_usable("shutdown")
+        except CommError as error:
+            self.comm.abort(f"it left after {type(error).__name__}")
+        else:
+            self.comm.close()
+
+    def abort(self) -> None:
+        atexit.unregister(self._at_exit)
+        self.comm.abort("the process group was aborted")
+
+    # The rest ---------------------------------------------------------------------------------
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self._sequence
+
+    def _set_sequence_number_for_group(self) -> None:
+        """Nothing to do: it begins at 0 on every rank."""
+
+    def _all_reduce(self, tensor: Tensor, opts: Any) -> None:
+        if tensor.is_sparse:
+            sparse.all_reduce(self.comm, tensor, _seconds(opts))
+        else:
+            self._reduction(tensor, opts).all_reduce(tensor)
+
+    def _reduction(self, tensor: Tensor, opts: Any) -> Reduction:
+        return Reduction(self.comm, opts.reduceOp, tensor.dtype, _seconds(opts))
+
+    def _run(self, job: Callable[[], None], opts: Any, result: Any) -> TorchWork:
+        self._sequence += 1
+        return TorchWork(self.comm.in_order(job, opts.asyncOp), result)
+
+
+def _seconds(opts: Any) -> float | None:
+    """Return the timeout of an operation; None where torch leaves it to the group."""
+    seconds = opts.timeout.total_seconds()
+    return seconds if seconds > 0 else None
