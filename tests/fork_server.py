@@ -9,6 +9,7 @@ itself, is never imported here.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 PRELOADED = ("torch._dynamo", "tests.table", "tests.models")
 """The second of them imports what the first optimizer of a process would, the others the rest of the project."""
 GRACE_S = 5.0
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Order:
         world_size: on how many ranks, which find what torchrun tells its own; None: in one process that has no ranks.
         directory: where.
         output: the file for all that they write.
+        hosts: for each rank, the process that is its host, see `tests.hosts`; none: all are on this machine.
+        variables: for each rank on a host, what it finds beside ``environment``.
     """
 
     program: str
@@ -49,6 +53,8 @@ class Order:
     directory: str
     output: str
     environment: Mapping[str, str]
+    hosts: Sequence[int] = ()
+    variables: Sequence[Mapping[str, str]] = ()
 
 
 class ForkServer:
@@ -66,17 +72,14 @@ class ForkServer:
 
     def run(self, order: Order, limit_s: float) -> int | None:
         """Return the exit status, or None if it took longer than the limit and was ended."""
+        return self.start(order).finish(limit_s)
+
+    def start(self, order: Order) -> Running:
+        """Start an order; there is one at a time, and whoever starts it has to finish it."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(dataclasses.asdict(order)) + "\n")
         self._process.stdin.flush()
-        group, in_time = self._read(), False
-        try:
-            in_time = self._has_answer(limit_s)
-        finally:  # also when the tests are interrupted
-            if not in_time:
-                self._end(group)
-        status = self._read()
-        return status if in_time else None
+        return Running(self._process, self._read())
 
     def close(self) -> None:
         self._process.communicate()
@@ -85,13 +88,38 @@ class ForkServer:
         assert self._process.stdout is not None
         return int(self._process.stdout.readline())
 
-    def _has_answer(self, limit_s: float) -> bool:
-        return bool(select.select([self._process.stdout], [], [], limit_s)[0])
 
-    def _end(self, group: int) -> None:
-        os.killpg(group, signal.SIGTERM)
-        if not self._has_answer(GRACE_S):
-            os.killpg(group, signal.SIGKILL)
+class Running:
+    """An order that was started, in a process group of its own."""
+
+    def __init__(self, server: subprocess.Popen[str], group: int) -> None:
+        self._server = server
+        self._group = group
+        self._status: int | None = None
+        self._is_over = False
+
+    def finish(self, limit_s: float) -> int | None:
+        """Return the exit status, or None if it took longer than the limit and was ended; a second time too."""
+        if not self._is_over:
+            in_time = False
+            try:
+                in_time = self.has_ended(limit_s)
+            finally:  # also when the tests are interrupted
+                if not in_time:
+                    self._end()
+            assert self._server.stdout is not None
+            status = int(self._server.stdout.readline())
+            self._status, self._is_over = (status if in_time else None), True
+        return self._status
+
+    def has_ended(self, limit_s: float) -> bool:
+        """Whether it ends within the limit."""
+        return self._is_over or bool(select.select([self._server.stdout], [], [], limit_s)[0])
+
+    def _end(self) -> None:
+        os.killpg(self._group, signal.SIGTERM)
+        if not self.has_ended(GRACE_S):
+            os.killpg(self._group, signal.SIGKILL)
 
 
 @functools.cache
@@ -154,7 +182,10 @@ def become(order: Order) -> None:
     os.chdir(order.directory)
     os.environ.clear()
     os.environ.update(order.environment)
-    if order.world_size is not None:
+    if order.hosts:
+        become_ranks_on(order.hosts, order.variables)
+        os.chdir(order.directory)  # its host has mounts of its own
+    elif order.world_size is not None:
         become_ranks(order.world_size)
     sys.argv = [order.program, *order.arguments]
     if order.program.endswith(".py"):
@@ -182,6 +213,27 @@ def become_ranks(world_size: int) -> None:
     status = ended(ranks)
     del store
     sys.exit(status)
+
+
+def become_ranks_on(hosts: Sequence[int], variables: Sequence[Mapping[str, str]]) -> None:
+    """Return as every rank, in the namespaces of its host; this process ends as they do."""
+    ranks = set()
+    for host, mine in zip(hosts, variables, strict=True):
+        enter(host, ("pid_for_children",))
+        pid = fork()
+        if pid == 0:
+            enter(host, ("net", "uts", "mnt"))
+            return os.environ.update(mine)
+        ranks.add(pid)
+    sys.exit(ended(ranks))
+
+
+def enter(process: int, namespaces: Sequence[str]) -> None:
+    """Enter namespaces of a process; that of processes takes in what is forked from now on."""
+    for name in namespaces:
+        with open(f"/proc/{process}/ns/{name}") as namespace:
+            if LIBC.setns(namespace.fileno(), 0) != 0:
+                raise OSError(ctypes.get_errno(), f"cannot enter {name} of process {process}")
 
 
 def variables(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -1,0 +1,55 @@
+"""One rank of a world on hosts, which test_hosts.py makes: ``python -m tests.host_ranks train gloo``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import torch
+
+from backends.ring import RingCommunicator
+from backends.torch_dist.gloo import GlooCommunicator
+from backends.two_level import TwoLevelCommunicator
+from minidist.communicator import Communicator
+from tests import training_checks
+
+TIMEOUT_S = 60.0
+MAKE: dict[str, Callable[[], Communicator]] = {
+    "gloo": lambda: GlooCommunicator(timeout_s=TIMEOUT_S),
+    "ring": lambda: RingCommunicator(GlooCommunicator(timeout_s=TIMEOUT_S)),
+    "two_level": lambda: TwoLevelCommunicator(GlooCommunicator(timeout_s=TIMEOUT_S)),
+}
+
+
+def say(line: str) -> None:
+    """Write a line in one piece, as the ranks write into one file."""
+    os.write(1, f"rank {os.environ['RANK']}: {line}\n".encode())
+
+
+def train(kind: str) -> None:
+    """Train as one process does, split, and leave."""
+    with MAKE[kind]() as comm:
+        training_checks.check_equals_one_process(comm, "mlp")
+        half = comm.split(comm.rank % 2)
+        assert half is not None
+        total = torch.ones(1000)
+        half.all_reduce(total)
+        assert total.tolist() == [half.world_size] * 1000
+        half.close()
+        say("trained")
+
+
+def wait() -> None:
+    """Wait for the end of the host."""
+    say("waits")
+    signal.pause()
+
+
+FUNCTIONS: dict[str, Callable[..., None]] = {"train": train, "wait": wait}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a rank that fails does not end the others before they see it
+    FUNCTIONS[sys.argv[1]](*sys.argv[2:])
