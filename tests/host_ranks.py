@@ -31,6 +31,7 @@ def say(line: str) -> None:
 def train(kind: str) -> None:
     """Train as one process does, split, and leave."""
     with MAKE[kind]() as comm:
+        say("connected")
         training_checks.check_equals_one_process(comm, "mlp")
         half = comm.split(comm.rank % 2)
         assert half is not None

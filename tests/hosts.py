@@ -80,11 +80,12 @@ class Place:
         """A process in its namespaces, whose children are in that of its processes too."""
         return self._process.pid
 
-    def run(self, command: str) -> None:
-        """Run a command in its network, on the files of this machine."""
+    def run(self, command: str) -> str:
+        """Run a command in its network, on the files of this machine; return what it writes."""
         done = subprocess.run(["nsenter", f"--net=/proc/{self.pid}/ns/net", *command.split()], capture_output=True)
         if done.returncode != 0:
             raise OSError(f"{command}: {done.stderr.decode().strip()}")
+        return done.stdout.decode()
 
     def end(self) -> None:
         """End it and all of its processes; their connections end as those of killed processes do."""

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.fork_server import ROOT
-from tests.hosts import Network
+from tests.hosts import Names, Network, address, address6
 
 TWO_BY_TWO = (0, 0, 1, 1)
+TRAIN = ("tests.host_ranks", "train")
 HOLD = """
 import time
-from tests.hosts import Network
+from tests.hosts import Names, Network, address, address6
 network = Network(2)
 ranks = network.start("tests.host_ranks", "wait", on=(0, 1))
 ranks.wait_for("waits", count=2)
@@ -66,8 +67,37 @@ def test_nothing_is_left_of_hosts_however_a_test_ends(how: signal.Signals) -> No
 def test_training_equals_that_of_one_process(kind: str) -> None:
     with (
         Network(2, mbit_per_s=1000) as network,
-        network.start("tests.host_ranks", "train", kind, on=TWO_BY_TWO) as ranks,
+        network.start(*TRAIN, kind, on=TWO_BY_TWO) as ranks,
     ):
         output = ranks.end()
     assert ranks.status == 0, output
     assert output.count("trained") == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "master"),
+    [("debian", "h0"), ("debian", None), ("none", None), ("known", "h0"), ("known", address6(0))],
+)
+def test_hosts_meet_whatever_they_know_of_names(names: Names, master: str | None) -> None:
+    with Network(2, names=names) as network, network.start(*TRAIN, "gloo", on=TWO_BY_TWO, master=master) as ranks:
+        output = ranks.end(30)
+    assert ranks.status == 0, output
+    assert output.count("trained") == 4
+
+
+def test_the_interface_that_the_user_names_is_used() -> None:
+    with Network(2) as network:
+        for index, host in enumerate(network.hosts):
+            host.run("ip link add other type bridge")
+            host.run(f"ip address add 10.99.0.{index + 1}/32 dev other")
+            host.run("ip link set other up")
+            host.run(f"ip route add 10.99.0.{2 - index}/32 via {address(1 - index)}")
+        with network.start(*TRAIN, "gloo", on=TWO_BY_TWO, environment={"GLOO_SOCKET_IFNAME": "other"}) as ranks:
+            ranks.wait_for("connected", count=4)
+            peers = network.hosts[1].run("ss -tnH state established dst 10.99.0.1")
+            output = ranks.end(30)
+        assert ranks.status == 0, output
+        assert peers.count("10.99.0.1") >= 4
+        with network.start(*TRAIN, "gloo", on=TWO_BY_TWO, environment={"GLOO_SOCKET_IFNAME": "eth7"}) as ranks:
+            output = ranks.end(30)
+    assert output.count("GLOO_SOCKET_IFNAME is 'eth7', but host h") == 4, output

@@ -13,8 +13,9 @@ from backends.processes.rendezvous import meet
 from backends.scheduled import ScheduledCommunicator
 from minidist.communicator import Communicator
 from minidist.contract import checks
+from minidist.contract.addresses import LOOPBACK
 from minidist.contract.place import Place
-from minidist.launch import host_id, own_address
+from minidist.launch import host_id
 
 
 class ProcessCommunicator(ScheduledCommunicator):
@@ -46,19 +47,18 @@ class ProcessCommunicator(ScheduledCommunicator):
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:
         self._num_splits += 1
-        one_host = self._place.one_host
-        mine = ("127.0.0.1" if one_host else own_address(self._place.host), "" if one_host else host_id())
-        hosts = self.all_gather_object(mine)
+        mine = self._place.address, host_id()
+        everyone = self.all_gather_object(mine)
         for index, ranks in enumerate(groups):
             if self.rank in ranks:
-                store = dist.PrefixStore(f"split{self._num_splits}/{index}", self._store)
+                num_here = sum(everyone[rank][1] == mine[1] for rank in ranks)
                 place = replace(
                     self._place,
                     rank=ranks.index(self.rank),
                     world_size=len(ranks),
-                    store=store,
-                    host=hosts[ranks[0]][0],
-                    num_here=sum(hosts[rank][1] == mine[1] for rank in ranks),
+                    store=dist.PrefixStore(f"split{self._num_splits}/{index}", self._store),
+                    host=LOOPBACK if num_here == len(ranks) else everyone[ranks[0]][0],
+                    num_here=num_here,
                 )
                 return type(self)(self.timeout_s, self.segment_bytes, place)
         return None

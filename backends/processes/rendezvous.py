@@ -7,6 +7,7 @@ rendezvous of the same processes would read what the first one left behind.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import secrets
 import socket
@@ -19,6 +20,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from minidist import launch
+from minidist.contract import addresses
 from minidist.contract.forks import Maker, kept_in_forks
 from minidist.contract.place import Place
 from minidist.errors import BackendUnavailableError, CommTimeoutError, PeerLostError
@@ -36,12 +38,15 @@ class Meeting:
         world: this process among them.
         host: an address of rank 0's host that all of them reach.
         store: the key-value store that they share, the same before and after a restart.
+        address: of this process, by which those of other hosts reach it.
     """
 
     world: launch.World
     host: str
     store: dist.Store
+    address: str = addresses.LOOPBACK
     maker: Maker = field(default_factory=Maker, init=False)
+    is_located: bool = field(default=False, init=False)
     _num_jobs: int = field(default=0, init=False)
 
     @property
@@ -58,11 +63,15 @@ class Meeting:
         return self.store.get("run_id").decode()
 
     def locate(self, timeout_s: float) -> None:
-        """Find out which ranks share a host; all ranks call it."""
+        """Find out which ranks share a host, and by which address this one is reached; all ranks call it."""
         world = self.world
         store = dist.PrefixStore("hosts", self.store)
-        hosts = from_everyone(store, world.rank, world.world_size, launch.host_id(), timeout_s)
+        mine = launch.host_id(), addresses.towards(self.host)
+        everyone = from_everyone(store, world.rank, world.world_size, json.dumps(mine), timeout_s)
+        hosts, theirs = zip(*map(json.loads, everyone), strict=True)
+        self.address = addresses.reachable(mine[1], hosts, theirs, world.rank)
         self.world = launch.located(world, hosts)
+        self.is_located = True
 
     def job_store(self) -> dist.Store:
         """Return an empty store for one communicator; all ranks call it in the same order."""
@@ -73,7 +82,7 @@ class Meeting:
         """Return the place of one communicator of all processes; all ranks call it in the same order."""
         world = self.world
         here = world.local_world_size
-        return Place(world.rank, world.world_size, self.job_store(), self.host, here, here)
+        return Place(world.rank, world.world_size, self.job_store(), self.host, here, here, self.address)
 
 
 def meet(timeout_s: float = CONNECT_S) -> Meeting:
@@ -93,7 +102,7 @@ def meet(timeout_s: float = CONNECT_S) -> Meeting:
             meeting.maker.ensure_here(f"[rank {now.rank}/{now.world_size}] rendezvous")
         _meeting.cache_clear()  # the fork is alone, or was told to be another rank
         meeting = _meeting()
-    if not meeting.world.knows_host:
+    if not (meeting.is_located or (meeting.world.knows_host and meeting.one_host)):
         meeting.locate(timeout_s)
     return meeting
 

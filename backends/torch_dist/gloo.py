@@ -29,6 +29,7 @@ from backends.processes.signature import MEETING, pack
 from backends.scheduled import TAG
 from minidist.collective import COLLECTIVES
 from minidist.communicator import ReduceOp, Work
+from minidist.contract.addresses import LOOPBACK
 from minidist.contract.forks import kept_in_forks
 from minidist.contract.place import Place
 from minidist.errors import CommError, CommTimeoutError
@@ -141,9 +142,9 @@ class GlooCommunicator(TorchDistCommunicator):
     def _make_group(self, store: dist.Store) -> Any:
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
-        # The host name of a machine need not lead back to it, so on one host it is not used.
-        device = gloo.create_device(hostname="127.0.0.1") if self._place.one_host else gloo.create_default_device()
-        options._devices = [device]
+        # Not Gloo's default device: the name of a host need not lead to where the others reach it.
+        address = LOOPBACK if self._place.one_host else self._place.address
+        options._devices = [gloo.create_device(hostname=address)]
         options._threads = 1  # operations finish in the order in which they were started
         options._timeout = timedelta(seconds=self.timeout_s)
         return gloo(store, self.rank, self.world_size, options)

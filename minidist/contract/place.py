@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from minidist.contract.addresses import LOOPBACK
+
 
 @dataclass(frozen=True)
 class Place:
@@ -17,6 +19,7 @@ class Place:
         host: an address of its rank 0 that all of them reach.
         num_here: how many of them are on this rank's host.
         local_world_size: how many ranks of the whole job are on this host.
+        address: of this rank, by which those of other hosts reach it.
     """
 
     rank: int
@@ -25,6 +28,7 @@ class Place:
     host: str
     num_here: int
     local_world_size: int
+    address: str = LOOPBACK
 
     @property
     def one_host(self) -> bool:
