@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from backends.ring import RingCommunicator
 from backends.torch_dist.gloo import GlooCommunicator
 from backends.two_level import TwoLevelCommunicator
 from minidist.communicator import Communicator
+from minidist.errors import PeerLostError
 from tests import training_checks
 
 TIMEOUT_S = 60.0
@@ -42,13 +44,29 @@ def train(kind: str) -> None:
         say("trained")
 
 
+def lose(kind: str, numel: str) -> None:
+    """Reduce until a rank is lost, and say when that was, and which; the last rank may be told to end."""
+    comm = MAKE[kind]()
+    tensor = torch.zeros(int(numel))
+    try:
+        comm.all_reduce(tensor)
+        say("reduces")
+        while True:
+            comm.all_reduce(tensor)
+            comm.all_reduce(tensor, async_op=True).wait()
+    except PeerLostError as error:
+        say(f"raised at {time.time()}, peers {error.peers}: {error}")
+    comm.close()
+    say("closed")
+
+
 def wait() -> None:
     """Wait for the end of the host."""
     say("waits")
     signal.pause()
 
 
-FUNCTIONS: dict[str, Callable[..., None]] = {"train": train, "wait": wait}
+FUNCTIONS: dict[str, Callable[..., None]] = {"train": train, "lose": lose, "wait": wait}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

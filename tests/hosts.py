@@ -37,7 +37,8 @@ from tests.fork_server import Order
 
 Names = Literal["known", "debian", "none"]
 """What /etc/hosts says: the addresses of all; of itself 127.0.1.1, as Debian's installer does; nothing."""
-PORT_STATES = {"up": ("up", 3), "down": ("down", 3), "lost": ("up", 0)}
+PortState = Literal["up", "down", "lost"]
+PORT_STATES: dict[PortState, tuple[str, int]] = {"up": ("up", 3), "down": ("down", 3), "lost": ("up", 0)}
 """State of the device, and of the port of the bridge: a port that is down is seen, one that loses frames is not."""
 NAMESPACES = ("net", "uts", "mnt")
 MASTER_PORT = 29400
@@ -144,7 +145,7 @@ class Network:
             host.run(shaping("eth0", mbit_per_s))
             switch.run(shaping(port, mbit_per_s))
 
-    def set_port(self, host: int, state: Literal["up", "down", "lost"]) -> None:
+    def set_port(self, host: int, state: PortState) -> None:
         """Change the port of a host at the switch: ``down`` as when a cable is pulled, ``lost`` drops all frames."""
         assert self.switch is not None
         device, bridge = PORT_STATES[state]

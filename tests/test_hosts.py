@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -11,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.fork_server import ROOT
-from tests.hosts import Names, Network, address, address6
+from tests.hosts import Names, Network, PortState, address, address6
 
 TWO_BY_TWO = (0, 0, 1, 1)
+LOSE = ("tests.host_ranks", "lose")
 TRAIN = ("tests.host_ranks", "train")
 HOLD = """
 import time
-from tests.hosts import Names, Network, address, address6
+from tests.hosts import Names, Network, PortState, address, address6
 network = Network(2)
 ranks = network.start("tests.host_ranks", "wait", on=(0, 1))
 ranks.wait_for("waits", count=2)
@@ -101,3 +103,23 @@ def test_the_interface_that_the_user_names_is_used() -> None:
         with network.start(*TRAIN, "gloo", on=TWO_BY_TWO, environment={"GLOO_SOCKET_IFNAME": "eth7"}) as ranks:
             output = ranks.end(30)
     assert output.count("GLOO_SOCKET_IFNAME is 'eth7', but host h") == 4, output
+
+
+@pytest.mark.parametrize("how", ["lost", "down"])
+@pytest.mark.parametrize("kind", ["gloo", "ring", "two_level"])
+def test_a_host_that_vanishes_is_named_by_all(kind: str, how: PortState) -> None:
+    with Network(2, mbit_per_s=200) as network, network.start(*LOSE, kind, str(2**20), on=TWO_BY_TWO) as ranks:
+        ranks.wait_for("reduces", count=4)
+        cut_at = time.time()
+        network.set_port(1, how)
+        output = ranks.end(30)
+    raised = re.findall(
+        r"rank (\d): raised at ([\d.]+), peers .(\d).*the connection to it was lost \(host (h\d)\)", output
+    )
+    assert len(raised) == 4, output
+    for rank, at, peer, host in raised:
+        assert int(rank) // 2 != int(peer) // 2
+        assert host == f"h{int(peer) // 2}"
+        assert float(at) - cut_at < 10, output
+    assert ranks.status == 0, output
+    assert output.count("closed") == 4

@@ -33,7 +33,7 @@ class Rank0:
 
     def accept(self) -> None:
         self.line = self.server.accept()[0]
-        assert json.loads(self.line.recv(1000)) == {"rank": 1, "secret": "secret"}
+        assert json.loads(self.line.recv(1000)) == {"rank": 1, "secret": "secret", "host": socket.gethostname()}
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def num_unread(line: socket.socket) -> int:
 
 COMPLETE, LOST, LEFT = (
     json.dumps(message).encode() + b"\n"
-    for message in ({"rank": 0, "complete": 3}, {"rank": 2, "lost": "boom"}, {"rank": 0})
+    for message in ({"rank": 0, "complete": 3, "host": "h0"}, {"rank": 2, "lost": "boom"}, {"rank": 0})
 )
 
 
@@ -141,13 +141,13 @@ def test_strangers_are_turned_away_and_a_hello_in_two_pieces_is_not() -> None:
                 stranger.sendall(words)
                 stranger.shutdown(socket.SHUT_WR)
             assert nothing_comes(stranger), f"{words[:20]!r} was let in"
-    hello: dict[str, Any] = {"rank": 1, "secret": secret}
+    hello: dict[str, Any] = {"rank": 1, "secret": secret, "host": "h1"}
     with socket.create_connection(("127.0.0.1", port)) as rank:
         data = json.dumps(hello).encode() + b"\n"
         send_after_all_was_read(rank, data[:9])
         send_after_all_was_read(rank, data[9:])
         rank.settimeout(LIMIT_S)
-        assert json.loads(rank.recv(1000)) == {"rank": 0, "complete": 2}
+        assert json.loads(rank.recv(1000)) == {"rank": 0, "complete": 2, "host": socket.gethostname()}
         thread.join(LIMIT_S)
         made[0].leave()
 
@@ -179,7 +179,7 @@ with socket.create_server(("127.0.0.1", 0)) as server:
     rank_1 = threading.Thread(target=lambda: made.append(Lifeline(store, "127.0.0.1", 1, 3, act, 20)))
     rank_1.start()
     rank_0.join()
-    lines[0].sendall(b'{"rank": 0, "complete": 3}\\n{"rank": 2, "lost": "boom"}\\n')
+    lines[0].sendall(b'{"rank": 0, "complete": 3, "host": "h0"}\\n{"rank": 2, "lost": "boom"}\\n')
     assert began.wait(20)
 """
 

@@ -1,12 +1,14 @@
 """Tells every rank which rank is gone, while the data path can only say that some connection broke.
 
 A star of TCP connections beside the data path: every rank holds one to rank 0, which passes the news on.
-A connection that ends without a farewell is a process that ended; the first such news names the cause,
-and all that follow are its consequences::
+A connection that ends without a farewell is a process that ended, and one over which nothing comes any more leads to a
+host that cannot be reached; the first such news names the cause, and all that follow are its consequences::
 
     rank 2 closes     2 -> 0   {"rank": 2}                  0 -> 1, 3   the same: rank 2 said farewell
     rank 2 fails      2 -> 0   {"rank": 2, "lost": why}     0 -> 1, 3   the same
     rank 2 is killed  2 -> 0   the connection ends          0 -> 1, 3   {"rank": 2, "lost": "its process ended"}
+
+An outage of the network is survived if it is over within ``outage_s``; 2 s later at the latest it is a loss.
 
 To have left is not to be lost: who needs nothing of a rank any more may go on without it. So a farewell only makes the
 end of a connection harmless, and whoever finds that it still needs the rank reports it lost.
@@ -27,10 +29,15 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from backends.deadline import Deadline
 from minidist.contract.forks import closed_in_forks, only_here
-from minidist.errors import CommTimeoutError, PeerLostError
+from minidist.errors import CommError, CommTimeoutError, PeerLostError
 
 DIED = "its process ended"
+CUT = "the connection to it was lost"
+OUTAGE_S = 5.0
+PROBE_S = 1
+"""How often the kernel asks a silent connection whether its other end is there."""
 OVERTAKEN_S = 0.5
 """How long worse news may come after a farewell: they take another way, over another rank's connection."""
 SEND_TIMEOUT_S = 5.0
@@ -49,6 +56,7 @@ class Lifeline:
         rank, world_size: place in the group.
         on_lost: called, in a thread of the lifeline, when a rank is lost.
         timeout_s: for all ranks to connect.
+        outage_s: how long a host may be out of reach.
 
     Attributes:
         lost: ranks that died, aborted or left while they were needed, and why; the first one first.
@@ -63,6 +71,7 @@ class Lifeline:
         world_size: int,
         on_lost: Callable[[], None],
         timeout_s: float,
+        outage_s: float = OUTAGE_S,
     ) -> None:
         self.rank = rank
         self.lost: dict[int, str] = {}
@@ -76,6 +85,8 @@ class Lifeline:
             self._lines = _serve(store, world_size, timeout_s)
         else:
             self._lines = {0: _connect(store, host, rank, timeout_s)}
+        for line in self._lines.values():
+            line.notice_outages(outage_s)
         self._listener = threading.Thread(target=self._listen, name=f"lifeline-rank{rank}", daemon=True)
         self._at_exit = only_here(self._finish_acting)
         atexit.register(self._at_exit)
@@ -133,10 +144,14 @@ class Lifeline:
 
     def _read(self, selector: selectors.BaseSelector, rank: int) -> None:
         line = self._lines[rank]
+        why = DIED
         try:
             messages = list(line.messages())
-        except OSError:  # reset by the other end
+        except ConnectionResetError:  # by the other end
             messages = [None]
+        except OSError:  # it did not answer, or there is no way to it
+            messages = [None]
+            why = f"{CUT} (host {line.host})"
         for message in messages:
             if message is not None:
                 self._learn(message, came_from=rank)
@@ -144,7 +159,7 @@ class Lifeline:
                 selector.unregister(line.socket)
                 # A farewell comes before the end on the same connection, so by now it has been read.
                 if rank not in self.left:
-                    self._learn({"rank": rank, "lost": DIED}, came_from=rank)
+                    self._learn({"rank": rank, "lost": why}, came_from=rank)
 
     def _learn(self, message: Message, came_from: int | None) -> None:
         """Take in a message, and pass it on if this is rank 0 or its source."""
@@ -153,9 +168,9 @@ class Lifeline:
         with self._news:
             if why is None:
                 self.left.add(rank)
-            # The first cause stays. That the process of a rank that left has ended is no news, but that it was needed
-            # is: a farewell does not protect from being reported lost.
-            elif rank in self.lost or (rank in self.left and why == DIED):
+            # The first cause stays. That a rank that left cannot be reached is no news, but that it was needed is: a
+            # farewell does not protect from being reported lost.
+            elif rank in self.lost or (rank in self.left and str(why).startswith((DIED, CUT))):
                 return
             else:
                 self.lost[rank] = str(why)
@@ -186,15 +201,26 @@ class Lifeline:
 
 
 class _Line:
-    """One connection: a JSON object per line."""
+    """One connection: a JSON object per line.
+
+    Attributes:
+        host: that of the rank at the other end, as it calls itself.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = closed_in_forks(connection)
+        self.host = ""
         self._unread = b""
         connection.settimeout(SEND_TIMEOUT_S)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for a host that vanishes
-        for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3)):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def notice_outages(self, outage_s: float) -> None:
+        """Let the kernel give the connection up when its other end has been silent for longer."""
+        # What was heard last may be a probe's time older than the outage. The limit holds for what was sent and not
+        # acknowledged too, during which there are no probes.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        limit_ms = int((outage_s + PROBE_S) * 1000)
+        for name, value in (("KEEPIDLE", PROBE_S), ("KEEPINTVL", PROBE_S), ("USER_TIMEOUT", limit_ms)):
+            self.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
 
     def send(self, message: Message) -> None:
         try:
@@ -246,11 +272,12 @@ def _serve(store: dist.Store, world_size: int, timeout_s: float) -> dict[int, _L
     lines: dict[int, _Line] = {}
     if world_size == 1:
         return lines
+    deadline = Deadline(timeout_s)
     with contextlib.ExitStack() as opened, closed_in_forks(_server(world_size)) as server:
-        server.settimeout(timeout_s)
         secret = secrets.token_hex(16)
         store.set("lifeline", json.dumps([server.getsockname()[1], secret]))
         while len(lines) < world_size - 1:
+            server.settimeout(deadline.left_s)
             try:
                 line = _Line(opened.enter_context(server.accept()[0]))
             except TimeoutError as error:
@@ -263,7 +290,7 @@ def _serve(store: dist.Store, world_size: int, timeout_s: float) -> dict[int, _L
                 lines[rank] = line
         opened.pop_all()
     for line in lines.values():
-        line.send({"rank": 0, "complete": world_size})
+        line.send({"rank": 0, "complete": world_size, "host": socket.gethostname()})
     return lines
 
 
@@ -279,21 +306,46 @@ def _accepted_rank(line: _Line, secret: str) -> int | None:
         hello = line.first(SEND_TIMEOUT_S)
     except (OSError, ValueError, RecursionError):
         return None
-    return int(hello["rank"]) if isinstance(hello, dict) and hello.get("secret") == secret else None
+    if not isinstance(hello, dict) or hello.get("secret") != secret:
+        return None
+    line.host = str(hello["host"])
+    return int(hello["rank"])
 
 
 def _connect(store: dist.Store, host: str, rank: int, timeout_s: float) -> _Line:
     """Connect to rank 0, and wait until it has heard from everybody."""
+    deadline = Deadline(timeout_s)
+    try:
+        port, secret = json.loads(store.get("lifeline"))
+    except dist.DistStoreError as error:
+        raise _incomplete(rank, timeout_s) from error
     with contextlib.ExitStack() as opened:
+        line = _Line(opened.enter_context(_connection(host, port, rank, deadline)))
         try:
-            port, secret = json.loads(store.get("lifeline"))
-            line = _Line(opened.enter_context(socket.create_connection((host, port), timeout_s)))
-            line.send({"rank": rank, "secret": secret})
-            if line.first(timeout_s) is not None:
-                opened.pop_all()
-                return line
-        except (dist.DistStoreError, TimeoutError) as error:
-            raise CommTimeoutError(f"[rank {rank}] not every rank came within {timeout_s:g} s") from error
+            line.send({"rank": rank, "secret": secret, "host": socket.gethostname()})
+            answer = line.first(deadline.left_s)
+        except TimeoutError as error:
+            raise _incomplete(rank, timeout_s) from error
         except ConnectionResetError:
-            pass  # as if it had hung up in order
-    raise PeerLostError(f"[rank {rank}] rank 0 is gone: it hung up before all ranks had come", (0,))
+            answer = None  # as if it had hung up in order
+        if answer is None:
+            raise PeerLostError(f"[rank {rank}] rank 0 is gone: it hung up before all ranks had come", (0,))
+        line.host = str(answer["host"])
+        opened.pop_all()
+    return line
+
+
+def _connection(host: str, port: int, rank: int, deadline: Deadline) -> socket.socket:
+    try:
+        return socket.create_connection((host, port), deadline.left_s)
+    except TimeoutError as error:
+        raise _incomplete(rank, deadline.timeout_s) from error
+    except OSError as error:
+        raise CommError(
+            f"[rank {rank}] cannot connect to rank 0 at {host}, port {port}: {error}; "
+            "that address has to lead to its host from all hosts"
+        ) from error
+
+
+def _incomplete(rank: int, timeout_s: float) -> CommTimeoutError:
+    return CommTimeoutError(f"[rank {rank}] not every rank came within {timeout_s:g} s")

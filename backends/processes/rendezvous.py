@@ -13,7 +13,7 @@ import secrets
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -28,6 +28,8 @@ from minidist.errors import BackendUnavailableError, CommTimeoutError, PeerLostE
 CONNECT_S = 300.0
 CONNECT_TIMEOUT = timedelta(seconds=CONNECT_S)
 POLL_S = 0.005
+ANSWER_S = 5.0
+"""How long one of rank 0's addresses may take to answer, before the next one is tried."""
 
 
 @dataclass
@@ -85,44 +87,49 @@ class Meeting:
         return Place(world.rank, world.world_size, self.job_store(), self.host, here, here, self.address)
 
 
+_meetings: list[Meeting] = []
+"""That of this process, once it has met the others."""
+
+
 def meet(timeout_s: float = CONNECT_S) -> Meeting:
     """Return the meeting of this process's world; the first call connects.
 
     Args:
-        timeout_s: for all ranks to say which host they are on, where their launcher does not.
+        timeout_s: for each of two steps: to connect, and for all ranks to say which host they are on.
 
     Raises:
-        CommTimeoutError: not all ranks said so in time.
+        CommTimeoutError: there was no answer, or not all ranks said so, in time.
         CommError: this process is a fork of one of that world, which holds the one place and the one connection.
     """
-    meeting = _meeting()
+    meeting = _meeting(timeout_s)
     now = launch.detect()
     if not meeting.maker.is_here:
         if now.launcher != "alone" and (now.rank, now.world_size) == (meeting.world.rank, meeting.world.world_size):
             meeting.maker.ensure_here(f"[rank {now.rank}/{now.world_size}] rendezvous")
-        _meeting.cache_clear()  # the fork is alone, or was told to be another rank
-        meeting = _meeting()
+        _meetings.clear()  # the fork is alone, or was told to be another rank
+        meeting = _meeting(timeout_s)
     if not (meeting.is_located or (meeting.world.knows_host and meeting.one_host)):
         meeting.locate(timeout_s)
     return meeting
 
 
-@functools.cache
-def _meeting() -> Meeting:
-    meeting = _met(launch.detect())
-    kept_in_forks(meeting.store)
-    return meeting
+def _meeting(timeout_s: float) -> Meeting:
+    if not _meetings:
+        meeting = _met(launch.detect(), timeout_s)
+        kept_in_forks(meeting.store)
+        _meetings.append(meeting)
+    return _meetings[0]
 
 
-def _met(world: launch.World) -> Meeting:
+def _met(world: launch.World, timeout_s: float) -> Meeting:
     if world.launcher == "alone":
-        return Meeting(world, "127.0.0.1", dist.HashStore())
+        return Meeting(world, addresses.LOOPBACK, dist.HashStore())
     if world.by_mpi:
-        return _meet_over_mpi(world)
+        return _meet_over_mpi(world, timeout_s)
     if world.launcher == "slurm":
         os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))
-    return _meet_at_master(world)
+    return _meet_at_master(world, timeout_s)
 
 
 def from_everyone(
@@ -166,7 +173,7 @@ def run_id() -> str:
     return meet().run_id
 
 
-def _meet_at_master(world: launch.World) -> Meeting:
+def _meet_at_master(world: launch.World, timeout_s: float) -> Meeting:
     try:
         # [::1] as in a URL
         host = os.environ["MASTER_ADDR"].strip("[]")
@@ -176,21 +183,47 @@ def _meet_at_master(world: launch.World) -> Meeting:
             f"RANK and WORLD_SIZE are set but {error} is not; start with torchrun, or set it to rank 0's"
         ) from error
     serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(host, port, world.world_size, serves, CONNECT_TIMEOUT, wait_for_workers=False)
+    within = timedelta(seconds=timeout_s)
+    try:
+        store = dist.TCPStore(host, port, world.world_size, serves, within, wait_for_workers=False)
+    except dist.DistNetworkError as error:
+        raise CommTimeoutError(
+            f"[rank {world.rank}/{world.world_size}] rendezvous: rank 0 could not be reached as {host}, port {port}, "
+            f"within {timeout_s:g} s; MASTER_ADDR has to lead to its host from all hosts, by name or by address"
+        ) from error
+    store.set_timeout(CONNECT_TIMEOUT)
     return Meeting(world, host, dist.PrefixStore("minidist", store))
 
 
-def _meet_over_mpi(world: launch.World) -> Meeting:
+def _meet_over_mpi(world: launch.World, timeout_s: float) -> Meeting:
     from backends.mpi.process import from_rank_0
 
     store = None
     if world.rank == 0:
         store = dist.TCPStore("0.0.0.0", 0, None, True, CONNECT_TIMEOUT, wait_for_workers=False)
     one_host = world.local_world_size == world.world_size
-    mine = ("127.0.0.1" if one_host else socket.gethostname(), store.port if store else 0)
-    host, port = from_rank_0(mine)
-    store = store or dist.TCPStore(host, port, None, False, CONNECT_TIMEOUT, wait_for_workers=False)
-    return Meeting(world, host, store)
+    mine = ([addresses.LOOPBACK] if one_host else addresses.all_of_host(), store.port if store else 0)
+    candidates, port = from_rank_0(mine)
+    if store is not None:
+        return Meeting(world, candidates[0], store)
+    host = _first_that_answers(candidates, port, timeout_s)
+    return Meeting(world, host, dist.TCPStore(host, port, None, False, CONNECT_TIMEOUT, wait_for_workers=False))
+
+
+def _first_that_answers(candidates: Sequence[str], port: int, timeout_s: float) -> str:
+    """Return the first of rank 0's addresses at which somebody listens: the name of its host may not be known here."""
+    refusals = list[str]()
+    for address in candidates:
+        try:
+            socket.create_connection((address, port), min(timeout_s, ANSWER_S)).close()
+        except OSError as error:
+            refusals.append(f"{address}: {error}")
+        else:
+            return address
+    raise BackendUnavailableError(
+        f"host {socket.gethostname()} reaches rank 0 at none of its addresses ({'; '.join(refusals)}); "
+        f"set {addresses.VARIABLE} to an interface by which the hosts reach each other"
+    )
 
 
 def _first_slurm_host() -> str:
