@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from backends.contact import LEFT
+from backends.deadline import Deadline
 from backends.processes.lifeline import Lifeline
 from backends.processes.rendezvous import meet
 from backends.scheduled import ScheduledCommunicator
@@ -32,6 +33,7 @@ class ProcessCommunicator(ScheduledCommunicator):
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
         checks.group(0, 1, timeout_s)
+        self._start = Deadline(timeout_s)
         if place is None:
             self.check_available()
             place = meet(timeout_s).place()
@@ -39,7 +41,9 @@ class ProcessCommunicator(ScheduledCommunicator):
         self._place = place
         self._store = place.store
         self._num_splits = 0
-        self._lifeline = Lifeline(place.store, place.host, self.rank, self.world_size, self._interrupt, timeout_s)
+        self._lifeline = Lifeline(
+            place.store, place.host, self.rank, self.world_size, self._interrupt, self._start.left_s
+        )
 
     def _interrupt(self) -> None:
         """Make operations that run in other threads fail."""

@@ -7,10 +7,12 @@ waiting for ranks that wait for the dead one; which rank is gone the lifeline of
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
 from datetime import timedelta
 from typing import Any
 
@@ -30,9 +32,9 @@ from backends.scheduled import TAG
 from minidist.collective import COLLECTIVES
 from minidist.communicator import ReduceOp, Work
 from minidist.contract.addresses import LOOPBACK
-from minidist.contract.forks import kept_in_forks
+from minidist.contract.forks import kept_in_forks, never_destroy
 from minidist.contract.place import Place
-from minidist.errors import CommError, CommTimeoutError
+from minidist.errors import CommClosedError, CommError, CommTimeoutError, PeerLostError
 
 OPS = {
     ReduceOp.SUM: dist.ReduceOp.SUM,
@@ -42,6 +44,8 @@ OPS = {
 }
 NEWS_S = 3.0
 """How long to wait for the name of the rank that is gone, after the data path broke."""
+GRACE_S = 1.0
+"""How long what waits may take to end by itself, after the connections were broken or the time was up."""
 
 
 class TorchDistCommunicator(ProcessCommunicator):
@@ -51,12 +55,15 @@ class TorchDistCommunicator(ProcessCommunicator):
         self._group: Any = None  # a rank can be lost before it is made
         super().__init__(timeout_s, segment_bytes, place)
         try:
-            self._group = kept_in_forks(self._make_group(dist.PrefixStore("group", self._store)))
+            self._connect()
         except RuntimeError as error:
             self._fail("connect", error)
         # A rank that closed at once would break the connections of one that is still making its own.
         connected = dist.PrefixStore("connected", self._store)
-        from_everyone(connected, self.rank, self.world_size, "", timeout_s, self._gone())
+        from_everyone(connected, self.rank, self.world_size, "", self._start.left_s, self._gone())
+
+    def _connect(self) -> None:
+        self._group = kept_in_forks(self._make_group(dist.PrefixStore("group", self._store)))
 
     def _make_group(self, store: dist.Store) -> Any:
         raise NotImplementedError
@@ -135,6 +142,8 @@ class GlooCommunicator(TorchDistCommunicator):
     """
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
+        self.waited_for: weakref.WeakSet[_GlooMessage] = weakref.WeakSet()
+        self._is_interrupted = False
         super().__init__(timeout_s, segment_bytes, place)
         self._agreement = Agreement(self, self._tag(TAG))  # in one order with the messages of schedules
         self._everyone = [(rank, 0) for rank in range(self.world_size)]
@@ -150,10 +159,10 @@ class GlooCommunicator(TorchDistCommunicator):
         return gloo(store, self.rank, self.world_size, options)
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
-        return _GlooMessage(self, self._group.send([bytes_of(tensor)], dst, tag), tensor, dst, timeout_s)
+        return _GlooMessage(self, self._group.send([bytes_of(tensor)], dst, tag), tensor, dst, tag, timeout_s)
 
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        return _GlooMessage(self, self._group.recv([bytes_of(tensor)], src, tag), tensor, src, timeout_s)
+        return _GlooMessage(self, self._group.recv([bytes_of(tensor)], src, tag), tensor, src, tag, timeout_s)
 
     def _wait(self, work: Any, timeout_s: float) -> None:
         started = time.monotonic()
@@ -224,8 +233,29 @@ class GlooCommunicator(TorchDistCommunicator):
         """Return, for each rank, a piece of its tensor alone."""
         return [[(rank, piece)] for rank in range(self.world_size)]
 
+    # Life -------------------------------------------------------------------------------------
+
+    def _dispatch(self, run: Callable[[], None], async_op: bool) -> Work:
+        """Run what may hang in a thread that can be left behind, see `_give_up`."""
+        if self.world_size == 1 or self._progress.in_job:
+            return super()._dispatch(run, async_op)
+        work = self._progress.submit(run)
+        if not async_op:
+            work.wait()
+        return work
+
+    def _connect(self) -> None:
+        too_late = _later(self._start.left_s + GRACE_S, self._give_up)
+        try:
+            self._progress.submit(super()._connect).wait()
+        finally:
+            too_late.cancel()
+
     def _interrupt(self) -> None:
         """Break this rank's connections: a receive that times out is all that makes Gloo do so."""
+        if not self._is_interrupted:
+            self._is_interrupted = True
+            _later(GRACE_S, self._give_up)
         group = self._group
         if group is not None and self.world_size > 1:
             peer = (self.rank + 1) % self.world_size
@@ -234,25 +264,56 @@ class GlooCommunicator(TorchDistCommunicator):
             except RuntimeError:
                 return  # as intended
 
+    def _give_up(self) -> None:
+        """End what still waits, and leave its threads behind: Gloo tells a message that has come in part of no error.
+
+        What is left behind holds the tensors that Gloo may still write into, and ends with its own timeout.
+        """
+        self._progress.give_up(self._why_hopeless)
+        for message in list(self.waited_for):
+            message.give_up(self._why_hopeless())
+        if self._progress.is_left_behind:
+            never_destroy(self._group)
+
+    def _why_hopeless(self) -> CommError:
+        if self._closed:
+            return CommClosedError(f"{self.who('wait')}: {self._closed}")
+        if not self._gone():
+            return CommTimeoutError(f"not every rank came within {self.timeout_s:g} s")
+        lost = self._lost()
+        return PeerLostError(f"{self.who('wait')}: {lost}", lost.peers)
+
 
 class _GlooMessage(Work):
-    """A send or receive. Gloo says only to one who waits whether it has ended, so who polls has a thread that waits."""
+    """A send or receive.
 
-    def __init__(self, comm: GlooCommunicator, work: Any, tensor: Tensor, peer: int, timeout_s: float) -> None:
+    Nothing tells from outside whether Gloo has ended it, and nothing interrupts one who waits. So a thread waits for a
+    user's message, which can be left behind; those of schedules are waited for in one that can.
+    """
+
+    def __init__(
+        self, comm: GlooCommunicator, work: Any, tensor: Tensor, peer: int, tag: int, timeout_s: float
+    ) -> None:
         self._comm = comm
         self._work = work
         self._tensor = tensor
         self._peer = peer
+        self._in_schedule = tag & TAG == TAG
         self._deadline = Deadline(timeout_s)
-        self._timeout_s = timeout_s
         self._done = False
         self._ended: Future[None] | None = None
 
     def wait(self) -> None:
-        if self._ended is not None:
-            self._ended.result()
-        elif not self._done:
-            self._finish()
+        if self._in_schedule and self._ended is None:
+            if not self._done:
+                self._finish()
+        else:
+            self._awaited().result()
+
+    def give_up(self, error: Exception) -> None:
+        """Let whoever waits for it have ``error``."""
+        with contextlib.suppress(InvalidStateError):  # it has ended by itself
+            self._awaited().set_exception(error)
 
     def _finish(self) -> None:
         try:
@@ -263,24 +324,35 @@ class _GlooMessage(Work):
             raise ContactLostError(self._peer) from error
         self._done = True
 
-    def _await(self, ended: Future[None]) -> None:
-        try:
-            self._finish()
-        except BaseException as error:  # whatever it is belongs to the one who waits
-            ended.set_exception(error)
-        else:
-            ended.set_result(None)
-
-    def is_done(self) -> bool:
-        if self._done:
-            return True
+    def _awaited(self) -> Future[None]:
+        """Return its end, for which a thread waits from the first call on."""
         if self._ended is None:
             self._ended = Future()
+            self._comm.waited_for.add(self)
             threading.Thread(target=self._await, args=(self._ended,), daemon=True).start()
-        return self._ended.done()
+        return self._ended
+
+    def _await(self, ended: Future[None]) -> None:
+        error: BaseException | None = None
+        try:
+            self._finish()
+        except BaseException as caught:  # whatever it is belongs to the one who waits
+            error = caught
+        with contextlib.suppress(InvalidStateError):  # it was given up
+            ended.set_result(None) if error is None else ended.set_exception(error)
+
+    def is_done(self) -> bool:
+        return self._done or self._awaited().done()
 
     def exception(self) -> BaseException | None:
         return self._ended.exception() if self._ended is not None and self._ended.done() else None
+
+
+def _later(seconds: float, action: Callable[[], None]) -> threading.Timer:
+    timer = threading.Timer(seconds, action)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _options(options: Any, timeout_s: float, **values: object) -> Any:

@@ -102,12 +102,13 @@ def only_here(action: Callable[..., object]) -> Callable[..., None]:
     return act
 
 
-def _never_destroy(thing: object) -> None:
+def never_destroy(thing: object) -> None:
+    """Keep a thing until the process ends: its destructor would wait for what never comes."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 _connections: Living[socket.socket] = Living(socket.socket.close)
-_with_threads: Living[object] = Living(_never_destroy)
+_with_threads: Living[object] = Living(never_destroy)
 
 
 def closed_in_forks(connection: socket.socket) -> socket.socket:

@@ -9,7 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import final
 
 from minidist.contract.forks import Maker, only_here
@@ -135,6 +135,9 @@ class Progress:
     """Runs jobs one after the other in a thread of its own, started by the first job.
 
     A daemon thread, unlike an executor's: a process whose last collective hangs can still end.
+
+    Attributes:
+        is_left_behind: whether a job was given up that goes on in the thread, as nothing can interrupt it.
     """
 
     def __init__(self, name: str, traffic: Traffic, maker: Maker) -> None:
@@ -145,13 +148,14 @@ class Progress:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
-        self._num_open = 0
+        self._open = dict[Future[None], None]()  # in the order in which they came
         self._in_job = False
+        self.is_left_behind = False
 
     @property
     def idle(self) -> bool:
         """Whether everything that was submitted has finished, with all that was to be called then."""
-        return not self._num_open
+        return not self._open
 
     @property
     def serving(self) -> bool:
@@ -174,7 +178,7 @@ class Progress:
                 self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
                 self._thread.start()
                 atexit.register(self._at_exit, EXIT_S)
-            self._num_open += 1
+            self._open[future] = None
             self._jobs.put((job, future))
         return Pending(self, future, self._traffic, self._maker)
 
@@ -188,7 +192,7 @@ class Progress:
         """Let the jobs finish, well or not, and end the thread; wait for that no longer than ``timeout_s``."""
         if self._thread is not None:
             self.stop()
-            if not self.serving:
+            if not self.serving and not self.is_left_behind:
                 self._thread.join(timeout_s)
             atexit.unregister(self._at_exit)
             self._thread = None
@@ -197,6 +201,18 @@ class Progress:
         """End the thread after what was submitted, without waiting for it."""
         if self._thread is not None:
             self._jobs.put(None)
+
+    def give_up(self, error: Callable[[], Exception]) -> None:
+        """Let whoever waits for a job have ``error`` now; the job that runs is left behind, the others never run.
+
+        For what hangs inside of a library, once that is hopeless; nothing may be submitted any more.
+        """
+        with self._lock:
+            left = list(self._open)
+            self.is_left_behind = self.is_left_behind or bool(left)
+        for future in left:
+            with contextlib.suppress(InvalidStateError):  # it has ended by itself
+                future.set_exception(error())
 
     def _serve(self) -> None:
         while self._serve_one():
@@ -208,16 +224,17 @@ class Progress:
         if item is None:
             return False
         job, future = item
+        error: BaseException | None = None
         self._in_job = True
         try:
-            job()
+            if not future.done():  # else it was given up before its turn
+                job()
         except BaseException as caught:  # whatever it is belongs to the one who waits
-            error: BaseException | None = caught
-        else:
-            error = None
+            error = caught
         del item, job  # a served job must not keep its tensors alive
-        future.set_result(None) if error is None else future.set_exception(error)  # and call what waits for it
+        with contextlib.suppress(InvalidStateError):  # it was given up
+            future.set_result(None) if error is None else future.set_exception(error)  # and call what waits for it
         self._in_job = False
         with self._lock:
-            self._num_open -= 1
+            del self._open[future]
         return True
