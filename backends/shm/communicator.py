@@ -31,6 +31,7 @@ from backends.shm.mailbox import Message
 from backends.shm.sharing import share
 from minidist import launch
 from minidist.communicator import Device, ReduceOp, Shape, Work
+from minidist.contract.carriers import bytes_of
 from minidist.contract.place import Place
 from minidist.errors import CommError
 
@@ -43,6 +44,7 @@ class ShmCommunicator(ProcessCommunicator):
     """
 
     checks_sizes = checks_dtypes = True
+    tag_bits = 31
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
         super().__init__(timeout_s, segment_bytes, place)
@@ -146,11 +148,11 @@ class ShmCommunicator(ProcessCommunicator):
     # Point to point ---------------------------------------------------------------------------
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
-        message = self._arena.mail.send(tensor.view(-1).view(torch.uint8), dst, tag, tensor.dtype)
+        message = self._arena.mail.send(bytes_of(tensor), dst, tag, tensor.dtype)
         return _ShmWork(self, self._arena, message, dst, timeout_s)
 
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        message = self._arena.mail.receive(tensor.view(-1).view(torch.uint8), src, tag, tensor.dtype)
+        message = self._arena.mail.receive(bytes_of(tensor), src, tag, tensor.dtype)
         return _ShmWork(self, self._arena, message, src, timeout_s)
 
     # Life -------------------------------------------------------------------------------------

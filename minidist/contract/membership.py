@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NoReturn, Self, final
 from torch import Tensor
 
 from minidist.contract import checks, envelope
+from minidist.contract.carriers import as_carried
 from minidist.contract.forks import Maker
 from minidist.contract.opaque import opaque_methods
 from minidist.contract.reduce_op import ReduceOp
@@ -34,6 +35,9 @@ class Membership(ABC):
     """Whether a message of another size than its receive expects makes the receive raise MismatchError."""
     checks_dtypes: bool = False
     """Whether that holds for a message of another dtype too. Where not, `minidist.contract.envelope` sees to both."""
+    tag_bits: int = 15
+    """How much of a transport's tag is the user's; a channel takes the bits above. The two largest are for collectives:
+    one for the messages of schedules, one for collectives that are made of several others."""
 
     def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0) -> None:
         checks.group(rank, world_size, timeout_s)
@@ -104,6 +108,11 @@ class Membership(ABC):
         """Return the beginning of every message: this rank and the operation."""
         return f"[rank {self.rank}/{self.world_size}] {operation}"
 
+    @property
+    def max_tag(self) -> int:
+        """The largest tag of a message: 32765, and 2**31 - 3 on transports of one machine, which have longer ones."""
+        return (1 << self.tag_bits) - 3
+
     @final
     def ensure_usable(self, operation: str) -> None:
         """Raise if no operation can be started any more."""
@@ -135,22 +144,31 @@ class Membership(ABC):
 
     def _tag(self, tag: int) -> int:
         """Return the tag that keeps this communicator's messages apart from others on one transport."""
-        return tag + (self._channel << 15)
+        return tag + (self._channel << self.tag_bits)
+
+    @property
+    def _schedule_tag(self) -> int:
+        """The tag of all messages of schedules."""
+        return self._tag(self.max_tag + 2)
 
     def _run(
         self,
         operation: str,
         tensors: Sequence[Tensor | None],
-        args: Sequence[object],
+        root: int | None,
+        op: ReduceOp | None,
         async_op: bool,
         timeout_s: float | None,
         keep: bool = False,
     ) -> Work:
-        """Run a collective on ``tensors``, of which it only reads the first with ``keep``, and then on ``args``."""
+        """Run a collective on ``tensors``, of which it only reads the first with ``keep``."""
         self.ensure_usable(operation)
         seconds = self.timeout_s if timeout_s is None else checks.timeout(self, operation, timeout_s)
-        divisor = self.world_size if ReduceOp.AVG in args else 1  # before the sum, which could overflow float16
-        args = [ReduceOp.SUM if arg is ReduceOp.AVG else arg for arg in args]
+        divisor = 0 if op is None else 1
+        if op is ReduceOp.AVG:
+            divisor = self.world_size  # before the sum, which could overflow float16
+            op = ReduceOp.SUM
+        args = [arg for arg in (root, op) if arg is not None]
         own_block = self.rank if operation == "all_gather" else None
         job = staged(self._collective(operation), tensors, self.device_type, divisor, keep, own_block)
         if job is None:
@@ -200,12 +218,13 @@ class Membership(ABC):
             staged_tensor.load()
             if tensor.numel():
                 self.traffic.count(tensor.nbytes)
+        memory = as_carried(staged_tensor.memory)
         post = envelope.send if operation == "isend" else envelope.receive
         try:
             if self.checks_dtypes:
-                work = hook(staged_tensor.memory, peer, self._tag(tag), seconds)
+                work = hook(memory, peer, self._tag(tag), seconds)
             else:
-                work = post(self, hook, staged_tensor.memory, peer, tag, seconds)
+                work = post(self, hook, memory, peer, tag, seconds)
         except Exception as error:
             self._fail(operation, error)
         return _Message(self, operation, work, staged_tensor)
