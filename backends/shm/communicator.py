@@ -12,8 +12,6 @@ Compare Li, Hoefler and Snir, "NUMA-aware shared-memory collective communication
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -164,9 +162,8 @@ class ShmCommunicator(ProcessCommunicator):
 
     def why_hopeless(self, peer: int, deadline: Deadline) -> Exception | None:
         """Return why to wait for ``peer`` any longer is hopeless, if it is."""
-        return CommError(self._closed) if self._closed else self._why_others_make_it_hopeless(peer, deadline)
-
-    def _why_others_make_it_hopeless(self, peer: int, deadline: Deadline) -> Exception | None:
+        if self._closed:
+            return CommError(self._closed)
         if self._lifeline.lost:
             return self._lost()
         if peer in self._lifeline.left:
@@ -183,14 +180,6 @@ class ShmCommunicator(ProcessCommunicator):
         """Nothing to do: who waits looks up often enough."""
 
     def _close(self) -> None:
-        arena = self._arena
-        deadline = Deadline(self.timeout_s)
-        # What is not in the slots yet lies in this process alone, so it would go with it. What is in them stays there
-        # for those who have mapped them.
-        for peer in range(self.world_size):
-            with contextlib.suppress(CommError, ContactLostError):  # a message that nobody takes any more
-                has_sent = functools.partial(arena.mail.has_sent, peer)
-                arena.wait_until(has_sent, peer, deadline, self._why_others_make_it_hopeless)
         super()._close()
         self._let_go()
 

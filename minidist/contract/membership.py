@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -15,6 +16,7 @@ from minidist.contract import checks, envelope
 from minidist.contract.carriers import as_carried
 from minidist.contract.forks import Maker
 from minidist.contract.opaque import opaque_methods
+from minidist.contract.open_sends import OpenSends
 from minidist.contract.reduce_op import ReduceOp
 from minidist.contract.staging import Staged, staged
 from minidist.contract.traffic import Traffic
@@ -50,6 +52,7 @@ class Membership(ABC):
         self._closed = ""
         self._failure: CommError | None = None
         self._channel = self._num_channels = 0
+        self._sends = OpenSends()
         self._root: Membership = self
 
     @classmethod
@@ -62,9 +65,14 @@ class Membership(ABC):
 
     @final
     def close(self) -> None:
-        """Wait for what was started, then leave the group. A second close does nothing, nor one in a fork."""
+        """Wait for what was started, then leave the group. A second close does nothing, nor one in a fork.
+
+        For messages that nobody receives it waits 30 s, or ``timeout_s`` if that is less, and warns of them.
+        """
         if not self._closed and self._maker.is_here:
             self._progress.finish()
+            if self._failure is None and (lost := self._sends.finish(self.timeout_s)):
+                warnings.warn(f"{self.who('close')}: {lost}", stacklevel=2)
             self._closed = "it is closed"
             self._close()
 
@@ -227,7 +235,10 @@ class Membership(ABC):
                 work = post(self, hook, memory, peer, tag, seconds)
         except Exception as error:
             self._fail(operation, error)
-        return _Message(self, operation, work, staged_tensor)
+        message = _Message(self, operation, work, staged_tensor, peer, tag)
+        if operation == "isend":
+            self._sends.add(message)
+        return message
 
     def _fail(self, operation: str, error: Exception) -> NoReturn:
         """Raise what ``error`` means to the caller; nothing works on this communicator after it."""
@@ -281,8 +292,12 @@ class Membership(ABC):
 class _Message(Work):
     """A send or receive on its way, with what its caller still expects of it."""
 
-    def __init__(self, comm: Membership, operation: str, work: Work, staged_tensor: Staged) -> None:
+    def __init__(
+        self, comm: Membership, operation: str, work: Work, staged_tensor: Staged, peer: int, tag: int
+    ) -> None:
         self._comm = comm
+        self._peer = peer
+        self._tag = tag
         self._operation = operation
         self._work = work
         self._staged: Staged | None = staged_tensor
@@ -305,9 +320,15 @@ class _Message(Work):
                 raise
         finally:
             self._comm.traffic.add_blocked(time.perf_counter() - started)
+            self._comm._sends.remove(self)
         if self._operation == "irecv":
             self._staged.store()
         self._staged = None
+
+    def __str__(self) -> str:
+        assert self._staged is not None  # asked of what was not received
+        tensor = self._staged.tensor
+        return f"{tensor.numel()} {checks.spell(tensor.dtype)} to rank {self._peer} with tag {self._tag}"
 
     def is_done(self) -> bool:
         would_raise = not self._comm._maker.is_here or bool(self._comm._gone())

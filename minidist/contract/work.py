@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -116,7 +117,8 @@ class Pending(Work):
             self._maker.ensure_here("wait")  # its thread is not in a fork
         started = time.perf_counter()
         try:
-            self._progress.serve_until(self._future)
+            if self._progress.in_job:
+                self._progress.serve_until(self._future)
             self._future.result()
         finally:
             self._traffic.blocked_seconds += time.perf_counter() - started
@@ -144,14 +146,15 @@ class Progress:
         self._at_exit = only_here(self.finish)
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._num_open = 0
+        # Each is counted in one thread alone, so that no lock is needed.
+        self._num_submitted = 0
+        self._num_served = 0
         self._in_job = False
 
     @property
     def idle(self) -> bool:
         """Whether everything that was submitted has finished, with all that was to be called then."""
-        return not self._num_open
+        return self._num_served == self._num_submitted
 
     @property
     def serving(self) -> bool:
@@ -164,23 +167,22 @@ class Progress:
 
         It then runs at once, before the jobs behind, of which another rank may have fewer by now.
         """
-        return self._in_job and self.serving
+        return self._in_job and threading.current_thread() is self._thread
 
     def submit(self, job: Callable[[], None]) -> Pending:
         """Run ``job`` after all that was submitted before it."""
         future: Future[None] = Future()
-        with self._lock:  # callbacks submit too, in the thread
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
-                self._thread.start()
-                atexit.register(self._at_exit, EXIT_S)
-            self._num_open += 1
-            self._jobs.put((job, future))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+            self._thread.start()
+            atexit.register(self._at_exit, EXIT_S)
+        self._num_submitted += 1
+        self._jobs.put((job, future))
         return Pending(self, future, self._traffic, self._maker)
 
     def serve_until(self, future: Future[None]) -> None:
         """In the thread itself, whose callback waits for a later job: run the jobs up to that one first."""
-        while self.serving and not future.done():
+        while not future.done():
             if not self._serve_one():
                 self._jobs.put(None)  # the end comes after what callbacks still wait for
 
@@ -208,16 +210,14 @@ class Progress:
         if item is None:
             return False
         job, future = item
+        outer = self._in_job  # a callback that waits serves the jobs behind its own
         self._in_job = True
         try:
-            job()
-        except BaseException as caught:  # whatever it is belongs to the one who waits
-            error: BaseException | None = caught
-        else:
-            error = None
+            end = functools.partial(future.set_result, job())
+        except BaseException as error:  # whatever it is belongs to the one who waits
+            end = functools.partial(future.set_exception, error)
         del item, job  # a served job must not keep its tensors alive
-        future.set_result(None) if error is None else future.set_exception(error)  # and call what waits for it
-        self._in_job = False
-        with self._lock:
-            self._num_open -= 1
+        end()  # and call what waits for it
+        self._in_job = outer
+        self._num_served += 1
         return True
