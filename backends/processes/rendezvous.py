@@ -12,7 +12,6 @@ import secrets
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -20,12 +19,11 @@ import torch.distributed as dist
 
 from minidist import launch
 from minidist.contract.forks import Maker, kept_in_forks
-from minidist.contract.place import Place
-from minidist.errors import BackendUnavailableError, CommTimeoutError, PeerLostError
+from minidist.contract.place import Place, from_everyone
+from minidist.errors import BackendUnavailableError
 
 CONNECT_S = 300.0
 CONNECT_TIMEOUT = timedelta(seconds=CONNECT_S)
-POLL_S = 0.005
 
 
 @dataclass
@@ -35,11 +33,13 @@ class Meeting:
     Attributes:
         world: this process among them.
         host: an address of rank 0's host that all of them reach.
+        port: of the store on that host; 0 where it is in this process alone.
         store: the key-value store that they share, the same before and after a restart.
     """
 
     world: launch.World
     host: str
+    port: int
     store: dist.Store
     maker: Maker = field(default_factory=Maker, init=False)
     _num_jobs: int = field(default=0, init=False)
@@ -107,49 +107,13 @@ def _meeting() -> Meeting:
 
 def _met(world: launch.World) -> Meeting:
     if world.launcher == "alone":
-        return Meeting(world, "127.0.0.1", dist.HashStore())
+        return Meeting(world, "127.0.0.1", 0, dist.HashStore())
     if world.by_mpi:
         return _meet_over_mpi(world)
     if world.launcher == "slurm":
         os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))
     return _meet_at_master(world)
-
-
-def from_everyone(
-    store: dist.Store,
-    rank: int,
-    world_size: int,
-    value: str,
-    timeout_s: float,
-    gone: Mapping[int, str] | None = None,
-) -> list[str]:
-    """Return what every rank has put into a store that they use for nothing else; all of them call it.
-
-    Args:
-        store: nothing else is in it.
-        rank: this one.
-        world_size: how many there are.
-        value: what this rank puts into it.
-        timeout_s: for all of them to come.
-        gone: the ranks that are known to be gone and why, as that becomes known.
-
-    Raises:
-        CommTimeoutError: not all of them came in time.
-        PeerLostError: not all of them came, and one is gone.
-    """
-    deadline = time.monotonic() + timeout_s
-    keys = [str(other) for other in range(world_size)]
-    store.set(keys[rank], value)
-    while not store.check(keys):
-        lost = next(iter(gone.items()), None) if gone else None
-        if lost is not None and not store.check(keys):  # asked again, as it may have come and gone since
-            raise PeerLostError(f"[rank {rank}] rank {lost[0]} is gone: {lost[1]}", (lost[0],))
-        if time.monotonic() > deadline:
-            missing = [other for other, key in enumerate(keys) if not store.check([key])]
-            raise CommTimeoutError(f"[rank {rank}] ranks {missing} did not come within {timeout_s:g} s")
-        time.sleep(POLL_S)
-    return [store.get(key).decode() for key in keys]
 
 
 def run_id() -> str:
@@ -168,7 +132,7 @@ def _meet_at_master(world: launch.World) -> Meeting:
         ) from error
     serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = dist.TCPStore(host, port, world.world_size, serves, CONNECT_TIMEOUT, wait_for_workers=False)
-    return Meeting(world, host, dist.PrefixStore("minidist", store))
+    return Meeting(world, host, port, dist.PrefixStore("minidist", store))
 
 
 def _meet_over_mpi(world: launch.World) -> Meeting:
@@ -181,7 +145,7 @@ def _meet_over_mpi(world: launch.World) -> Meeting:
     mine = ("127.0.0.1" if one_host else socket.gethostname(), store.port if store else 0)
     host, port = from_rank_0(mine)
     store = store or dist.TCPStore(host, port, None, False, CONNECT_TIMEOUT, wait_for_workers=False)
-    return Meeting(world, host, store)
+    return Meeting(world, host, port, store)
 
 
 def _first_slurm_host() -> str:

@@ -20,18 +20,17 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from backends.contact import ContactLostError
-from backends.deadline import Deadline
+from backends.deadline import Deadline, timed_out
 from backends.processes.agreement import Agreement
 from backends.processes.communicator import ProcessCommunicator
 from backends.processes.offer import Offer
-from backends.processes.rendezvous import from_everyone
 from backends.processes.signature import MEETING, pack
 from minidist.collective import COLLECTIVES
 from minidist.communicator import ReduceOp, Work
 from minidist.contract.carriers import bytes_of
 from minidist.contract.forks import kept_in_forks
-from minidist.contract.place import Place
-from minidist.errors import CommError, CommTimeoutError
+from minidist.contract.place import Place, from_everyone
+from minidist.errors import CommError
 
 OPS = {
     ReduceOp.SUM: dist.ReduceOp.SUM,
@@ -168,7 +167,7 @@ class GlooCommunicator(TorchDistCommunicator):
         except RuntimeError as error:
             # A rank whose time is up closes its connections, which can reach us before our own time is up.
             if time.monotonic() - started > 0.8 * timeout_s:
-                raise CommTimeoutError(f"no answer within {timeout_s:.3g} s; a rank did not take part") from error
+                raise timed_out(timeout_s) from error
             raise
 
     # Collectives ------------------------------------------------------------------------------

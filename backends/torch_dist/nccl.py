@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from backends.deadline import timed_out
 from backends.processes.rendezvous import meet
 from backends.torch_dist.gloo import TorchDistCommunicator
 from minidist import launch
@@ -19,7 +20,7 @@ from minidist.communicator import Work
 from minidist.contract.carriers import bytes_of
 from minidist.contract.envelope import SIZE_SHIFT
 from minidist.contract.place import Place
-from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError
+from minidist.errors import BackendUnavailableError, CommError
 
 
 class NcclCommunicator(TorchDistCommunicator):
@@ -86,7 +87,7 @@ class NcclCommunicator(TorchDistCommunicator):
         except RuntimeError as error:
             if time.monotonic() - started < timeout_s:
                 raise
-            raise CommTimeoutError(f"no answer within {timeout_s:.3g} s; a rank did not take part") from error
+            raise timed_out(timeout_s) from error
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
         return self._batches[tag >> SIZE_SHIFT > 0].add(self._group.send, tensor, dst, tag, timeout_s)
