@@ -6,7 +6,6 @@ import pkgutil
 from collections.abc import Callable, Mapping
 
 from backends.executor.executor import Executor
-from backends.scheduled import TAG
 from backends.wrapper import Wrapper
 from minidist.collective import COLLECTIVES
 from minidist.communicator import Communicator
@@ -45,7 +44,7 @@ class AlgorithmCommunicator(Wrapper):
         self.schedules = {
             name: schedule_at(name, schedule) for name, schedule in schedules.items() if schedule is not None
         }
-        self.executor = Executor(self._inner, self.schedules, self._tag(TAG), segment_bytes, proves)
+        self.executor = Executor(self._inner, self.schedules, self._schedule_tag, segment_bytes, proves)
 
     def _collective(self, name: str) -> Callable[..., None]:
         hook: Callable[..., None] = (

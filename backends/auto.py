@@ -13,7 +13,6 @@ from torch import Tensor
 from backends.algorithm import schedule_at
 from backends.calibration import measured, slowest_median, tabled
 from backends.executor.executor import Executor
-from backends.scheduled import TAG
 from backends.wrapper import Wrapper
 from minidist.analysis.network import Network, interpolated
 from minidist.analysis.simulate import simulate
@@ -105,7 +104,7 @@ class AutoCommunicator(Wrapper):
         """Yield what runs each of the schedules that are right on so many ranks."""
         for path in schedules:
             found = {collective: schedule_at(collective, path)}
-            executor = Executor(self._inner, found, self._tag(TAG), self._segment_bytes, proves=True)
+            executor = Executor(self._inner, found, self._schedule_tag, self._segment_bytes, proves=True)
             try:
                 executor.plan(collective)
             except ScheduleError as error:

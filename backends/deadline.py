@@ -30,9 +30,12 @@ class Deadline:
 
     def missed_by(self, peer: int | None) -> CommTimeoutError | None:
         """Return what to tell the caller about ``peer``, None if any rank may be late, once no time is left."""
-        if time.monotonic() <= self._at:
-            return None
-        within = f"within {round(self.timeout_s, 2):g} s"
-        if peer is None:
-            return CommTimeoutError(f"no answer {within}; a rank did not take part")
-        return CommTimeoutError(f"no answer from rank {peer} {within}; it did not take part")
+        return timed_out(self.timeout_s, peer) if time.monotonic() > self._at else None
+
+
+def timed_out(timeout_s: float, peer: int | None = None) -> CommTimeoutError:
+    """Return what to tell who has waited for ``peer``, or for all ranks."""
+    within = f"within the timeout of {timeout_s:.3g} s"
+    if peer is None:
+        return CommTimeoutError(f"no answer {within}; a rank did not take part")
+    return CommTimeoutError(f"no answer from rank {peer} {within}; it did not take part")

@@ -18,9 +18,6 @@ from minidist.contract import checks
 from minidist.contract.inner import Inner
 from minidist.errors import CommError, PeerLostError
 
-TAG = 2**15 - 1
-"""The tag of all messages of schedules; users' tags are below it."""
-
 
 class ScheduledCommunicator(Communicator):
     """Every collective as a schedule over `_isend` and `_irecv`, which a backend has to bring.
@@ -33,7 +30,7 @@ class ScheduledCommunicator(Communicator):
     def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0, segment_bytes: int = 2**22) -> None:
         super().__init__(rank, world_size, timeout_s)
         self.segment_bytes = checks.segment_bytes(segment_bytes)
-        self._executor = Executor(Inner(self), DEFAULTS, self._tag(TAG), segment_bytes, proves=False)
+        self._executor = Executor(Inner(self), DEFAULTS, self._schedule_tag, segment_bytes, proves=False)
 
     def _collective(self, name: str) -> Callable[..., None]:
         hook: Callable[..., None] = getattr(self, f"_{name}")
@@ -93,7 +90,7 @@ class GroupCommunicator(ScheduledCommunicator):
         self._parent = Inner(parent)
         self._ranks = ranks
         self._parent.put_on_channel(self, channel)
-        self._executor.tag = self._tag(TAG)
+        self._executor.tag = self._schedule_tag
         self.checks_sizes = parent.checks_sizes  # not the dtypes: its errors would name the ranks of the parent
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:

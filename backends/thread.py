@@ -144,6 +144,7 @@ class ThreadCommunicator(ScheduledCommunicator):
 
     launcher: ClassVar[str] = "thread"
     checks_sizes = checks_dtypes = True
+    tag_bits = 31
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22) -> None:
         place = getattr(_this_thread, "place", None)

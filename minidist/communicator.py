@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from minidist.contract import checks, objects
+from minidist.contract import checks, objects, uneven
 from minidist.contract.membership import Membership
 from minidist.contract.reduce_op import ReduceOp
 from minidist.contract.traffic import Traffic
@@ -28,6 +28,7 @@ __all__ = ["Communicator", "ReduceOp", "Traffic", "Work"]
 
 SUM = ReduceOp.SUM
 Seconds = float | None
+Sizes = Sequence[int]
 Shape = int | Sequence[int]
 Device = torch.device | str | None
 
@@ -44,8 +45,8 @@ class Communicator(Membership):
     run and finish in the order in which they were started. ``timeout_s`` (seconds, None for the communicator's
     own) bounds the operation from the moment it runs.
 
-    dtypes: float64, float32, float16, bfloat16, int64, int32, uint8, bool with MIN and MAX, and
-    complex64 and complex128 with SUM and AVG; moves take all of them with any value.
+    dtypes: all floating-point, integer and complex ones of torch, and bool, with what `ReduceOp` says of each; uint64
+    and float8_e8m0fnu are only moved. int8, int16, uint16, uint32, float8 and complex32 are combined in a wider dtype.
     Any shape works, numel 0 and non-contiguous included; only the number of elements has to fit.
     ``output`` and ``input`` may share memory: what is sent are the values from before. What is written
     into must not overlap itself.
@@ -89,7 +90,7 @@ class Communicator(Membership):
         """Start to send ``tensor`` to rank ``dst``.
 
         Messages between two ranks with one tag arrive in the order in which they were sent. A send
-        may wait for its receive. ``tag`` is 0 to 32766. A tensor of no elements is a message too.
+        may wait for its receive. ``tag`` is 0 to `max_tag`. A tensor of no elements is a message too.
         """
         checks.message(self, "isend", tensor, "dst", dst, tag)
         return self._transfer("isend", self._isend, tensor, dst, tag, timeout_s)
@@ -105,42 +106,66 @@ class Communicator(Membership):
     @final
     def all_reduce(self, tensor: Tensor, op: ReduceOp = SUM, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Combine ``tensor`` over all ranks, in place; every rank ends with identical bits."""
-        checks.reduction(self, "all_reduce", op, tensor=tensor)
-        return self._run("all_reduce", (tensor,), (op,), async_op, timeout_s)
+        op = checks.reduction(self, "all_reduce", op, tensor=tensor)
+        return self._run("all_reduce", (tensor,), None, op, async_op, timeout_s)
 
     @final
     def reduce(
         self, tensor: Tensor, dst: int, op: ReduceOp = SUM, async_op: bool = False, timeout_s: Seconds = None
     ) -> Work:
         """Combine ``tensor`` over all ranks into rank ``dst``'s; the others keep theirs."""
-        checks.reduction(self, "reduce", op, tensor=tensor)
+        op = checks.reduction(self, "reduce", op, tensor=tensor)
         checks.peer(self, "reduce", "dst", dst)
-        return self._run("reduce", (tensor,), (dst, op), async_op, timeout_s, keep=self.rank != dst)
+        return self._run("reduce", (tensor,), dst, op, async_op, timeout_s, keep=self.rank != dst)
 
     @final
     def broadcast(self, tensor: Tensor, src: int, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Overwrite ``tensor`` on every rank with that of rank ``src``."""
         checks.tensors(self, "broadcast", tensor=tensor)
         checks.peer(self, "broadcast", "src", src)
-        return self._run("broadcast", (tensor,), (src,), async_op, timeout_s)
+        return self._run("broadcast", (tensor,), src, None, async_op, timeout_s)
 
     @final
-    def all_gather(self, output: Tensor, input: Tensor, async_op: bool = False, timeout_s: Seconds = None) -> Work:
-        """Write every rank's ``input`` into ``output`` (world_size times its numel), rank by rank."""
+    def all_gather(
+        self,
+        output: Tensor,
+        input: Tensor,
+        async_op: bool = False,
+        timeout_s: Seconds = None,
+        sizes: Sizes | None = None,
+    ) -> Work:
+        """Write every rank's ``input`` into ``output`` (world_size times its numel), rank by rank.
+
+        Where the inputs differ in size, ``sizes`` gives the number of elements of each, the same on all ranks.
+        """
+        if sizes is not None:
+            checks.uneven(self, "all_gather", output=(output, sizes), input=(input, [sizes[self.rank]]))
+            return self.in_order(lambda: uneven.all_gather(self, output, input, sizes, timeout_s), async_op)
         checks.blocks(self, "all_gather", "output", output=output, input=input)
-        return self._run("all_gather", (output, input), (), async_op, timeout_s)
+        return self._run("all_gather", (output, input), None, None, async_op, timeout_s)
 
     @final
     def reduce_scatter(
-        self, output: Tensor, input: Tensor, op: ReduceOp = SUM, async_op: bool = False, timeout_s: Seconds = None
+        self,
+        output: Tensor,
+        input: Tensor,
+        op: ReduceOp = SUM,
+        async_op: bool = False,
+        timeout_s: Seconds = None,
+        sizes: Sizes | None = None,
     ) -> Work:
         """Combine ``input`` (world_size times output's numel); rank r's ``output`` is block r.
 
-        ``input`` keeps its values, but for those in the memory of ``output``.
+        ``input`` keeps its values, but for those in the memory of ``output``. Where the outputs differ in size,
+        ``sizes`` gives the number of elements of each, the same on all ranks.
         """
-        checks.reduction(self, "reduce_scatter", op, output=output)
+        if sizes is not None:
+            checks.reduction(self, "reduce_scatter", op, output=output)
+            checks.uneven(self, "reduce_scatter", output=(output, [sizes[self.rank]]), input=(input, sizes))
+            return self.in_order(lambda: uneven.reduce_scatter(self, output, input, op, sizes, timeout_s), async_op)
+        op = checks.reduction(self, "reduce_scatter", op, output=output)
         checks.blocks(self, "reduce_scatter", "input", output=output, input=input)
-        return self._run("reduce_scatter", (output, input), (op,), async_op, timeout_s)
+        return self._run("reduce_scatter", (output, input), None, op, async_op, timeout_s)
 
     @final
     def gather(
@@ -148,7 +173,7 @@ class Communicator(Membership):
     ) -> Work:
         """Write every rank's ``input`` into rank ``dst``'s ``output``; None on the other ranks."""
         checks.rooted(self, "gather", ("dst", dst), "output", output=output, input=input)
-        return self._run("gather", (output, input), (dst,), async_op, timeout_s)
+        return self._run("gather", (output, input), dst, None, async_op, timeout_s)
 
     @final
     def scatter(
@@ -156,18 +181,34 @@ class Communicator(Membership):
     ) -> Work:
         """Write block r of rank ``src``'s ``input`` into rank r's ``output``; None elsewhere."""
         checks.rooted(self, "scatter", ("src", src), "input", output=output, input=input)
-        return self._run("scatter", (output, input), (src,), async_op, timeout_s)
+        return self._run("scatter", (output, input), src, None, async_op, timeout_s)
 
     @final
-    def all_to_all(self, output: Tensor, input: Tensor, async_op: bool = False, timeout_s: Seconds = None) -> Work:
-        """Send block r of ``input`` to rank r; block r of ``output`` comes from rank r."""
+    def all_to_all(
+        self,
+        output: Tensor,
+        input: Tensor,
+        async_op: bool = False,
+        timeout_s: Seconds = None,
+        output_sizes: Sizes | None = None,
+        input_sizes: Sizes | None = None,
+    ) -> Work:
+        """Send block r of ``input`` to rank r; block r of ``output`` comes from rank r.
+
+        Where blocks differ in size, all ranks give both sizes: the number of elements of each block. What a rank sends
+        to another one has to be as large as what that one expects.
+        """
+        if output_sizes is not None and input_sizes is not None:
+            sizes = (output_sizes, input_sizes)
+            checks.uneven(self, "all_to_all", output=(output, output_sizes), input=(input, input_sizes))
+            return self.in_order(lambda: uneven.all_to_all(self, output, input, *sizes, timeout_s), async_op)
         checks.equal_blocks(self, "all_to_all", output, input)
-        return self._run("all_to_all", (output, input), (), async_op, timeout_s)
+        return self._run("all_to_all", (output, input), None, None, async_op, timeout_s)
 
     @final
     def barrier(self, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Finish once every rank has started it."""
-        return self._run("barrier", (), (), async_op, timeout_s)
+        return self._run("barrier", (), None, None, async_op, timeout_s)
 
     @final
     def all_gather_object(self, obj: Any, timeout_s: Seconds = None) -> list[Any]:
@@ -203,6 +244,13 @@ class Communicator(Membership):
     def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:
         """Return an uninitialised tensor in the memory that this backend moves fastest."""
         return torch.empty(shape, dtype=dtype, device=device or self.device_type)
+
+    def _start_send(self, tensor: Tensor, dst: int, timeout_s: Seconds) -> Work:
+        """Start a message of a collective that is made of some; the messages of its steps are told apart by nothing."""
+        return self._transfer("isend", self._isend, tensor, dst, self.max_tag + 1, timeout_s)
+
+    def _start_receive(self, tensor: Tensor, src: int, timeout_s: Seconds) -> Work:
+        return self._transfer("irecv", self._irecv, tensor, src, self.max_tag + 1, timeout_s)
 
     def _new_channel(self) -> int:
         """Agree on a channel that no communicator on the same transport uses; all ranks call it."""

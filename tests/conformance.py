@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from minidist.communicator import Communicator, ReduceOp
-from minidist.contract import checks
+from minidist.contract import carriers, checks
 from minidist.errors import CommError
 from tests.inputs import (
     FLOATS,
@@ -132,6 +132,51 @@ def check_views_that_are_conjugate_or_negative(comm: Communicator) -> None:
             comm.all_to_all(output, torch.cat(everyone).conj())
             expected = mine.conj().resolve_conj().repeat(n)
             assert_same(output, expected, "all_to_all of conjugates", dtype, numel)
+
+
+def check_reductions_of_dtypes_that_backends_do_not_know(comm: Communicator) -> None:
+    """They wrap around, or are rounded once, as if they had been combined in one step."""
+    n, rank = comm.world_size, comm.rank
+    for dtype, wider in carriers.WIDER.items():
+        values = [(torch.arange(3 * n) * 40 + 90 * r).to(torch.int32).to(wider).to(dtype) for r in range(n)]
+        expected = torch.stack([value.to(wider) for value in values]).sum(0, dtype=wider).to(dtype)
+        data = values[rank].clone()
+        comm.all_reduce(data, async_op=True).wait()
+        assert_same(data.view(torch.uint8), expected.view(torch.uint8), "all_reduce", dtype)
+        data = values[rank].repeat_interleave(2)[::2]
+        comm.reduce(data, n - 1)
+        wanted = expected if rank == n - 1 else values[rank]
+        assert_same(data.contiguous().view(torch.uint8), wanted.view(torch.uint8), "reduce", dtype)
+        block = values[rank].new_zeros(3)
+        comm.reduce_scatter(block, values[rank])
+        assert_same(block.view(torch.uint8), expected.view(n, 3)[rank].view(torch.uint8), "reduce_scatter", dtype)
+
+
+def check_moves_of_dtypes_that_backends_do_not_know(comm: Communicator) -> None:
+    n, rank = comm.world_size, comm.rank
+
+    def brought(by: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return (torch.arange(numel * dtype.itemsize) * 7 + by).to(torch.uint8).view(dtype)
+
+    for turn, dtype in enumerate(sorted(carriers.CARRIED, key=str)):
+        everyone = [brought(r, 4, dtype) for r in range(n)]
+        output = brought(99, 4 * n, dtype)
+        comm.all_gather(output, everyone[rank])
+        assert_same(output.view(torch.uint8), torch.cat([e.view(torch.uint8) for e in everyone]), "all_gather", dtype)
+        data = brought(rank, 8, dtype)[::2]
+        comm.broadcast(data, turn % n)
+        wanted = brought(turn % n, 8, dtype)[::2].contiguous()
+        assert_same(data.contiguous().view(torch.uint8), wanted.view(torch.uint8), "broadcast", dtype)
+        output = brought(99, n, dtype)
+        comm.all_to_all(output, brought(rank, n, dtype))
+        wanted = torch.cat([brought(r, n, dtype)[rank : rank + 1].view(torch.uint8) for r in range(n)])
+        assert_same(output.view(torch.uint8), wanted, "all_to_all", dtype)
+        if n > 1:
+            sent = comm.isend(everyone[rank], (rank + 1) % n)
+            comm.recv(received := brought(99, 8, dtype)[::2], (rank - 1) % n)
+            sent.wait()
+            wanted = everyone[(rank - 1) % n]
+            assert_same(received.contiguous().view(torch.uint8), wanted.view(torch.uint8), "recv", dtype)
 
 
 def check_reduce_values(comm: Communicator) -> None:
@@ -257,6 +302,54 @@ def check_all_to_all_values(comm: Communicator) -> None:
             assert_same(output, expected, "all_to_all", dtype, numel)
 
 
+def check_uneven_blocks(comm: Communicator) -> None:
+    """Rank r brings, or gets, r + 1 elements, or none at all if it is the first."""
+    n, rank = comm.world_size, comm.rank
+    for numels in ([r + 1 for r in range(n)], list(range(n))):
+        for dtype in (torch.float32, torch.int16):
+            everyone = [tensor(r, numels[r], dtype) for r in range(n)]
+            memory = torch.full((2 * sum(numels),), SENTINEL, dtype=dtype)
+            comm.all_gather(memory[::2], everyone[rank], sizes=numels)
+            assert_same(memory[::2], torch.cat(everyone), "all_gather", dtype, numels)
+            assert untouched(memory) == sum(numels)
+            whole = [tensor(r, sum(numels), dtype) for r in range(n)]
+            block = whole[rank].new_zeros(numels[rank])
+            work = comm.reduce_scatter(block, whole[rank], ReduceOp.MAX, async_op=True, sizes=numels)
+            work.wait()
+            expected = torch.stack(whole).amax(0).split_with_sizes(numels)[rank]
+            assert_same(block, expected, "reduce_scatter", dtype, numels)
+            assert_same(whole[rank], tensor(rank, sum(numels), dtype), "reduce_scatter: the input", dtype)
+            output = whole[rank].new_zeros(n * numels[rank])
+            comm.all_to_all(output, whole[rank], output_sizes=[numels[rank]] * n, input_sizes=numels)
+            blocks = [each.split_with_sizes(numels)[rank] for each in whole]
+            assert_same(output, torch.cat(blocks), "all_to_all", dtype, numels)
+
+
+def check_uneven_blocks_in_one_memory(comm: Communicator) -> None:
+    """What is sent are the values from before, also where others are written."""
+    n, rank = comm.world_size, comm.rank
+    data = tensor(rank, 2 * n)
+    comm.all_to_all(data, data, output_sizes=[2] * n, input_sizes=[2] * n)
+    assert_same(data, torch.cat([tensor(r, 2 * n)[2 * rank : 2 * rank + 2] for r in range(n)]), "all_to_all")
+
+
+def check_one_element_of_a_strided_view(comm: Communicator) -> None:
+    """It counts as contiguous, whatever its stride is."""
+    n, rank = comm.world_size, comm.rank
+    for dtype in (*checks.DTYPES, torch.int16):
+        data = tensor(rank, 2, dtype)[::2]
+        comm.broadcast(data, n - 1)
+        assert_same(data, tensor(n - 1, 2, dtype)[:1], "broadcast", dtype)
+        output = tensor(rank, n, dtype)
+        comm.all_gather(output, tensor(rank, 2, dtype)[::2])
+        assert_same(output, torch.cat([tensor(r, 2, dtype)[:1] for r in range(n)]), "all_gather", dtype)
+        if n > 1:
+            sent = comm.isend(tensor(rank, 2, dtype)[::2], (rank + 1) % n)
+            comm.recv(data, (rank - 1) % n)
+            sent.wait()
+            assert_same(data, tensor((rank - 1) % n, 2, dtype)[:1], "recv", dtype)
+
+
 def check_rooted_layouts(comm: Communicator) -> None:
     n = comm.world_size
     gathered = torch.cat([tensor(rank, 100) for rank in range(n)])
@@ -372,6 +465,7 @@ def check_wrong_arguments_send_nothing(comm: Communicator) -> None:
         lambda: comm.broadcast(torch.ones(2), comm.world_size),
         lambda: comm.all_gather(torch.ones(comm.world_size + 1), torch.ones(1)),
         lambda: comm.all_reduce(torch.ones(1).expand(SENTINEL)),
+        lambda: comm.all_gather(torch.ones(comm.world_size + 1), torch.ones(1), sizes=[1] * comm.world_size),
     )
     for call in wrong:
         if comm.rank == 0:

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -70,6 +71,28 @@ def check_context_manager_closes(comm: Communicator, meet: Meet) -> None:
         comm.barrier()
     with expected(CommClosedError, "barrier"):
         comm.barrier()
+
+
+@needs(fresh=True, ranks=2)
+def check_close_waits_for_what_is_received(comm: Communicator, meet: Meet) -> None:
+    if comm.rank == 0:
+        comm.isend(torch.arange(2.0**20), 1)
+    if comm.rank == 1:
+        data = torch.empty(2**20)
+        comm.recv(data, 0)
+        assert torch.equal(data, torch.arange(2.0**20))
+    comm.close()
+
+
+@needs(fresh=True, ranks=2)
+def check_close_names_what_nobody_receives(comm: Communicator, meet: Meet) -> None:
+    comm.timeout_s = 1.0
+    if comm.rank == 0:
+        comm.isend(torch.ones(2**20), 1, 7)
+        with pytest.warns(UserWarning, match=r"close: not received within 1 s.* 1048576 float32 to rank 1 with tag 7"):
+            comm.close()
+    meet()
+    comm.close()
 
 
 # A fork of a rank ------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def check_messages_keep_their_order(comm: Communicator) -> None:
 @needs(ranks=2)
 def check_messages_are_told_apart_by_tag(comm: Communicator) -> None:
     prev_rank, next_rank = (comm.rank - 1) % comm.world_size, (comm.rank + 1) % comm.world_size
-    tags = (0, 5, 32766)
+    tags = (0, 5, comm.max_tag)
     sends = [comm.isend(tensor(comm.rank, 10, salt=tag), next_rank, tag) for tag in tags]
     for tag in reversed(tags):
         data = torch.zeros(10)

@@ -23,6 +23,11 @@ A = TypeVar("A")
 B = TypeVar("B")
 Check = TypeVar("Check", bound=Callable[..., None])
 FLOATS = tuple(dtype for dtype in checks.DTYPES if dtype.is_floating_point)
+BITWISE = {
+    ReduceOp.BAND: torch.bitwise_and,
+    ReduceOp.BOR: torch.bitwise_or,
+    ReduceOp.BXOR: torch.bitwise_xor,
+}
 SENTINEL = 99
 DEVICE = "MINIDIST_TEST_DEVICE"
 """The variable that tells ranks on which device their tensors are; see `--comm-device`."""
@@ -68,14 +73,17 @@ def reductions(numels: Sequence[int]) -> Iterator[tuple[torch.dtype, ReduceOp, i
     for turn, dtype in enumerate(checks.DTYPES):
         for op, numel in combinations(_defined(dtype), numels, turn):
             yield dtype, op, numel
+    integers = [dtype for dtype in checks.DTYPES if not dtype.is_floating_point and not dtype.is_complex]
+    for turn, op in enumerate(BITWISE):
+        for dtype, numel in combinations(integers, numels, turn):
+            yield dtype, op, numel
 
 
 def _defined(dtype: torch.dtype) -> Sequence[ReduceOp]:
-    if dtype == torch.bool:
-        return [ReduceOp.MIN, ReduceOp.MAX]
+    """Return what combines numbers of this dtype; the bitwise ones come apart, as few dtypes have them."""
     if dtype.is_complex:
         return [ReduceOp.SUM, ReduceOp.AVG]
-    return [op for op in ReduceOp if dtype.is_floating_point or op is not ReduceOp.AVG]
+    return [op for op in ReduceOp if op not in BITWISE and (dtype.is_floating_point or op is not ReduceOp.AVG)]
 
 
 def moves(numels: Sequence[int], roots: Sequence[int]) -> Iterator[tuple[torch.dtype, int, int]]:
@@ -119,7 +127,7 @@ def tensor(rank: int, numel: int, dtype: torch.dtype = torch.float32, salt: int 
 def operand(rank: int, numel: int, dtype: torch.dtype, op: ReduceOp, world_size: int) -> Tensor:
     """Return what ``rank`` brings to a reduction, such that the result is exact."""
     values = tensor(rank, numel, dtype)
-    if op is ReduceOp.PRODUCT:
+    if op is ReduceOp.PRODUCT and dtype != torch.bool:
         return values % 2 + 1
     return values * world_size if op is ReduceOp.AVG else values
 
@@ -135,6 +143,7 @@ def reduced(world_size: int, numel: int, dtype: torch.dtype, op: ReduceOp) -> Te
         ReduceOp.MIN: lambda s: s.amin(0),
         ReduceOp.MAX: lambda s: s.amax(0),
         ReduceOp.PRODUCT: lambda s: s.prod(0),
+        **{op: functools.partial(functools.reduce, both) for op, both in BITWISE.items()},
     }
     return combine[op](stack).to(dtype)
 

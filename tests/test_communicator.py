@@ -53,14 +53,20 @@ def _refused(call: Callable[[Communicator], object]) -> tuple[type[Exception], s
         (lambda c: c.scatter(ONES, ONES, 0), ValueError, "input is for rank 0 (src) alone; give None"),
         (lambda c: c.send(ONES, 1), ValueError, "isend: dst is this rank itself"),
         (lambda c: c.recv(ONES, 7), ValueError, "irecv: src must be a rank from 0 to 1, got 7"),
-        (lambda c: c.send(ONES, 0, tag=-1), ValueError, "tag must be an int from 0 to 32766, got -1"),
-        (lambda c: c.send(ONES, 0, tag=32767), ValueError, "got 32767"),
+        (lambda c: c.send(ONES, 0, tag=-1), ValueError, "tag must be an int from 0 to 2147483645, got -1"),
+        (lambda c: c.send(ONES, 0, tag=2**31 - 2), ValueError, "got 2147483646"),
         (lambda c: c.all_reduce([1.0]), TypeError, "tensor must be a torch.Tensor, got list"),
-        (lambda c: c.all_reduce(torch.ones(2, dtype=torch.int16)), TypeError, "dtype torch.int16"),
+        (lambda c: c.broadcast(torch.empty(2, dtype=torch.bits8), 0), TypeError, "dtype torch.bits8"),
+        (lambda c: c.all_reduce(torch.ones(2, dtype=torch.uint64)), TypeError, "uint64 is moved, but not combined"),
+        (
+            lambda c: c.all_reduce(torch.ones(2), ReduceOp.BAND),
+            TypeError,
+            "op BAND is not defined for float32; use one of SUM",
+        ),
         (
             lambda c: c.all_reduce(torch.ones(2, dtype=torch.complex64), ReduceOp.MAX),
             TypeError,
-            "op MAX is not defined for complex64; use SUM or AVG",
+            "op MAX is not defined for complex64; use one of SUM, AVG",
         ),
         (
             lambda c: c.reduce_scatter(torch.ones(1).cfloat(), torch.ones(2).cfloat(), ReduceOp.PRODUCT),
@@ -75,8 +81,16 @@ def _refused(call: Callable[[Communicator], object]) -> tuple[type[Exception], s
         (lambda c: c.all_gather(torch.ones(4).expand(2, 4), ONES), ValueError, "elements of output share memory"),
         (lambda c: c.recv(torch.ones(1).expand(3), 0), ValueError, "irecv: elements of tensor share memory"),
         (lambda c: c.all_reduce(torch.ones(2, device="meta")), ValueError, "moves cpu tensors"),
-        (lambda c: c.all_reduce(torch.ones(2, dtype=torch.int64), ReduceOp.AVG), TypeError, "got int64; use SUM"),
-        (lambda c: c.all_reduce(torch.ones(2, dtype=torch.bool)), TypeError, "op SUM is not defined for bool"),
+        (
+            lambda c: c.all_reduce(torch.ones(2, dtype=torch.int64), ReduceOp.AVG),
+            TypeError,
+            "op AVG is not defined for int64",
+        ),
+        (
+            lambda c: c.all_reduce(torch.ones(2, dtype=torch.bool), ReduceOp.AVG),
+            TypeError,
+            "op AVG is not defined for bool",
+        ),
         (lambda c: c.all_reduce(ONES, "sum"), TypeError, "op must be a ReduceOp, got 'sum'"),
         (lambda c: c.all_reduce(ONES, OtherOp.SUM), TypeError, "op must be a ReduceOp, got <OtherOp.SUM: 'sum'>"),
         (lambda c: c.all_reduce(ONES, timeout_s=0), ValueError, "timeout_s must be greater than 0"),
@@ -186,7 +200,7 @@ def test_a_timeout_is_a_timeout_error_and_the_last_operation() -> None:
             comm.all_reduce(ONES.clone(), timeout_s=0.1)
         comm.barrier()
 
-    wanted = r"\[rank 1/2\] barrier: unusable since \[rank 1/2\] all_reduce: no answer from rank 0 within 0.1 s"
+    wanted = r"\[rank 1/2\] barrier: unusable since \[rank 1/2\] all_reduce: no answer from rank 0 within the timeout"
     with pytest.raises(CommTimeoutError, match=wanted):
         run_threads(job, 2, timeout_s=10)
 

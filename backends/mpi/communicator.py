@@ -72,7 +72,7 @@ class MpiCommunicator(ScheduledCommunicator):
         self._spin_s = cores.SPIN_S if self._cores_per_rank() else 0.0
         world_group = MPI.COMM_WORLD.Get_group()
         self._world_ranks = list(self._comm.Get_group().Translate_ranks(None, world_group))
-        self._ops = {ReduceOp.SUM: MPI.SUM, ReduceOp.MIN: MPI.MIN, ReduceOp.MAX: MPI.MAX, ReduceOp.PRODUCT: MPI.PROD}
+        self._ops = _ops(MPI)
         self._types = _reduced_types(MPI)
         # What is only moved goes as anything of its size, and so in any dtype.
         self._types_by_size = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
@@ -308,6 +308,18 @@ def _reduced_types(MPI: Any) -> dict[torch.dtype, Any]:
         torch.bool: MPI.UINT8_T,
         torch.complex64: MPI.C_FLOAT_COMPLEX,
         torch.complex128: MPI.C_DOUBLE_COMPLEX,
+    }
+
+
+def _ops(MPI: Any) -> dict[ReduceOp, Any]:
+    return {
+        ReduceOp.SUM: MPI.SUM,
+        ReduceOp.MIN: MPI.MIN,
+        ReduceOp.MAX: MPI.MAX,
+        ReduceOp.PRODUCT: MPI.PROD,
+        ReduceOp.BAND: MPI.BAND,
+        ReduceOp.BOR: MPI.BOR,
+        ReduceOp.BXOR: MPI.BXOR,
     }
 
 

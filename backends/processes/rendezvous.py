@@ -13,7 +13,7 @@ import secrets
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -22,12 +22,11 @@ import torch.distributed as dist
 from minidist import launch
 from minidist.contract import addresses
 from minidist.contract.forks import Maker, kept_in_forks
-from minidist.contract.place import Place
-from minidist.errors import BackendUnavailableError, CommTimeoutError, PeerLostError
+from minidist.contract.place import Place, from_everyone
+from minidist.errors import BackendUnavailableError, CommTimeoutError
 
 CONNECT_S = 300.0
 CONNECT_TIMEOUT = timedelta(seconds=CONNECT_S)
-POLL_S = 0.005
 ANSWER_S = 5.0
 """How long one of rank 0's addresses may take to answer, before the next one is tried."""
 
@@ -39,12 +38,14 @@ class Meeting:
     Attributes:
         world: this process among them.
         host: an address of rank 0's host that all of them reach.
+        port: of the store on that host; 0 where it is in this process alone.
         store: the key-value store that they share, the same before and after a restart.
         address: of this process, by which those of other hosts reach it.
     """
 
     world: launch.World
     host: str
+    port: int
     store: dist.Store
     address: str = addresses.LOOPBACK
     maker: Maker = field(default_factory=Maker, init=False)
@@ -123,49 +124,13 @@ def _meeting(timeout_s: float) -> Meeting:
 
 def _met(world: launch.World, timeout_s: float) -> Meeting:
     if world.launcher == "alone":
-        return Meeting(world, addresses.LOOPBACK, dist.HashStore())
+        return Meeting(world, addresses.LOOPBACK, 0, dist.HashStore())
     if world.by_mpi:
         return _meet_over_mpi(world, timeout_s)
     if world.launcher == "slurm":
         os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))
     return _meet_at_master(world, timeout_s)
-
-
-def from_everyone(
-    store: dist.Store,
-    rank: int,
-    world_size: int,
-    value: str,
-    timeout_s: float,
-    gone: Mapping[int, str] | None = None,
-) -> list[str]:
-    """Return what every rank has put into a store that they use for nothing else; all of them call it.
-
-    Args:
-        store: nothing else is in it.
-        rank: this one.
-        world_size: how many there are.
-        value: what this rank puts into it.
-        timeout_s: for all of them to come.
-        gone: the ranks that are known to be gone and why, as that becomes known.
-
-    Raises:
-        CommTimeoutError: not all of them came in time.
-        PeerLostError: not all of them came, and one is gone.
-    """
-    deadline = time.monotonic() + timeout_s
-    keys = [str(other) for other in range(world_size)]
-    store.set(keys[rank], value)
-    while not store.check(keys):
-        lost = next(iter(gone.items()), None) if gone else None
-        if lost is not None and not store.check(keys):  # asked again, as it may have come and gone since
-            raise PeerLostError(f"[rank {rank}] rank {lost[0]} is gone: {lost[1]}", (lost[0],))
-        if time.monotonic() > deadline:
-            missing = [other for other, key in enumerate(keys) if not store.check([key])]
-            raise CommTimeoutError(f"[rank {rank}] ranks {missing} did not come within {timeout_s:g} s")
-        time.sleep(POLL_S)
-    return [store.get(key).decode() for key in keys]
 
 
 def run_id() -> str:
@@ -192,7 +157,7 @@ def _meet_at_master(world: launch.World, timeout_s: float) -> Meeting:
             f"within {timeout_s:g} s; MASTER_ADDR has to lead to its host from all hosts, by name or by address"
         ) from error
     store.set_timeout(CONNECT_TIMEOUT)
-    return Meeting(world, host, dist.PrefixStore("minidist", store))
+    return Meeting(world, host, port, dist.PrefixStore("minidist", store))
 
 
 def _meet_over_mpi(world: launch.World, timeout_s: float) -> Meeting:
@@ -205,9 +170,10 @@ def _meet_over_mpi(world: launch.World, timeout_s: float) -> Meeting:
     mine = ([addresses.LOOPBACK] if one_host else addresses.all_of_host(), store.port if store else 0)
     candidates, port = from_rank_0(mine)
     if store is not None:
-        return Meeting(world, candidates[0], store)
+        return Meeting(world, candidates[0], port, store)
     host = _first_that_answers(candidates, port, timeout_s)
-    return Meeting(world, host, dist.TCPStore(host, port, None, False, CONNECT_TIMEOUT, wait_for_workers=False))
+    store = dist.TCPStore(host, port, None, False, CONNECT_TIMEOUT, wait_for_workers=False)
+    return Meeting(world, host, port, store)
 
 
 def _first_that_answers(candidates: Sequence[str], port: int, timeout_s: float) -> str:

@@ -12,8 +12,6 @@ Compare Li, Hoefler and Snir, "NUMA-aware shared-memory collective communication
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +29,7 @@ from backends.shm.mailbox import Message
 from backends.shm.sharing import share
 from minidist import launch
 from minidist.communicator import Device, ReduceOp, Shape, Work
+from minidist.contract.carriers import bytes_of
 from minidist.contract.place import Place
 from minidist.errors import CommError
 
@@ -43,6 +42,7 @@ class ShmCommunicator(ProcessCommunicator):
     """
 
     checks_sizes = checks_dtypes = True
+    tag_bits = 31
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
         super().__init__(timeout_s, segment_bytes, place)
@@ -146,11 +146,11 @@ class ShmCommunicator(ProcessCommunicator):
     # Point to point ---------------------------------------------------------------------------
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
-        message = self._arena.mail.send(tensor.view(-1).view(torch.uint8), dst, tag, tensor.dtype)
+        message = self._arena.mail.send(bytes_of(tensor), dst, tag, tensor.dtype)
         return _ShmWork(self, self._arena, message, dst, timeout_s)
 
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        message = self._arena.mail.receive(tensor.view(-1).view(torch.uint8), src, tag, tensor.dtype)
+        message = self._arena.mail.receive(bytes_of(tensor), src, tag, tensor.dtype)
         return _ShmWork(self, self._arena, message, src, timeout_s)
 
     # Life -------------------------------------------------------------------------------------
@@ -162,9 +162,8 @@ class ShmCommunicator(ProcessCommunicator):
 
     def why_hopeless(self, peer: int, deadline: Deadline) -> Exception | None:
         """Return why to wait for ``peer`` any longer is hopeless, if it is."""
-        return CommError(self._closed) if self._closed else self._why_others_make_it_hopeless(peer, deadline)
-
-    def _why_others_make_it_hopeless(self, peer: int, deadline: Deadline) -> Exception | None:
+        if self._closed:
+            return CommError(self._closed)
         if self._lifeline.lost:
             return self._lost()
         if peer in self._lifeline.left:
@@ -181,14 +180,6 @@ class ShmCommunicator(ProcessCommunicator):
         """Nothing to do: who waits looks up often enough."""
 
     def _close(self) -> None:
-        arena = self._arena
-        deadline = Deadline(self.timeout_s)
-        # What is not in the slots yet lies in this process alone, so it would go with it. What is in them stays there
-        # for those who have mapped them.
-        for peer in range(self.world_size):
-            with contextlib.suppress(CommError, ContactLostError):  # a message that nobody takes any more
-                has_sent = functools.partial(arena.mail.has_sent, peer)
-                arena.wait_until(has_sent, peer, deadline, self._why_others_make_it_hopeless)
         super()._close()
         self._let_go()
 

@@ -180,11 +180,6 @@ class Mailbox:
         """Whether messages of this rank are under way."""
         return self._num_open > 0
 
-    def has_sent(self, dst: int) -> bool:
-        """Whether all that was to go to ``dst`` is in its slots or received; moves what can be moved."""
-        self.advance()
-        return not self._pairs[dst].outgoing
-
     def send(self, memory: Tensor, dst: int, tag: int, dtype: torch.dtype = torch.uint8) -> Message:
         """Start to send bytes, which are elements of ``dtype``."""
         message = Message(memory, tag, dtype)

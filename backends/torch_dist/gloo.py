@@ -22,18 +22,17 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from backends.contact import ContactLostError
-from backends.deadline import Deadline
+from backends.deadline import Deadline, timed_out
 from backends.processes.agreement import Agreement
 from backends.processes.communicator import ProcessCommunicator
 from backends.processes.offer import Offer
-from backends.processes.rendezvous import from_everyone
 from backends.processes.signature import MEETING, pack
-from backends.scheduled import TAG
 from minidist.collective import COLLECTIVES
 from minidist.communicator import ReduceOp, Work
 from minidist.contract.addresses import LOOPBACK
+from minidist.contract.carriers import bytes_of
 from minidist.contract.forks import kept_in_forks, never_destroy
-from minidist.contract.place import Place
+from minidist.contract.place import Place, from_everyone
 from minidist.errors import CommClosedError, CommError, CommTimeoutError, PeerLostError
 
 OPS = {
@@ -42,6 +41,7 @@ OPS = {
     ReduceOp.MAX: dist.ReduceOp.MAX,
     ReduceOp.PRODUCT: dist.ReduceOp.PRODUCT,
 }
+"""What both libraries have; the others run as schedules."""
 NEWS_S = 3.0
 """How long to wait for the name of the rank that is gone, after the data path broke."""
 GRACE_S = 1.0
@@ -79,10 +79,14 @@ class TorchDistCommunicator(ProcessCommunicator):
     # Collectives ------------------------------------------------------------------------------
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:
+        if op not in OPS:
+            return super()._all_reduce(tensor, op, timeout_s)
         options = _options(c10d.AllreduceOptions(), timeout_s, reduceOp=OPS[op])
         self._finish(self._group.allreduce([_reducible(tensor)], options), tensor, timeout_s)
 
     def _reduce(self, tensor: Tensor, dst: int, op: ReduceOp, timeout_s: float) -> None:
+        if op not in OPS:
+            return super()._reduce(tensor, dst, op, timeout_s)
         options = _options(c10d.ReduceOptions(), timeout_s, reduceOp=OPS[op], rootRank=dst)
         self._finish(self._group.reduce([_reducible(tensor)], options), tensor, timeout_s)
 
@@ -95,6 +99,8 @@ class TorchDistCommunicator(ProcessCommunicator):
         self._finish(self._group._allgather_base(bytes_of(output), bytes_of(input), options), input, timeout_s)
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
+        if op not in OPS:
+            return super()._reduce_scatter(output, input, op, timeout_s)
         options = _options(c10d.ReduceScatterOptions(), timeout_s, reduceOp=OPS[op])
         work = self._group._reduce_scatter_base(_reducible(output), _reducible(input), options)
         self._finish(work, input, timeout_s)
@@ -145,7 +151,7 @@ class GlooCommunicator(TorchDistCommunicator):
         self.waited_for: weakref.WeakSet[_GlooMessage] = weakref.WeakSet()
         self._is_interrupted = False
         super().__init__(timeout_s, segment_bytes, place)
-        self._agreement = Agreement(self, self._tag(TAG))  # in one order with the messages of schedules
+        self._agreement = Agreement(self, self._schedule_tag)  # in one order with the messages of schedules
         self._everyone = [(rank, 0) for rank in range(self.world_size)]
 
     def _make_group(self, store: dist.Store) -> Any:
@@ -171,7 +177,7 @@ class GlooCommunicator(TorchDistCommunicator):
         except RuntimeError as error:
             # A rank whose time is up closes its connections, which can reach us before our own time is up.
             if time.monotonic() - started > 0.8 * timeout_s:
-                raise CommTimeoutError(f"no answer within {timeout_s:.3g} s; a rank did not take part") from error
+                raise timed_out(timeout_s) from error
             raise
 
     # Collectives ------------------------------------------------------------------------------
@@ -298,7 +304,7 @@ class _GlooMessage(Work):
         self._work = work
         self._tensor = tensor
         self._peer = peer
-        self._in_schedule = tag & TAG == TAG
+        self._in_schedule = tag % 2**comm.tag_bits == comm.max_tag + 2
         self._deadline = Deadline(timeout_s)
         self._done = False
         self._ended: Future[None] | None = None
@@ -362,13 +368,8 @@ def _options(options: Any, timeout_s: float, **values: object) -> Any:
     return options
 
 
-def bytes_of(tensor: Tensor) -> Tensor:
-    """The memory of a tensor that is only moved, whatever its dtype is."""
-    return tensor.view(-1).view(torch.uint8)
-
-
 def _reducible(tensor: Tensor) -> Tensor:
     """A tensor as the library reduces it: 1-d, complex as real, and bool as bytes, which have the same order."""
     if tensor.is_complex():
         return torch.view_as_real(tensor).view(-1)
-    return tensor.view(-1).view(torch.uint8) if tensor.dtype == torch.bool else tensor.view(-1)
+    return bytes_of(tensor) if tensor.dtype == torch.bool else tensor.view(-1)

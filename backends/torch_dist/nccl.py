@@ -12,14 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from backends.deadline import timed_out
 from backends.processes.rendezvous import meet
-from backends.scheduled import TAG
-from backends.torch_dist.gloo import TorchDistCommunicator, bytes_of
+from backends.torch_dist.gloo import TorchDistCommunicator
 from minidist import launch
 from minidist.communicator import Work
+from minidist.contract.carriers import bytes_of
 from minidist.contract.envelope import SIZE_SHIFT
 from minidist.contract.place import Place
-from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError
+from minidist.errors import BackendUnavailableError, CommError
 
 
 class NcclCommunicator(TorchDistCommunicator):
@@ -86,7 +87,7 @@ class NcclCommunicator(TorchDistCommunicator):
         except RuntimeError as error:
             if time.monotonic() - started < timeout_s:
                 raise
-            raise CommTimeoutError(f"no answer within {timeout_s:.3g} s; a rank did not take part") from error
+            raise timed_out(timeout_s) from error
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
         return self._batches[tag >> SIZE_SHIFT > 0].add(self._group.send, tensor, dst, tag, timeout_s)
@@ -166,7 +167,8 @@ class _Batch(Work):
         """Take a message in; only the stream waits for those of a schedule, the host for a user's."""
         self._messages.append((start, bytes_of(tensor), peer))
         self._timeout_s = max(self._timeout_s, timeout_s)
-        return self if tag & TAG == TAG else _NcclMessage(self._comm, self, timeout_s)
+        is_scheduled = (tag + 1) % (1 << self._comm.tag_bits) == 0
+        return self if is_scheduled else _NcclMessage(self._comm, self, timeout_s)
 
     def post(self) -> None:
         """Start all messages that were added; later ones go into the next batch."""

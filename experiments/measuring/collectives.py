@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from backends.executor.reductions import COMBINE
 from minidist.communicator import Communicator, ReduceOp, Work
 
 
@@ -112,9 +115,11 @@ class Repeated:
                 return values[-1]
             case ReduceOp.PRODUCT:
                 return torch.stack(values).prod(0, dtype=self._pattern.dtype)
-            case op:
+            case ReduceOp.SUM | ReduceOp.AVG:
                 total = torch.stack(values).sum(0, dtype=self._pattern.dtype)
-                return total / len(values) if op is ReduceOp.AVG else total
+                return total / len(values) if self._op is ReduceOp.AVG else total
+            case op:
+                return functools.reduce(COMBINE[op], values)
 
     def _blocks(self, tensor: Tensor) -> Tensor:
         return tensor.view(self._comm.world_size, -1)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import pkgutil
 import runpy
 import sys
 
 from minidist import launch
 from minidist.c10d.registration import register
 
-PORT = "29531"
+MEET = "backends.processes.rendezvous.meet"
+"""How ranks of any launcher find each other; by name, as minidist knows no backend."""
 
 
 def main() -> None:
@@ -36,18 +38,21 @@ def main() -> None:
 
 
 def set_environment() -> None:
-    """Say in torchrun's words what another launcher has said in its own."""
+    """Say in torchrun's words what another launcher has said in its own, and lend torch the store of its ranks."""
     world = launch.detect()
+    if world.launcher == "torchrun":
+        return
+    meeting = pkgutil.resolve_name(MEET)()
     values = {
         "RANK": world.rank,
         "WORLD_SIZE": world.world_size,
-        "LOCAL_RANK": world.local_rank,
-        "LOCAL_WORLD_SIZE": world.local_world_size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": PORT,
+        "LOCAL_RANK": meeting.world.local_rank,
+        "LOCAL_WORLD_SIZE": meeting.world.local_world_size,
+        "MASTER_ADDR": meeting.host,
+        "MASTER_PORT": meeting.port,
+        "TORCHELASTIC_USE_AGENT_STORE": world.world_size > 1,  # it is there already, so no rank has to make it
     }
-    for name, value in values.items():
-        os.environ.setdefault(name, str(value))
+    os.environ.update({name: str(value) for name, value in values.items()})
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Backend
 
-from minidist.c10d import moves, sparse
+from minidist.c10d import moves
 from minidist.c10d.barrier import monitored_barrier
 from minidist.c10d.choice import Choice
-from minidist.c10d.reductions import Reduction
+from minidist.c10d.reductions import OPS, Reduction, is_plain
 from minidist.c10d.work import TorchWork
-from minidist.communicator import Communicator
-from minidist.contract.checks import MAX_TAG
+from minidist.communicator import Communicator, Work
 from minidist.contract.forks import only_here
 from minidist.errors import CommError
 
@@ -79,6 +78,10 @@ class MinidistBackend(Backend):
     # Reductions -------------------------------------------------------------------------------
 
     def allreduce(self, tensors: list[Tensor], opts: Any) -> TorchWork:
+        if len(tensors) == 1 and is_plain(opts.reduceOp, tensors[0]):
+            op = OPS[opts.reduceOp.op]
+            return self._started(self.comm.all_reduce(tensors[0], op, opts.asyncOp, _seconds(opts)), tensors)
+
         def run() -> None:
             for tensor in tensors:
                 self._all_reduce(tensor, opts)
@@ -93,7 +96,10 @@ class MinidistBackend(Backend):
         return self._run(lambda: self._reduction(tensor, opts).reduce(tensor, opts.rootRank), opts, tensors)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any) -> TorchWork:
-        return self._run(lambda: self._reduction(input, opts).reduce_scatter(output, input), opts, [output])
+        if is_plain(opts.reduceOp, input):
+            op = OPS[opts.reduceOp.op]
+            return self._started(self.comm.reduce_scatter(output, input, op, opts.asyncOp, _seconds(opts)), [output])
+        return self.reduce_scatter_single_coalesced([output], [input], opts)
 
     def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> TorchWork:
         def run() -> None:
@@ -113,22 +119,22 @@ class MinidistBackend(Backend):
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> TorchWork:
         (tensor,) = tensors
-        return self._run(lambda: moves.broadcast(self.comm, tensor, opts.rootRank, _seconds(opts)), opts, tensors)
+        return self._started(self.comm.broadcast(tensor, opts.rootRank, opts.asyncOp, _seconds(opts)), tensors)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any) -> TorchWork:
-        return self.all_gather_single_coalesced([output], [input], opts)
+        return self._started(self.comm.all_gather(output, input, opts.asyncOp, _seconds(opts)), [output])
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> TorchWork:
         def run() -> None:
             for output, input in zip(outputs, inputs, strict=True):
-                moves.all_gather(self.comm, output, input, _seconds(opts))
+                self.comm.all_gather(output, input, timeout_s=_seconds(opts))
 
         return self._run(run, opts, outputs)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> TorchWork:
         def run() -> None:
             for output, input in zip(outputs, inputs, strict=True):
-                moves.all_gather_list(self.comm, output, input, _seconds(opts))
+                moves.all_gather(self.comm, output, input, _seconds(opts))
 
         return self._run(run, opts, outputs)
 
@@ -150,25 +156,21 @@ class MinidistBackend(Backend):
     def all_to_all_single(
         self, output: Tensor, input: Tensor, output_sizes: list[int], input_sizes: list[int], opts: Any
     ) -> TorchWork:
-        return self._run(
-            lambda: moves.all_to_all(self.comm, output, input, output_sizes, input_sizes, _seconds(opts)),
-            opts,
-            [output],
-        )
+        sizes: tuple[list[int], ...] = ()
+        if output_sizes or input_sizes:
+            sizes = moves.elements(self.comm, output, output_sizes), moves.elements(self.comm, input, input_sizes)
+        return self._started(self.comm.all_to_all(output, input, opts.asyncOp, _seconds(opts), *sizes), [output])
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> TorchWork:
-        return self._run(lambda: moves.exchange(self.comm, outputs, inputs, _seconds(opts)), opts, outputs)
+        return self._run(lambda: moves.all_to_all(self.comm, outputs, inputs, _seconds(opts)), opts, outputs)
 
     # Messages ---------------------------------------------------------------------------------
 
     def send(self, tensors: list[Tensor], dst: int, tag: int) -> TorchWork:
-        self._check_tag("send", tag)
-        with moves.written(tensors[0], keep=True) as memory:
-            return TorchWork(self.comm.isend(memory, dst, tag), tensors)
+        return TorchWork(self.comm.isend(tensors[0], dst, tag), tensors)
 
     def recv(self, tensors: list[Tensor], src: int, tag: int) -> TorchWork:
-        self._check_tag("recv", tag)
-        return TorchWork(moves.receive(self.comm, tensors[0], src, tag), tensors)
+        return TorchWork(self.comm.irecv(tensors[0], src, tag), tensors)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> TorchWork:
         raise CommError(
@@ -176,17 +178,10 @@ class MinidistBackend(Backend):
             "written in Python whom it came from; give src"
         )
 
-    def _check_tag(self, operation: str, tag: int) -> None:
-        if not 0 <= tag < MAX_TAG:
-            raise ValueError(f"{self.comm.who(operation)}: tag must be from 0 to {MAX_TAG - 1}, got {tag}")
-
     # Barriers ---------------------------------------------------------------------------------
 
     def barrier(self, opts: Any) -> TorchWork:
-        return self._run(lambda: self._barrier(opts), opts, [])
-
-    def _barrier(self, opts: Any) -> None:
-        self.comm.barrier(timeout_s=_seconds(opts))
+        return self._started(self.comm.barrier(opts.asyncOp, _seconds(opts)), [])
 
     def monitored_barrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
         self._num_barriers += 1
@@ -229,7 +224,7 @@ class MinidistBackend(Backend):
 
     def _all_reduce(self, tensor: Tensor, opts: Any) -> None:
         if tensor.is_sparse:
-            sparse.all_reduce(self.comm, tensor, _seconds(opts))
+            moves.sum_sparse(self.comm, tensor, _seconds(opts))
         else:
             self._reduction(tensor, opts).all_reduce(tensor)
 
@@ -237,8 +232,11 @@ class MinidistBackend(Backend):
         return Reduction(self.comm, opts.reduceOp, tensor.dtype, _seconds(opts))
 
     def _run(self, job: Callable[[], None], opts: Any, result: Any) -> TorchWork:
+        return self._started(self.comm.in_order(job, opts.asyncOp), result)
+
+    def _started(self, work: Work, result: Any) -> TorchWork:
         self._sequence += 1
-        return TorchWork(self.comm.in_order(job, opts.asyncOp), result)
+        return TorchWork(work, result)
 
 
 def _seconds(opts: Any) -> float | None:

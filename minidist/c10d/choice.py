@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 
 from minidist.communicator import Communicator
-from minidist.contract.place import Place
-from minidist.errors import ConfigError
+from minidist.contract.place import Place, from_everyone
+from minidist.errors import BackendUnavailableError, ConfigError
 
 Factory = Callable[[Place], Communicator]
 Choice = str | Communicator | Factory
@@ -37,7 +38,7 @@ def made(choice: Choice | None, place: Place, timeout_s: float) -> Communicator:
         CommError: what the communicator raises.
     """
     if choice is None:
-        choice = "shm" if place.one_host else "gloo"
+        choice = _fastest(place, timeout_s)
     if isinstance(choice, str):
         return _build(_section(choice), place, timeout_s)
     comm = choice if isinstance(choice, Communicator) else choice(place)
@@ -49,6 +50,20 @@ def made(choice: Choice | None, place: Place, timeout_s: float) -> Communicator:
             "of the same ranks to one group, or a spec such as 'ring/shm' for groups of any ranks"
         )
     return comm
+
+
+def _fastest(place: Place, timeout_s: float) -> str:
+    """Return shm where all ranks are on one host and can use it."""
+    if not place.one_host:
+        return "gloo"
+    try:
+        pkgutil.resolve_name(_section("shm")["_target_"]).check_available()
+    except BackendUnavailableError as error:
+        mine = str(error)
+    else:
+        mine = ""
+    store = dist.PrefixStore("shm", place.store)
+    return "gloo" if any(from_everyone(store, place.rank, place.world_size, mine, timeout_s)) else "shm"
 
 
 def _section(spec: str) -> dict[str, Any]:

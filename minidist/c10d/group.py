@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from minidist.communicator import Communicator, ReduceOp, Work
+from minidist.contract.carriers import bytes_of
 from minidist.errors import CommError, CommTimeoutError
 
 OPS = {
@@ -68,11 +69,11 @@ class ProcessGroupCommunicator(Communicator):
 
     def _broadcast(self, tensor: Tensor, src: int, timeout_s: float) -> None:
         options = _options(c10d.BroadcastOptions(), timeout_s, rootRank=src)
-        self._finish(self._group.broadcast([_bytes(tensor)], options), tensor)
+        self._finish(self._group.broadcast([bytes_of(tensor)], options), tensor)
 
     def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
         options = _options(c10d.AllgatherOptions(), timeout_s)
-        self._finish(self._group._allgather_base(_bytes(output), _bytes(input), options), input)
+        self._finish(self._group._allgather_base(bytes_of(output), bytes_of(input), options), input)
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
         options = _options(c10d.ReduceScatterOptions(), timeout_s, reduceOp=OPS[op])
@@ -80,26 +81,26 @@ class ProcessGroupCommunicator(Communicator):
 
     def _gather(self, output: Tensor | None, input: Tensor, dst: int, timeout_s: float) -> None:
         options = _options(c10d.GatherOptions(), timeout_s, rootRank=dst)
-        outputs = [] if output is None else [list(_bytes(output).view(self.world_size, -1))]
-        self._finish(self._group.gather(outputs, [_bytes(input)], options), input)
+        outputs = [] if output is None else [list(bytes_of(output).view(self.world_size, -1))]
+        self._finish(self._group.gather(outputs, [bytes_of(input)], options), input)
 
     def _scatter(self, output: Tensor, input: Tensor | None, src: int, timeout_s: float) -> None:
         options = _options(c10d.ScatterOptions(), timeout_s, rootRank=src)
-        inputs = [] if input is None else [list(_bytes(input).view(self.world_size, -1))]
-        self._finish(self._group.scatter([_bytes(output)], inputs, options), input)
+        inputs = [] if input is None else [list(bytes_of(input).view(self.world_size, -1))]
+        self._finish(self._group.scatter([bytes_of(output)], inputs, options), input)
 
     def _all_to_all(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
         options = _options(c10d.AllToAllOptions(), timeout_s)
-        self._finish(self._group.alltoall_base(_bytes(output), _bytes(input), [], [], options), input)
+        self._finish(self._group.alltoall_base(bytes_of(output), bytes_of(input), [], [], options), input)
 
     def _barrier(self, timeout_s: float) -> None:
         self._finish(self._group.barrier(_options(c10d.BarrierOptions(), timeout_s)), None)
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
-        return _Message(self._group.send([_bytes(tensor)], dst, tag), tensor, timeout_s)
+        return _Message(self._group.send([bytes_of(tensor)], dst, tag), tensor, timeout_s)
 
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        return _Message(self._group.recv([_bytes(tensor)], src, tag), tensor, timeout_s)
+        return _Message(self._group.recv([bytes_of(tensor)], src, tag), tensor, timeout_s)
 
     def _finish(self, work: Any, tensor: Tensor | None) -> None:
         self.traffic.count(0 if tensor is None else tensor.nbytes)
@@ -167,13 +168,8 @@ def _options(options: Any, timeout_s: float, **values: object) -> Any:
     return options
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    """The memory of a tensor that is only moved, whatever its dtype is."""
-    return tensor.view(-1).view(torch.uint8)
-
-
 def _reducible(tensor: Tensor) -> Tensor:
     """A tensor as every backend reduces it: 1-d, complex as real, and bool as bytes, which have the same order."""
     if tensor.is_complex():
         return torch.view_as_real(tensor).view(-1)
-    return tensor.view(-1).view(torch.uint8) if tensor.dtype == torch.bool else tensor.view(-1)
+    return bytes_of(tensor) if tensor.dtype == torch.bool else tensor.view(-1)

@@ -1,17 +1,8 @@
-"""How torch's reductions are done by a communicator: its own where it has them, else on wider or gathered values.
-
-A reduction runs in four ways, by the operation and the dtype:
-
-- the communicator's own, for the dtypes that it reduces;
-- on a copy of a wider dtype (int8, int16, uint16, uint32 and float8), which is rounded or cut once, at the end;
-- as MIN or MAX, for bool;
-- on all values, gathered and combined by each rank itself, for the bitwise ones.
-"""
+"""How torch's reductions are a communicator's: a factor, and averages of integers, which a communicator has not."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp as TorchOp
 
-from minidist.c10d.moves import packed, written
+from minidist.c10d.moves import packed, uneven
 from minidist.communicator import Communicator, ReduceOp
 
-Seconds = float | None
 OPS = {
     TorchOp.SUM: ReduceOp.SUM,
     TorchOp.PREMUL_SUM: ReduceOp.SUM,
@@ -30,32 +20,17 @@ OPS = {
     TorchOp.MIN: ReduceOp.MIN,
     TorchOp.MAX: ReduceOp.MAX,
     TorchOp.PRODUCT: ReduceOp.PRODUCT,
+    TorchOp.BAND: ReduceOp.BAND,
+    TorchOp.BOR: ReduceOp.BOR,
+    TorchOp.BXOR: ReduceOp.BXOR,
 }
-OF_BOOL = {
-    TorchOp.SUM: ReduceOp.MAX,
-    TorchOp.MAX: ReduceOp.MAX,
-    TorchOp.BOR: ReduceOp.MAX,
-    TorchOp.PRODUCT: ReduceOp.MIN,
-    TorchOp.MIN: ReduceOp.MIN,
-    TorchOp.BAND: ReduceOp.MIN,
-}
-"""Any and all, which are what the others mean for bool."""
-BITWISE: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
-    TorchOp.BAND: torch.bitwise_and,
-    TorchOp.BOR: torch.bitwise_or,
-    TorchOp.BXOR: torch.bitwise_xor,
-}
-WIDER = {
-    torch.int8: torch.int32,
-    torch.int16: torch.int32,
-    torch.uint16: torch.int32,
-    torch.uint32: torch.int64,
-    torch.float8_e4m3fn: torch.float32,
-    torch.float8_e5m2: torch.float32,
-    torch.float8_e4m3fnuz: torch.float32,
-    torch.float8_e5m2fnuz: torch.float32,
-    torch.complex32: torch.complex64,
-}
+
+
+def is_plain(torch_op: Any, tensor: Tensor) -> bool:
+    """Whether a communicator does it as it is: the tensor is dense, has no factor, and the result needs no division."""
+    dtype = tensor.dtype
+    kind = torch_op.op
+    return kind != TorchOp.PREMUL_SUM and not tensor.is_sparse and (kind != TorchOp.AVG or dtype.is_floating_point)
 
 
 @dataclass(frozen=True)
@@ -72,87 +47,49 @@ class Reduction:
     comm: Communicator
     torch_op: Any
     dtype: torch.dtype
-    timeout_s: Seconds = None
+    timeout_s: float | None = None
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Combine ``tensor`` over all ranks, in place."""
-        if self._is_gathered:
-            values = tensor.new_empty((self.comm.world_size, tensor.numel()))
-            with written(values) as output, written(tensor, keep=True) as input:
-                self.comm.all_gather(output, input, timeout_s=self.timeout_s)
-            tensor.copy_(self._combined(values).view(tensor.shape))
-            return
-        carrier = self._carrier(tensor)
-        self.comm.all_reduce(carrier, self._op, timeout_s=self.timeout_s)
-        self._finish(carrier, tensor)
+        operand = self._operand(tensor)
+        self.comm.all_reduce(operand, self._op, timeout_s=self.timeout_s)
+        self._finish(operand, tensor)
 
     def reduce(self, tensor: Tensor, dst: int) -> None:
         """Combine ``tensor`` over all ranks into rank ``dst``'s."""
-        if self._is_gathered:
-            combined = tensor.clone()
-            self.all_reduce(combined)
-        else:
-            combined = self._carrier(tensor)
-            self.comm.reduce(combined, dst, self._op, timeout_s=self.timeout_s)
+        operand = self._operand(tensor)
+        self.comm.reduce(operand, dst, self._op, timeout_s=self.timeout_s)
         if self.comm.rank == dst:
-            self._finish(combined, tensor)
+            self._finish(operand, tensor)
 
-    def reduce_scatter(self, output: Tensor, input: Tensor) -> None:
+    def reduce_scatter(self, output: Tensor, input: Tensor, sizes: Sequence[int] | None = None) -> None:
         """Combine ``input`` over all ranks; rank r's ``output`` is block r."""
-        if self._is_gathered:
-            values = input.new_empty((self.comm.world_size, output.numel()))
-            with written(values) as received, written(input, keep=True) as sent:
-                self.comm.all_to_all(received, sent, timeout_s=self.timeout_s)
-            output.copy_(self._combined(values).view(output.shape))
-            return
-        carried = self._carrier(input)
-        target = output if carried.dtype == output.dtype else torch.empty_like(output, dtype=carried.dtype)
-        self.comm.reduce_scatter(target, carried, self._op, timeout_s=self.timeout_s)
-        self._finish(target, output)
+        operand = self._operand(input)
+        self.comm.reduce_scatter(output, operand, self._op, timeout_s=self.timeout_s, sizes=sizes)
+        self._finish(output, output)
 
     def reduce_scatter_list(self, output: Tensor, inputs: Sequence[Tensor]) -> None:
         """Combine the input of each number over all ranks into that rank's ``output``; they may differ in size."""
-        if len({input.numel() for input in inputs}) == 1:
-            return self.reduce_scatter(output, packed(inputs))
-        for rank, input in enumerate(inputs):
-            combined = input.detach().clone()
-            self.reduce(combined, rank)
-            if rank == self.comm.rank:
-                output.copy_(combined.view(output.shape))
-
-    # How --------------------------------------------------------------------------------------
-
-    @property
-    def _kind(self) -> Any:
-        """The operation without what it carries, as a key."""
-        return self.torch_op.op
-
-    @property
-    def _is_gathered(self) -> bool:
-        return self._kind in BITWISE and not (self.dtype == torch.bool and self._kind in OF_BOOL)
+        self.reduce_scatter(output, packed(inputs), uneven(inputs))
 
     @property
     def _op(self) -> ReduceOp:
-        ops = OF_BOOL if self.dtype == torch.bool else OPS
-        if self._kind not in ops:
-            raise TypeError(f"{self.comm.who('reduction')}: {self._kind} is not defined for {self.dtype}")
-        op = ops[self._kind]
-        return ReduceOp.SUM if op is ReduceOp.AVG and not self._divides_first else op
+        op = OPS[self.torch_op.op]
+        return ReduceOp.SUM if self._divides_last else op
 
     @property
-    def _divides_first(self) -> bool:
-        return self.dtype.is_floating_point or self.dtype.is_complex
+    def _divides_last(self) -> bool:
+        """Whether it is a mean of integers, cut to a whole number."""
+        is_whole = not (self.dtype.is_floating_point or self.dtype.is_complex or self.dtype == torch.bool)
+        return bool(self.torch_op.op == TorchOp.AVG) and is_whole
 
-    def _carrier(self, tensor: Tensor) -> Tensor:
-        """Return what the communicator combines: ``tensor`` itself, or a copy that may stand for it."""
-        carrier = tensor.detach().to(WIDER.get(self.dtype, self.dtype))
-        return carrier * self.torch_op.factor if self._kind == TorchOp.PREMUL_SUM else carrier
+    def _operand(self, tensor: Tensor) -> Tensor:
+        """Return what the communicator combines: ``tensor`` itself, or its product with the factor."""
+        is_scaled = self.torch_op.op == TorchOp.PREMUL_SUM
+        return tensor.detach() * self.torch_op.factor if is_scaled else tensor
 
-    def _finish(self, carrier: Tensor, tensor: Tensor) -> None:
-        if self._kind == TorchOp.AVG and not self._divides_first:
-            carrier = torch.div(carrier, self.comm.world_size, rounding_mode="trunc")
-        if carrier.data_ptr() != tensor.data_ptr():
-            tensor.copy_(carrier)
-
-    def _combined(self, values: Tensor) -> Tensor:
-        return functools.reduce(BITWISE[self._kind], values.unbind())
+    def _finish(self, combined: Tensor, tensor: Tensor) -> None:
+        if self._divides_last:
+            combined = torch.div(combined, self.comm.world_size, rounding_mode="trunc")
+        if combined is not tensor:
+            tensor.copy_(combined)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from minidist.contract.carriers import CARRIED, ONLY_MOVED
 from minidist.contract.rank import Rank
 from minidist.contract.reduce_op import ReduceOp
 
@@ -22,8 +24,14 @@ DTYPES = (
     torch.complex64,
     torch.complex128,
 )
-_DTYPES = frozenset(DTYPES)
-MAX_TAG = 2**15 - 2
+"""What the hooks take; see `minidist.contract.carriers` for the others."""
+_MOVED = CARRIED.union(DTYPES)
+_FLOATS = frozenset(dtype for dtype in DTYPES if dtype.is_floating_point)
+_OF_FLOATS = frozenset((ReduceOp.SUM, ReduceOp.AVG, ReduceOp.MIN, ReduceOp.MAX, ReduceOp.PRODUCT))
+_OF_INTEGERS = frozenset(ReduceOp) - {ReduceOp.AVG}
+_OF_COMPLEX = frozenset((ReduceOp.SUM, ReduceOp.AVG))
+_OF_BOOL = {ReduceOp.SUM: ReduceOp.MAX, ReduceOp.PRODUCT: ReduceOp.MIN}
+"""What the others of the two are for bool."""
 
 
 def spell(dtype: torch.dtype) -> str:
@@ -52,7 +60,7 @@ def tensors(comm: Rank, operation: str, **named: Tensor) -> None:
     """Check that every tensor can travel at all, and that they are of one kind."""
     first = next(iter(named.values()))
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES or not _is_movable(tensor, comm.device_type):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _MOVED or not _is_movable(tensor, comm.device_type):
             _refuse(comm, operation, name, tensor)
         if not tensor.is_contiguous() and name != "input" and operation != "isend" and overlaps_itself(tensor):
             raise ValueError(
@@ -78,7 +86,7 @@ def _refuse(comm: Rank, operation: str, name: str, tensor: Tensor) -> NoReturn:
         raise TypeError(f"{comm.who(operation)}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{comm.who(operation)}: {name} must be dense, got {tensor.layout}; use to_dense()")
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in _MOVED:
         raise TypeError(
             f"{comm.who(operation)}: {name} has dtype {tensor.dtype}, which no backend moves; "
             f"use one of {', '.join(map(spell, DTYPES))}"
@@ -123,31 +131,32 @@ def message(comm: Rank, operation: str, tensor: Tensor, name: str, rank: int, ta
     peer(comm, operation, name, rank)
     if rank == comm.rank:
         raise ValueError(f"{comm.who(operation)}: {name} is this rank itself; copy the tensor instead")
-    if not isinstance(tag, int) or not 0 <= tag <= MAX_TAG:
-        raise ValueError(f"{comm.who(operation)}: tag must be an int from 0 to {MAX_TAG}, got {tag!r}")
+    if not isinstance(tag, int) or not 0 <= tag <= comm.max_tag:
+        raise ValueError(f"{comm.who(operation)}: tag must be an int from 0 to {comm.max_tag}, got {tag!r}")
 
 
-def reduction(comm: Rank, operation: str, op: ReduceOp, **named: Tensor) -> None:
-    """Check tensors that are to be combined with ``op``."""
+def reduction(comm: Rank, operation: str, op: ReduceOp, **named: Tensor) -> ReduceOp:
+    """Check tensors that are to be combined with ``op``; return what is to be done to their elements."""
     if not isinstance(op, ReduceOp):
         raise TypeError(f"{comm.who(operation)}: op must be a ReduceOp, got {op!r}; use ReduceOp.SUM")
     tensors(comm, operation, **named)
     dtype = next(iter(named.values())).dtype
-    if not dtype.is_floating_point:
-        _defined(comm, operation, op, dtype)
+    if dtype not in _FLOATS or op not in _OF_FLOATS:
+        _ensure_defined(comm, operation, op, dtype)
+    return _OF_BOOL.get(op, op) if dtype is torch.bool else op
 
 
-def _defined(comm: Rank, operation: str, op: ReduceOp, dtype: torch.dtype) -> None:
-    """Check that ``op`` has a meaning for integers, bool or complex numbers."""
-    name = spell(dtype)
+def _ensure_defined(comm: Rank, operation: str, op: ReduceOp, dtype: torch.dtype) -> None:
+    """Raise unless ``op`` has a meaning for elements of ``dtype``."""
+    if dtype in ONLY_MOVED:
+        raise TypeError(f"{comm.who(operation)}: {spell(dtype)} is moved, but not combined; use another dtype")
     if dtype.is_complex:
-        if op not in (ReduceOp.SUM, ReduceOp.AVG):
-            raise TypeError(f"{comm.who(operation)}: op {op.name} is not defined for {name}; use SUM or AVG")
-        return
-    if op is ReduceOp.AVG:
-        raise TypeError(f"{comm.who(operation)}: op AVG needs a floating-point tensor, got {name}; use SUM")
-    if dtype == torch.bool and op not in (ReduceOp.MIN, ReduceOp.MAX):
-        raise TypeError(f"{comm.who(operation)}: op {op.name} is not defined for bool; use MAX (or), MIN (and)")
+        defined = _OF_COMPLEX
+    else:
+        defined = _OF_FLOATS if dtype.is_floating_point else _OF_INTEGERS
+    if op not in defined:
+        names = ", ".join(op.name for op in ReduceOp if op in defined)
+        raise TypeError(f"{comm.who(operation)}: op {op.name} is not defined for {spell(dtype)}; use one of {names}")
 
 
 def blocks(comm: Rank, operation: str, many: str, **named: Tensor) -> None:
@@ -160,6 +169,20 @@ def blocks(comm: Rank, operation: str, many: str, **named: Tensor) -> None:
             f"{comm.who(operation)}: {many} must have world_size x {one}.numel() = "
             f"{comm.world_size} x {named[one].numel()} = {wanted} elements, got {named[many].numel()}"
         )
+
+
+def uneven(comm: Rank, operation: str, **named: tuple[Tensor, Sequence[int]]) -> None:
+    """Check tensors that consist of blocks of the given sizes."""
+    tensors(comm, operation, **{name: tensor for name, (tensor, _) in named.items()})
+    for name, (tensor, sizes) in named.items():
+        if len(sizes) not in (1, comm.world_size):
+            raise ValueError(
+                f"{comm.who(operation)}: there must be a size for each of the {comm.world_size} ranks, got {len(sizes)}"
+            )
+        if min(sizes) < 0 or sum(sizes) != tensor.numel():
+            raise ValueError(
+                f"{comm.who(operation)}: {name} has {tensor.numel()} elements, but its blocks have {list(sizes)}"
+            )
 
 
 def rooted(comm: Rank, operation: str, root: tuple[str, int], many: str, **named: Tensor | None) -> None:

@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from minidist.contract.carriers import bytes_of
 from minidist.contract.checks import DTYPES, spell
 from minidist.contract.work import Work
 from minidist.errors import CommError, MismatchError
@@ -52,7 +53,7 @@ class Sender(Protocol):
 
 def send(comm: Sender, hook: Hook, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
     """Start to send the contiguous ``tensor`` by ``hook``, the transport's."""
-    data = tensor.view(-1).view(torch.uint8)
+    data = bytes_of(tensor)
     body, end = _cut(data)
     envelope = torch.empty(ENVELOPE_BYTES, dtype=torch.uint8, device="cpu")
     HEADER.pack_into(envelope.numpy().data, 0, DTYPES.index(tensor.dtype), tensor.numel())
@@ -64,7 +65,7 @@ def send(comm: Sender, hook: Hook, tensor: Tensor, dst: int, tag: int, timeout_s
 
 def receive(comm: Sender, hook: Hook, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
     """Start to receive into the contiguous ``tensor`` by ``hook``; a message of another kind is a MismatchError."""
-    data = tensor.view(-1).view(torch.uint8)
+    data = bytes_of(tensor)
     body, end = _cut(data)
     envelope = torch.empty(ENVELOPE_BYTES, dtype=torch.uint8, device=data.device)
 

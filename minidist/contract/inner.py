@@ -53,3 +53,4 @@ class Inner:
         """Let the messages of ``outer``, some of these ranks, travel on a channel that `_new_channel` has given."""
         outer._root = self.comm._root
         outer._channel = channel
+        outer.tag_bits = self.comm.tag_bits

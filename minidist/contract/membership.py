@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -12,8 +13,10 @@ from typing import Any, ClassVar, NoReturn, Self, final
 from torch import Tensor
 
 from minidist.contract import checks, envelope
+from minidist.contract.carriers import as_carried
 from minidist.contract.forks import Maker
 from minidist.contract.opaque import opaque_methods
+from minidist.contract.open_sends import OpenSends
 from minidist.contract.reduce_op import ReduceOp
 from minidist.contract.staging import Staged, staged
 from minidist.contract.traffic import Traffic
@@ -34,6 +37,9 @@ class Membership(ABC):
     """Whether a message of another size than its receive expects makes the receive raise MismatchError."""
     checks_dtypes: bool = False
     """Whether that holds for a message of another dtype too. Where not, `minidist.contract.envelope` sees to both."""
+    tag_bits: int = 15
+    """How much of a transport's tag is the user's; a channel takes the bits above. The two largest are for collectives:
+    one for the messages of schedules, one for collectives that are made of several others."""
 
     def __init__(self, rank: int, world_size: int, timeout_s: float = 300.0) -> None:
         checks.group(rank, world_size, timeout_s)
@@ -46,6 +52,7 @@ class Membership(ABC):
         self._closed = ""
         self._failure: CommError | None = None
         self._channel = self._num_channels = 0
+        self._sends = OpenSends()
         self._root: Membership = self
 
     @classmethod
@@ -58,9 +65,14 @@ class Membership(ABC):
 
     @final
     def close(self) -> None:
-        """Wait for what was started, then leave the group. A second close does nothing, nor one in a fork."""
+        """Wait for what was started, then leave the group. A second close does nothing, nor one in a fork.
+
+        For messages that nobody receives it waits 30 s, or ``timeout_s`` if that is less, and warns of them.
+        """
         if not self._closed and self._maker.is_here:
             self._progress.finish()
+            if self._failure is None and (lost := self._sends.finish(self.timeout_s)):
+                warnings.warn(f"{self.who('close')}: {lost}", stacklevel=2)
             self._closed = "it is closed"
             self._close()
 
@@ -104,6 +116,11 @@ class Membership(ABC):
         """Return the beginning of every message: this rank and the operation."""
         return f"[rank {self.rank}/{self.world_size}] {operation}"
 
+    @property
+    def max_tag(self) -> int:
+        """The largest tag of a message: 32765, and 2**31 - 3 on transports of one machine, which have longer ones."""
+        return (1 << self.tag_bits) - 3
+
     @final
     def ensure_usable(self, operation: str) -> None:
         """Raise if no operation can be started any more."""
@@ -135,22 +152,31 @@ class Membership(ABC):
 
     def _tag(self, tag: int) -> int:
         """Return the tag that keeps this communicator's messages apart from others on one transport."""
-        return tag + (self._channel << 15)
+        return tag + (self._channel << self.tag_bits)
+
+    @property
+    def _schedule_tag(self) -> int:
+        """The tag of all messages of schedules."""
+        return self._tag(self.max_tag + 2)
 
     def _run(
         self,
         operation: str,
         tensors: Sequence[Tensor | None],
-        args: Sequence[object],
+        root: int | None,
+        op: ReduceOp | None,
         async_op: bool,
         timeout_s: float | None,
         keep: bool = False,
     ) -> Work:
-        """Run a collective on ``tensors``, of which it only reads the first with ``keep``, and then on ``args``."""
+        """Run a collective on ``tensors``, of which it only reads the first with ``keep``."""
         self.ensure_usable(operation)
         seconds = self.timeout_s if timeout_s is None else checks.timeout(self, operation, timeout_s)
-        divisor = self.world_size if ReduceOp.AVG in args else 1  # before the sum, which could overflow float16
-        args = [ReduceOp.SUM if arg is ReduceOp.AVG else arg for arg in args]
+        divisor = 0 if op is None else 1
+        if op is ReduceOp.AVG:
+            divisor = self.world_size  # before the sum, which could overflow float16
+            op = ReduceOp.SUM
+        args = [arg for arg in (root, op) if arg is not None]
         own_block = self.rank if operation == "all_gather" else None
         job = staged(self._collective(operation), tensors, self.device_type, divisor, keep, own_block)
         if job is None:
@@ -200,15 +226,19 @@ class Membership(ABC):
             staged_tensor.load()
             if tensor.numel():
                 self.traffic.count(tensor.nbytes)
+        memory = as_carried(staged_tensor.memory)
         post = envelope.send if operation == "isend" else envelope.receive
         try:
             if self.checks_dtypes:
-                work = hook(staged_tensor.memory, peer, self._tag(tag), seconds)
+                work = hook(memory, peer, self._tag(tag), seconds)
             else:
-                work = post(self, hook, staged_tensor.memory, peer, tag, seconds)
+                work = post(self, hook, memory, peer, tag, seconds)
         except Exception as error:
             self._fail(operation, error)
-        return _Message(self, operation, work, staged_tensor)
+        message = _Message(self, operation, work, staged_tensor, peer, tag)
+        if operation == "isend":
+            self._sends.add(message)
+        return message
 
     def _fail(self, operation: str, error: Exception) -> NoReturn:
         """Raise what ``error`` means to the caller; nothing works on this communicator after it."""
@@ -262,8 +292,12 @@ class Membership(ABC):
 class _Message(Work):
     """A send or receive on its way, with what its caller still expects of it."""
 
-    def __init__(self, comm: Membership, operation: str, work: Work, staged_tensor: Staged) -> None:
+    def __init__(
+        self, comm: Membership, operation: str, work: Work, staged_tensor: Staged, peer: int, tag: int
+    ) -> None:
         self._comm = comm
+        self._peer = peer
+        self._tag = tag
         self._operation = operation
         self._work = work
         self._staged: Staged | None = staged_tensor
@@ -286,9 +320,15 @@ class _Message(Work):
                 raise
         finally:
             self._comm.traffic.add_blocked(time.perf_counter() - started)
+            self._comm._sends.remove(self)
         if self._operation == "irecv":
             self._staged.store()
         self._staged = None
+
+    def __str__(self) -> str:
+        assert self._staged is not None  # asked of what was not received
+        tensor = self._staged.tensor
+        return f"{tensor.numel()} {checks.spell(tensor.dtype)} to rank {self._peer} with tag {self._tag}"
 
     def is_done(self) -> bool:
         would_raise = not self._comm._maker.is_here or bool(self._comm._gone())

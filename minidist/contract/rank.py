@@ -17,6 +17,11 @@ class Rank(Protocol):
         """The kind of device whose tensors it takes."""
         ...
 
+    @property
+    def max_tag(self) -> int:
+        """The largest tag of a message."""
+        ...
+
     def who(self, operation: str) -> str:
         """Return the beginning of every message."""
         ...

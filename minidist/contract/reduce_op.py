@@ -4,10 +4,17 @@ from enum import Enum
 
 
 class ReduceOp(Enum):
-    """How the values of the ranks are combined. AVG is not for integers; bool has MIN and MAX, complex SUM and AVG."""
+    """How the values of the ranks are combined.
+
+    AVG is not for integers and bool; BAND, BOR and BXOR, bit by bit, are for nothing else. Complex numbers have SUM and
+    AVG. Of bool, SUM and MAX say whether any is true, PRODUCT and MIN whether all are.
+    """
 
     SUM = "sum"
     AVG = "avg"
     MIN = "min"
     MAX = "max"
     PRODUCT = "product"
+    BAND = "band"
+    BOR = "bor"
+    BXOR = "bxor"

@@ -1,4 +1,4 @@
-"""Memory that a backend can take: contiguous and on its own kind of device."""
+"""Memory that a backend can take: contiguous, on its own kind of device, and of a dtype that it knows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from minidist.contract.carriers import CARRIED, WIDER, as_carried
+
 
 def staged(
     hook: Callable[..., None],
     tensors: Sequence[Tensor | None],
     device_type: str,
-    divisor: int = 1,
+    divisor: int = 0,
     keep: bool = False,
     own_block: int | None = None,
 ) -> Callable[..., None] | None:
@@ -27,7 +29,7 @@ def staged(
         tensors: ``(tensor,)``, read and written, or ``(output, input)``; None where this rank has none. An input that
             shares memory with the output is copied too.
         device_type: the kind of device that the hook takes.
-        divisor: what is read is divided by it first.
+        divisor: what is read is divided by it first; 0 where nothing is combined.
         keep: the one tensor is only read; the hook writes into a copy.
         own_block: the hook takes an input that is this block of the output as it is.
     """
@@ -36,7 +38,7 @@ def staged(
         return None
     detached = [tensor.detach() if tensor is not None and tensor.requires_grad else tensor for tensor in tensors]
     apart = keep or (len(present) > 1 and (divisor > 1 or _overlap(present[0], present[1], own_block)))
-    if divisor == 1 and not apart and all(is_native(tensor, device_type) for tensor in present):
+    if divisor < 2 and not apart and all(is_native(tensor, device_type) for tensor in present):
         return functools.partial(hook, *detached)
     return _on_copies(hook, detached, device_type, divisor, keep, apart)
 
@@ -50,7 +52,7 @@ def _on_copies(
     apart: bool,
 ) -> Callable[..., None]:
     """Return ``hook`` bound to copies of ``tensors``, the input in memory of its own if ``apart``."""
-    copies = [tensor if tensor is None else Staged(tensor, device_type) for tensor in tensors]
+    copies = [tensor if tensor is None else Staged(tensor, device_type, divisor > 0) for tensor in tensors]
     if apart and copies[-1] is not None:
         copies[-1].stand_apart()
 
@@ -59,7 +61,7 @@ def _on_copies(
             copies[-1].load()
             if divisor > 1:
                 copies[-1].memory.div_(divisor)
-        hook(*(copy if copy is None else copy.memory for copy in copies), *args)
+        hook(*(copy if copy is None else as_carried(copy.memory) for copy in copies), *args)
         if copies[0] is not None and not keep:
             copies[0].store()
 
@@ -68,6 +70,11 @@ def _on_copies(
 
 def is_native(tensor: Tensor, device_type: str) -> bool:
     """Whether a backend that works on ``device_type`` can take ``tensor`` as it is."""
+    return tensor.dtype not in CARRIED and _is_in_place(tensor, device_type)
+
+
+def _is_in_place(tensor: Tensor, device_type: str) -> bool:
+    """Whether its memory is what a backend can work on."""
     on_device = tensor.is_cpu if device_type == "cpu" else tensor.device.type == device_type
     return on_device and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
@@ -82,14 +89,21 @@ def _overlap(output: Tensor, input: Tensor, own_block: int | None) -> bool:
 
 
 class Staged:
-    """A tensor and the memory that stands in for it; the same memory where none is needed."""
+    """A tensor and the memory that stands in for it; the same memory where none is needed.
 
-    def __init__(self, tensor: Tensor, device_type: str) -> None:
+    Args:
+        tensor: what the caller has given.
+        device_type: the kind of device that the backend takes.
+        is_combined: whether its elements are combined, and not only moved.
+    """
+
+    def __init__(self, tensor: Tensor, device_type: str, is_combined: bool = False) -> None:
         self.tensor = self.memory = tensor
-        if not is_native(tensor, device_type):
+        dtype = WIDER.get(tensor.dtype, tensor.dtype) if is_combined else tensor.dtype
+        if dtype != tensor.dtype or not _is_in_place(tensor, device_type):
             on_cuda = tensor.is_cuda and device_type == "cpu"
             device = "cpu" if on_cuda else tensor.device
-            self.memory = torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=on_cuda)
+            self.memory = torch.empty(tensor.shape, dtype=dtype, device=device, pin_memory=on_cuda)
         # Recorded in the thread that owns the tensor: the copy may run in another one.
         self._ready = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
 

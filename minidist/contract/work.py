@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -116,7 +117,8 @@ class Pending(Work):
             self._maker.ensure_here("wait")  # its thread is not in a fork
         started = time.perf_counter()
         try:
-            self._progress.serve_until(self._future)
+            if self._progress.in_job:
+                self._progress.serve_until(self._future)
             self._future.result()
         finally:
             self._traffic.blocked_seconds += time.perf_counter() - started
@@ -147,8 +149,8 @@ class Progress:
         self._at_exit = only_here(self.finish)
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._open = dict[Future[None], None]()  # in the order in which they came
+        # Entered and left by one thread each, and each at once, so that no lock is needed.
+        self._open = dict[Future[None], None]()
         self._in_job = False
         self.is_left_behind = False
 
@@ -168,23 +170,22 @@ class Progress:
 
         It then runs at once, before the jobs behind, of which another rank may have fewer by now.
         """
-        return self._in_job and self.serving
+        return self._in_job and threading.current_thread() is self._thread
 
     def submit(self, job: Callable[[], None]) -> Pending:
         """Run ``job`` after all that was submitted before it."""
         future: Future[None] = Future()
-        with self._lock:  # callbacks submit too, in the thread
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
-                self._thread.start()
-                atexit.register(self._at_exit, EXIT_S)
-            self._open[future] = None
-            self._jobs.put((job, future))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+            self._thread.start()
+            atexit.register(self._at_exit, EXIT_S)
+        self._open[future] = None
+        self._jobs.put((job, future))
         return Pending(self, future, self._traffic, self._maker)
 
     def serve_until(self, future: Future[None]) -> None:
         """In the thread itself, whose callback waits for a later job: run the jobs up to that one first."""
-        while self.serving and not future.done():
+        while not future.done():
             if not self._serve_one():
                 self._jobs.put(None)  # the end comes after what callbacks still wait for
 
@@ -207,9 +208,8 @@ class Progress:
 
         For what hangs inside of a library, once that is hopeless; nothing may be submitted any more.
         """
-        with self._lock:
-            left = list(self._open)
-            self.is_left_behind = self.is_left_behind or bool(left)
+        left = list(self._open)
+        self.is_left_behind = self.is_left_behind or bool(left)
         for future in left:
             with contextlib.suppress(InvalidStateError):  # it has ended by itself
                 future.set_exception(error())
@@ -224,17 +224,15 @@ class Progress:
         if item is None:
             return False
         job, future = item
-        error: BaseException | None = None
+        outer = self._in_job  # a callback that waits serves the jobs behind its own
         self._in_job = True
         try:
-            if not future.done():  # else it was given up before its turn
-                job()
-        except BaseException as caught:  # whatever it is belongs to the one who waits
-            error = caught
+            end = functools.partial(future.set_result, None if future.done() else job())  # done: it was given up
+        except BaseException as error:  # whatever it is belongs to the one who waits
+            end = functools.partial(future.set_exception, error)
         del item, job  # a served job must not keep its tensors alive
         with contextlib.suppress(InvalidStateError):  # it was given up
-            future.set_result(None) if error is None else future.set_exception(error)  # and call what waits for it
-        self._in_job = False
-        with self._lock:
-            del self._open[future]
+            end()  # and call what waits for it
+        self._in_job = outer
+        del self._open[future]
         return True
