@@ -94,12 +94,10 @@ def test_the_interface_that_the_user_names_is_used() -> None:
             host.run(f"ip address add 10.99.0.{index + 1}/32 dev other")
             host.run("ip link set other up")
             host.run(f"ip route add 10.99.0.{2 - index}/32 via {address(1 - index)}")
-        with network.start(*TRAIN, "gloo", on=TWO_BY_TWO, environment={"GLOO_SOCKET_IFNAME": "other"}) as ranks:
-            ranks.wait_for("connected", count=4)
+        with network.start(*LOSE, "gloo", "1", on=TWO_BY_TWO, environment={"GLOO_SOCKET_IFNAME": "other"}) as ranks:
+            ranks.wait_for("reduces", count=4)
             peers = network.hosts[1].run("ss -tnH state established dst 10.99.0.1")
-            output = ranks.end(30)
-        assert ranks.status == 0, output
-        assert peers.count("10.99.0.1") >= 4
+        assert peers.count("10.99.0.1:") >= 4, peers
         with network.start(*TRAIN, "gloo", on=TWO_BY_TWO, environment={"GLOO_SOCKET_IFNAME": "eth7"}) as ranks:
             output = ranks.end(30)
     assert output.count("GLOO_SOCKET_IFNAME is 'eth7', but host h") == 4, output
