@@ -3,9 +3,9 @@
 Source: Jia et al., "Highly scalable deep learning training system with mixed-precision: training ImageNet in four
 minutes" (2018), and the hierarchical all-reduce of Horovod and NCCL.
 
-Nomenclature: h hosts with k ranks each, n = h k; ranks are numbered host by host. The tensor is cut into k shards of
-h chunks. Inside of a host a ring reduce-scatter leaves rank k' of it with shard k'; the ranks k' of all hosts
-all-reduce it by a ring; a ring all-gather inside of the host spreads the result.
+Nomenclature: h hosts with k ranks each, n = h k; ranks are numbered host by host in what follows. The tensor is cut
+into k shards of h chunks. Inside of a host a ring reduce-scatter leaves rank k' of it with shard k'; the ranks k' of
+all hosts all-reduce it by a ring; a ring all-gather inside of the host spreads the result.
 
 Cost for M bytes: 2 (k-1) steps inside of hosts and 2 (h-1) between them, where a ring over all ranks takes 2 (n-1);
 each rank sends 2 (k-1)/k M bytes inside and 2 (h-1)/n M outside, together the least possible.
@@ -20,7 +20,7 @@ On 2 hosts with 2 ranks, chunks a b c d::
     A B C D   A B C D   A B C D   A B C D       all-gather inside
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 
 from backends.algorithm import AlgorithmCommunicator
@@ -30,12 +30,22 @@ from minidist.communicator import Communicator
 from minidist.schedule import Step, among
 
 
-def two_level_all_reduce(rank: int, world_size: int, ranks_per_host: int) -> Iterator[Step]:
-    """Reduce-scatter inside of the host, all-reduce between hosts, all-gather inside."""
+def two_level_all_reduce(
+    rank: int, world_size: int, ranks_per_host: int, order: Sequence[int] | None = None
+) -> Iterator[Step]:
+    """Reduce-scatter inside of the host, all-reduce between hosts, all-gather inside.
+
+    Args:
+        rank: this one.
+        world_size: the number of ranks.
+        ranks_per_host: how many ranks each host has.
+        order: the ranks host by host; None where they are numbered so.
+    """
+    order = order or range(world_size)
     num_hosts = world_size // ranks_per_host
-    host, local = divmod(rank, ranks_per_host)
-    inside = range(host * ranks_per_host, (host + 1) * ranks_per_host)
-    across = range(local, world_size, ranks_per_host)
+    host, local = divmod(order.index(rank), ranks_per_host)
+    inside = order[host * ranks_per_host : (host + 1) * ranks_per_host]
+    across = order[local::ranks_per_host]
     shards = [range(shard * num_hosts, (shard + 1) * num_hosts) for shard in range(ranks_per_host)]
     yield from among(ring_reduce_scatter(local, ranks_per_host), inside, shards)
     yield from among(ring_all_reduce(host, num_hosts), across, shards[local])
@@ -47,10 +57,10 @@ class TwoLevelCommunicator(AlgorithmCommunicator):
 
     Args:
         transport, timeout_s, segment_bytes: see there.
-        ranks_per_host: None for what the launcher says. Ranks are numbered host by host, as launchers do.
+        ranks_per_host: of ranks that are numbered host by host; None to ask the ranks where they are.
 
     Raises:
-        ValueError: the ranks cannot be divided into hosts of that size.
+        ValueError: the ranks cannot be divided into hosts of that size, or the hosts have ranks in different numbers.
     """
 
     def __init__(
@@ -60,13 +70,9 @@ class TwoLevelCommunicator(AlgorithmCommunicator):
         timeout_s: float | None = None,
         segment_bytes: int = 2**22,
     ) -> None:
-        size = _ranks_per_host(transport) if ranks_per_host is None else ranks_per_host
-        if size < 1 or transport.world_size % size:
-            raise ValueError(
-                f"ranks_per_host must divide the {launch.counted_ranks(transport.world_size)}, got {size}; "
-                "set comm.ranks_per_host, or choose comm=ring"
-            )
-        all_reduce = partial(two_level_all_reduce, ranks_per_host=size)
+        hosts = _hosts(transport) if ranks_per_host is None else _equal_hosts(transport.world_size, ranks_per_host)
+        order = [rank for host in hosts for rank in host]
+        all_reduce = partial(two_level_all_reduce, ranks_per_host=len(hosts[0]), order=order)
         super().__init__(transport, {"all_reduce": all_reduce}, timeout_s, segment_bytes)
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:
@@ -74,10 +80,27 @@ class TwoLevelCommunicator(AlgorithmCommunicator):
         return self._inner.split(groups)
 
 
-def _ranks_per_host(transport: Communicator) -> int:
-    """Return how many ranks this host has; where the launcher does not say so, every rank calls it."""
-    world = launch.detect()
-    if world.knows_host:
-        return world.local_world_size
-    hosts = transport.all_gather_object(launch.host_id())
-    return hosts.count(hosts[transport.rank])
+def _equal_hosts(world_size: int, size: int) -> list[list[int]]:
+    if size < 1 or world_size % size:
+        raise ValueError(
+            f"ranks_per_host must divide the {launch.counted_ranks(world_size)}, got {size}; "
+            "set comm.ranks_per_host, or choose comm=ring"
+        )
+    return [list(range(first, first + size)) for first in range(0, world_size, size)]
+
+
+def _hosts(transport: Communicator) -> list[list[int]]:
+    """Return the ranks of each host; all ranks call it, as what one alone is told need not fit."""
+    hosts = ranks_by(transport.all_gather_object(launch.host_id()))
+    sizes = [len(ranks) for ranks in hosts]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"two_level needs as many ranks on every host, but they have {', '.join(map(str, sizes))}; "
+            "choose comm=hierarchical, which takes any mix, or comm=ring"
+        )
+    return hosts
+
+
+def ranks_by(values: Sequence[Hashable]) -> list[list[int]]:
+    """Return the ranks that gave each value, in the order of their first ones."""
+    return [[rank for rank, other in enumerate(values) if other == value] for value in dict.fromkeys(values)]

@@ -121,3 +121,18 @@ def test_a_host_that_vanishes_is_named_by_all(kind: str, how: PortState) -> None
         assert float(at) - cut_at < 10, output
     assert ranks.status == 0, output
     assert output.count("closed") == 4
+
+
+def test_two_levels_take_ranks_in_any_order() -> None:
+    with Network(2) as network, network.start(*TRAIN, "two_level", on=(0, 1, 1, 0)) as ranks:
+        output = ranks.end(30)
+    assert ranks.status == 0, output
+    assert output.count("trained") == 4
+
+
+@pytest.mark.parametrize("on", [(0, 0, 1, 2), (0, 0, 0, 1), (0, 0, 0, 0, 1, 1, 2, 2)])
+def test_two_levels_refuse_hosts_of_several_sizes_on_all_ranks(on: tuple[int, ...]) -> None:
+    with Network(3) as network, network.start(*TRAIN, "two_level", on=on) as ranks:
+        output = ranks.end(30)
+    sizes = ", ".join(str(on.count(host)) for host in sorted(set(on)))
+    assert output.count(f"ValueError: two_level needs as many ranks on every host, but they have {sizes}") == len(on)

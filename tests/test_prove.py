@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -10,6 +11,7 @@ from backends.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
 from backends.schedules import double_tree
 from backends.schedules.binomial import binomial_broadcast
 from backends.schedules.swing import swing_all_reduce
+from backends.two_level import two_level_all_reduce
 from minidist.analysis.prove import MAX_WORLD_SIZE, Counts, prove
 from minidist.collective import COLLECTIVES, Run
 from minidist.errors import ScheduleError
@@ -33,6 +35,16 @@ def test_schedules_are_right_and_cost_what_the_theory_says(theory: Theory, world
 def test_two_levels(num_hosts: int, ranks_per_host: int) -> None:
     theory, world_size = two_level_theory(ranks_per_host), num_hosts * ranks_per_host
     check_costs(theory, world_size, prove(theory.schedule, Run("all_reduce", world_size)))
+
+
+def test_two_levels_of_ranks_in_any_order_stay_inside_of_their_hosts() -> None:
+    order = [0, 3, 5, 1, 2, 4]  # two hosts of three
+    schedule = partial(two_level_all_reduce, ranks_per_host=3, order=order)
+    check_costs(two_level_theory(3), 6, prove(schedule, Run("all_reduce", 6)))
+    for rank in range(6):
+        place = order.index(rank)
+        mates = {order[place // 3 * 3 + other] for other in range(3)} | {order[(place + 3) % 6]}
+        assert {move.peer for step in schedule(rank, 6) for move in step} <= mates
 
 
 def check_costs(theory: Theory, world_size: int, counts: Counts) -> None:
