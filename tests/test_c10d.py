@@ -171,5 +171,5 @@ def test_torch_own_tests_of_collectives_pass(tmp_path: Path) -> None:
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("spec", ["shm", "ring/gloo"])
 def test_all_of_torch_own_tests_pass_that_pass_over_gloo(tmp_path: Path, spec: str) -> None:
-    found = _suite(tmp_path, 1400, "--comm", spec)
+    found = _suite(tmp_path, 1400, "--as", "gloo", "--comm", spec)
     assert {name for name, status in found.items() if status == "failed"} <= LEFT_OUT.keys()
