@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.harness import ROOT, command, run_command
+from tests.harness import ROOT, command, run_command, run_forked
 
 World = Callable[..., list[Any]]
 HELLO = """
@@ -41,8 +41,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         """``spec`` is of MINIDIST_COMM, or ``torch`` for native Gloo."""
         folder = tmp_path_factory.mktemp(program)
         backend = "gloo" if spec == "torch" else "minidist"
-        arguments = command("torchrun", world_size, "-m", "tests.c10d_ranks", program, backend, str(folder))
-        returncode, output = run_command(arguments, folder / "output.txt", 110, {"MINIDIST_COMM": spec})
+        returncode, output = run_forked(
+            "tests.c10d_ranks",
+            *(program, backend, str(folder)),
+            world_size=world_size,
+            output=folder / "output.txt",
+            limit_s=110,
+            environment={"MINIDIST_COMM": spec},
+        )
         assert returncode == 0 or survivors is not None, output
         ranks = range(world_size) if survivors is None else survivors
         return [torch.load(folder / f"{program}-{rank}.pt") for rank in ranks]
