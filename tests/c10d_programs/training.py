@@ -1,16 +1,7 @@
-"""What each rank of a world runs in tests/test_c10d.py: ``python -m tests.c10d_ranks <program> <backend> <folder>``.
-
-A program gets an initialised process group of torch and returns what is saved for the test to compare; it uses torch
-alone, unless its name says otherwise.
-"""
+"""Trainings, each of one model and one way to share its gradients, parameters or states."""
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +17,17 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(20, 33), nn.Tanh(), nn.Linear(33, 17), nn.Tanh(), nn.Linear(17, 1))
 
 
-def train(wrapped: nn.Module, optimizer: torch.optim.Optimizer, clip: bool = False) -> None:
+def train(
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    clip: bool = False,
+    seed: int | None = None,
+    num_steps: int = STEPS,
+) -> None:
+    """Train on batches that are each rank's own, or the same on all where there is a seed."""
     wrapped(torch.ones(8, 20)).square().mean().backward()  # torch's DDP then puts its buckets into the order of these
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    for _ in range(STEPS):
+    generator = torch.Generator().manual_seed(dist.get_rank() if seed is None else seed)
+    for _ in range(num_steps):
         optimizer.zero_grad()
         wrapped(torch.randn(8, 20, generator=generator)).square().mean().backward()
         if clip:
@@ -71,19 +69,6 @@ def borrowed_ddp(folder: Path) -> Any:
     return parameters(wrapped.module)
 
 
-def fsdp(folder: Path) -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    module: Any = model()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in module[::2]:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
-    train(module, adam(module), clip=True)
-    return [parameter.full_tensor().detach() for parameter in module.parameters()]
-
-
 def zero_redundancy(folder: Path) -> Any:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -121,95 +106,23 @@ def checkpoint(folder: Path) -> Any:
     return [parameter.full_tensor().detach() for parameter in other.parameters()]  # type: ignore[attr-defined]
 
 
-def groups(folder: Path) -> Any:
-    """Groups of some ranks, also made by those alone, and several at a time."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    found = []
-    for first in range(world_size):
-        ranks = sorted({first, (first + 1) % world_size})
-        group = dist.new_group(ranks)
-        tensor = torch.tensor([float(rank)])
-        if rank in ranks:
-            dist.all_reduce(tensor, group=group)
-            assert tensor.item() == sum(ranks)
-            found.append(tensor)
-    if rank < 2:
-        group = dist.new_group([0, 1], use_local_synchronization=True)
-        tensor = torch.ones(1)
-        dist.all_reduce(tensor, group=group)
-        found.append(tensor)
-        dist.destroy_process_group(group)
-    return found
+def half_precision(folder: Path) -> Any:
+    """A hook that sends gradients as float16."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
-
-def functional(folder: Path) -> Any:
-    import torch.distributed._functional_collectives as funcol
-
-    group = dist.group.WORLD
-    rank, n = dist.get_rank(), dist.get_world_size()
-    tensor = torch.arange(6.0) + rank
-    return [
-        funcol.all_reduce(tensor, "sum", group) + 0,
-        funcol.all_gather_tensor(tensor, 0, group) + 0,
-        funcol.reduce_scatter_tensor(torch.arange(2.0 * n) * (rank + 1), "sum", 0, group) + 0,
-        funcol.all_to_all_single(torch.arange(2.0 * n), None, None, group) + 0,
-        *[t + 0 for t in funcol.all_reduce_coalesced([tensor, tensor * 2], "sum", group)],
-    ]
-
-
-def compiled(folder: Path) -> Any:
-    import torch.distributed._functional_collectives as funcol
-
-    @torch.compile(backend="aot_eager")
-    def step(tensor: Tensor) -> Tensor:
-        return funcol.all_reduce(tensor * 2, "sum", dist.group.WORLD) + 1
-
-    return [step(torch.arange(6.0) + dist.get_rank()) for _ in range(2)]
-
-
-def killed(folder: Path) -> Any:
-    """Rank 1 ends in the middle of a training."""
     wrapped = nn.parallel.DistributedDataParallel(model())
+    wrapped.register_comm_hook(None, fp16_compress_hook)
     train(wrapped, adam(wrapped))
-    loss = wrapped(torch.ones(8, 20)).mean()
-    if dist.get_rank() == 1:
-        os._exit(0)
-    return _failure(loss.backward)
+    return parameters(wrapped)
 
 
-def late(folder: Path) -> Any:
-    """Rank 1 does not take part in time."""
+def uneven(folder: Path) -> Any:
+    """Rank r has r more batches; the ranks that are through shadow the collectives of the others."""
+    from torch.distributed.algorithms import Join
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     wrapped = nn.parallel.DistributedDataParallel(model())
-    train(wrapped, adam(wrapped))
-    loss = wrapped(torch.ones(8, 20)).mean()
-    if dist.get_rank() == 1:
-        time.sleep(8)
-        return []
-    return _failure(loss.backward)
-
-
-def _failure(action: Callable[[], object]) -> list[str]:
-    started = time.monotonic()
-    try:
-        action()
-    except Exception as error:
-        kinds = [kind.__name__ for kind in type(error).__mro__]
-        seconds = time.monotonic() - started
-        started = time.monotonic()
-        dist.destroy_process_group()
-        return [*kinds, str(error), f"{seconds:.1f}", f"{time.monotonic() - started:.1f}"]
-    return ["nothing"]
-
-
-def main() -> None:
-    program, backend, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    timeout = timedelta(seconds=3 if program == "late" else 60)
-    dist.init_process_group(backend, timeout=timeout)
-    rank = dist.get_rank()
-    torch.save(globals()[program](folder), folder / f"{program}-{rank}.pt")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    optimizer = ZeroRedundancyOptimizer(wrapped.parameters(), torch.optim.Adam, lr=0.01)
+    with Join([wrapped, optimizer]):
+        train(wrapped, optimizer, num_steps=STEPS + dist.get_rank())
+    return parameters(wrapped)
