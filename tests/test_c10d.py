@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -64,7 +65,13 @@ OF_2_RANKS = [
     "functional.functional",
     "functional.compiled",
 ]
-OF_4_RANKS = ["parallel.hybrid", "groups.subsets", "groups.by_members", "groups.split", "groups.interleaved"]
+OF_4_RANKS = [
+    "parallel.hybrid",
+    "groups.subsets",
+    "groups.by_members",
+    "groups.split",
+    "groups.interleaved",
+]
 
 
 @pytest.mark.parametrize("spec", ["shm", "ring/gloo"])
@@ -101,8 +108,9 @@ def test_a_stock_program_of_4_ranks_computes_as_over_gloo(world: World, program:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("spec", ["shm", "ring/gloo"])
-def test_a_compiled_program_computes_as_over_gloo(world: World, spec: str) -> None:
-    assert same(world("functional.inductor", spec), world("functional.inductor", "torch"))
+@pytest.mark.parametrize(("program", "world_size"), [("functional.inductor", 2), ("parallel.transformer", 4)])
+def test_a_long_program_computes_as_over_gloo(world: World, program: str, world_size: int, spec: str) -> None:
+    assert same(world(program, spec, world_size), world(program, "torch", world_size))
 
 
 @pytest.mark.parametrize(
@@ -168,3 +176,14 @@ def test_torch_own_tests_of_collectives_pass(tmp_path: Path) -> None:
 def test_all_of_torch_own_tests_pass_that_pass_over_gloo(tmp_path: Path, spec: str) -> None:
     found = _suite(tmp_path, 1400, "--comm", spec)
     assert {name for name, status in found.items() if status == "failed"} <= LEFT_OUT.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("spec", ["shm", "ring/gloo"])
+def test_torch_own_tests_of_ddp_beneath_distributed_autograd_pass(tmp_path: Path, spec: str) -> None:
+    arguments = [sys.executable, "-m", "tests.torch_rpc_suite"]
+    returncode, output = run_command(arguments, tmp_path / "output.txt", 280, {"MINIDIST_COMM": spec})
+    assert returncode == 0, output[-8000:]
+    assert len(re.findall("^passed ", output, re.MULTILINE)) == 8, output[-8000:]
+    assert not re.search("^failed ", output, re.MULTILINE), output[-8000:]

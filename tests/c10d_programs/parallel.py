@@ -14,7 +14,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from tests.c10d_programs.training import adam, model, parameters, train
+from tests.c10d_programs.training import STEPS, adam, model, parameters, train
 
 
 def full(module: nn.Module) -> list[Tensor]:
@@ -54,6 +54,27 @@ def tensor_parallel(folder: Path) -> Any:
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
     module = parallelize_module(layers, init_device_mesh("cpu", (dist.get_world_size(),)), plan)  # type: ignore[arg-type]
     train(module, adam(module), seed=0)
+    return full(module)
+
+
+def transformer(folder: Path) -> Any:
+    """The model of torch's tests of DTensor: shards, and parallel in tensors and in sequences, on a mesh."""
+    from torch.testing._internal.distributed._tensor.common_dtensor import ModelArgs, Transformer
+
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("shard", "parallel"))
+    torch.manual_seed(0)
+    module: Any = Transformer(ModelArgs(dropout_p=0.0, weight_tying=False))
+    module = Transformer.parallelize(module, mesh["parallel"], use_seq_parallel=True, local_output_for_attn=True)
+    for layer in module.layers:
+        fully_shard(layer, mesh=mesh["shard"])
+    fully_shard(module, mesh=mesh["shard"])
+    optimizer, generator = adam(module), torch.Generator().manual_seed(mesh["shard"].get_local_rank())
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        words = torch.randint(8, (4, 16), generator=generator)
+        nn.functional.cross_entropy(module(words).flatten(0, 1), words.roll(-1, 1).flatten()).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 0.1)
+        optimizer.step()
     return full(module)
 
 
