@@ -10,7 +10,8 @@ from tests.c10d_worlds import run_program
 
 TIMEOUT = "CommTimeoutError CommError RuntimeError TimeoutError"
 """The last two are what programs catch that know nothing of minidist."""
-SOON_S = 5.0
+SOON_S = 30.0
+"""Half of the timeout of the process group, which is not what ends a wait here."""
 
 
 @pytest.fixture(params=["shm", "ring/gloo"])
@@ -40,18 +41,17 @@ def test_a_timeout_is_told_by_stock_backward(spec: str, tmp_path: Path) -> None:
 def test_an_operation_that_is_given_up_goes_on(spec: str, tmp_path: Path) -> None:
     (kinds, message, seconds, late_sum), (sum_of_1,) = run_program("faults.late_for_one_operation", spec, 2, tmp_path)
     assert kinds.startswith(TIMEOUT)
-    assert message == "wait: not finished within 1 s; the operation goes on"
+    assert message == "wait: not finished within 2 s; the operation goes on"
     assert is_soon(seconds)
     assert late_sum == sum_of_1 == [2.0] * 3
 
 
 def test_a_group_has_a_timeout_of_its_own(spec: str, tmp_path: Path) -> None:
     (*failures, sum_of_0), (sum_of_1,) = run_program("faults.late_for_one_group", spec, 2, tmp_path)
-    assert len(failures) == 2
-    for kinds, message, seconds in failures:
+    for (kinds, message, seconds), timeout_s in zip(failures, (3, 2), strict=True):
         assert kinds.startswith(TIMEOUT)
         assert message.startswith("[rank 0/2] all_reduce: no answer")
-        assert "within 1 s" in message
+        assert f"within {timeout_s} s" in message
         assert is_soon(seconds)
     assert sum_of_0 == sum_of_1 == [2.0] * 3
 
@@ -61,8 +61,8 @@ def test_a_monitored_barrier_names_who_is_missing(spec: str, tmp_path: Path) -> 
     assert [failures.pop() for failures in ranks] == [[4.0] * 3] * 4
     for first, everyone in ranks[:2]:
         assert first[0].startswith(TIMEOUT)
-        assert first[1].endswith("Rank 2 failed to pass monitoredBarrier in 1000 ms")
-        assert everyone[1].endswith("Ranks 2, 3 failed to pass monitoredBarrier in 1000 ms")
+        assert first[1].endswith("Rank 2 failed to pass monitoredBarrier in 2000 ms")
+        assert everyone[1].endswith("Ranks 2, 3 failed to pass monitoredBarrier in 2000 ms")
         assert is_soon(first[2], everyone[2])
     assert ranks[2:] == [[], []]
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from tests.c10d_programs.training import adam, model, train
 
-SHORT = timedelta(seconds=1)
+SHORT, LONGER = timedelta(seconds=2), timedelta(seconds=3)
+"""The longer one is also for the ranks to meet in."""
 
 
 def killed(folder: Path) -> Any:
@@ -57,7 +58,8 @@ def late_for_one_operation(folder: Path) -> Any:
 def late_for_one_group(folder: Path) -> Any:
     """Rank 0 gives up soon on two groups, one made so and one told so; the default one is as it was."""
     store = dist.distributed_c10d._get_default_store()
-    groups = [dist.new_group(timeout=SHORT), dist.new_group()]
+    dist.barrier()
+    groups = [dist.new_group(timeout=LONGER), dist.new_group()]
     dist.set_timeout(SHORT, groups[1])
     failures = []
     if dist.get_rank() == 0:
@@ -72,6 +74,7 @@ def missing(folder: Path) -> Any:
     """The last two ranks do not come to a barrier that tells who is missing, first or all; all come to the next one."""
     store, rank, last = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size() - 1
     failures = []
+    dist.barrier()
     for name, all_ranks in (("first", False), ("all", True)):
         if rank < last - 1:
             failures.append(_failure(partial(dist.monitored_barrier, timeout=SHORT, wait_all_ranks=all_ranks)))
