@@ -4,6 +4,7 @@ BIN := .venv/bin
 # Two test files at a time, in their order: by the number of their tests the few long ones would come last.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 INSTALLED := .venv/installed
+ECOSYSTEM := .venv/ecosystem
 
 .PHONY: mnist test test-slow check clean
 
@@ -13,7 +14,7 @@ mnist: $(INSTALLED)  ## train on handwritten digits, on 2 ranks
 test: $(INSTALLED)
 	$(BIN)/pytest $(WORKERS)
 
-test-slow: $(INSTALLED)  ## what `make test` leaves out: other ranks, algorithms and inputs of the same checks; long runs
+test-slow: $(INSTALLED) $(ECOSYSTEM)  ## what `make test` leaves out: other ranks, algorithms and inputs of the same checks; long runs
 	$(BIN)/pytest $(WORKERS) --slow -m slow
 
 check: $(INSTALLED)
@@ -28,4 +29,8 @@ $(INSTALLED): requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -r requirements.txt
 	$(BIN)/pip install --quiet --no-deps -e .
+	touch $@
+
+$(ECOSYSTEM): requirements-ecosystem.txt $(INSTALLED)
+	$(BIN)/pip install --quiet -r requirements-ecosystem.txt
 	touch $@

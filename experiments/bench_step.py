@@ -1,6 +1,7 @@
 """The cost of a training step: ``torchrun --nproc-per-node=2 experiments/bench_step.py comms=[gloo,ring]``.
 
-Alone, with torch's own DistributedDataParallel over Gloo, and with minidist's over each communicator, in turn.
+Alone, with torch's own DistributedDataParallel over Gloo and over communicators of minidist (``bridged``), and with
+minidist's over each communicator, in turn.
 ``exposed`` is what a step takes longer than without communication; ``ratio`` is its time over that of torch's.
 """
 
@@ -62,6 +63,9 @@ def measure(name: str, cfg: DictConfig, comms: dict[str, Communicator]) -> list[
     module = build(section, f"architectures.{name}")
     first = next(iter(comms.values()))
     models = {ALONE: copy.deepcopy(module), TORCH: nn.parallel.DistributedDataParallel(copy.deepcopy(module))}
+    for spec in cfg.bridged:
+        group = dist.new_group(backend="minidist", pg_options=spec)
+        models[f"torch DDP, {spec}"] = nn.parallel.DistributedDataParallel(copy.deepcopy(module), process_group=group)
     for comm_name, comm in comms.items():
         models[comm_name] = DistributedDataParallel(copy.deepcopy(module), comm, cfg.bucket_cap_mb)
     steps = {variant: step(model, list(section.shape), cfg.batch_size) for variant, model in models.items()}

@@ -132,7 +132,19 @@ def test_bench_step_measures_the_models_that_are_chosen(tmp_path: Path) -> None:
     done = run(tmp_path, *command, "comms=gloo", *small)
     assert done.returncode == 0, done.stderr
     rows = json.loads((only_run(tmp_path) / "bench_step.json").read_text())["rows"]
-    assert [row["model"] for row in rows] == ["cnn"] * 3 + ["mlp"] * 3
+    assert [row["model"] for row in rows] == ["cnn"] * 4 + ["mlp"] * 4
+    assert [row["variant"] for row in rows[:4]] == ["no communication", "torch DDP, gloo", "torch DDP, shm", "gloo"]
+
+
+def test_bench_c10d_compares_a_communicator_with_torch_over_it(tmp_path: Path) -> None:
+    program = str(ROOT / "experiments" / "bench_c10d.py")
+    sizes = ("min_bytes=1024", "max_bytes=8192", "warmup=0", "iterations=1", "burst=2")
+    done = run(tmp_path, "torchrun", "--nproc-per-node=2", program, "spec=ring/gloo", *sizes)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((only_run(tmp_path) / "bench_c10d.json").read_text())["rows"]
+    variants = ["ring/gloo itself", "torch.distributed, ring/gloo", "torch.distributed, gloo"]
+    assert [(row["bytes"], row["variant"]) for row in rows] == [(n, v) for n in (1024, 8192) for v in variants]
+    assert all(row["latency_us"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(

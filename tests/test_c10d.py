@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.c10d_worlds import run_program
 from tests.harness import ROOT, command, run_command
 
 World = Callable[..., list[Any]]
@@ -34,18 +36,11 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Return what runs a program of tests/c10d_ranks.py on a backend, once, and returns what its ranks saved."""
+    """Return what runs a program on a communicator, or on native Gloo, once; see `run_program`."""
 
     @functools.cache
-    def run(program: str, spec: str, world_size: int = 2, survivors: tuple[int, ...] | None = None) -> list[Any]:
-        """``spec`` is of MINIDIST_COMM, or ``torch`` for native Gloo."""
-        folder = tmp_path_factory.mktemp(program)
-        backend = "gloo" if spec == "torch" else "minidist"
-        arguments = command("torchrun", world_size, "-m", "tests.c10d_ranks", program, backend, str(folder))
-        returncode, output = run_command(arguments, folder / "output.txt", 110, {"MINIDIST_COMM": spec})
-        assert returncode == 0 or survivors is not None, output
-        ranks = range(world_size) if survivors is None else survivors
-        return [torch.load(folder / f"{program}-{rank}.pt") for rank in ranks]
+    def run(program: str, spec: str, world_size: int = 2) -> list[Any]:
+        return run_program(program, spec, world_size, tmp_path_factory.mktemp("world"))
 
     return run
 
@@ -56,58 +51,66 @@ def same(ours: list[list[Tensor]], theirs: list[list[Tensor]]) -> bool:
     return bool(pairs) and all(torch.equal(a, b) for a, b in pairs)
 
 
+OF_2_RANKS = [
+    "training.zero_redundancy",
+    "training.power_sgd",
+    "training.half_precision",
+    "training.uneven",
+    "training.checkpoint",
+    "parallel.fsdp1",
+    "parallel.fsdp2",
+    "parallel.tensor_parallel",
+    "parallel.redistributed",
+    "parallel.pipeline",
+    "functional.functional",
+    "functional.compiled",
+]
+OF_4_RANKS = [
+    "parallel.hybrid",
+    "groups.subsets",
+    "groups.by_members",
+    "groups.split",
+    "groups.interleaved",
+]
+
+
 @pytest.mark.parametrize("spec", ["shm", "ring/gloo"])
 def test_stock_ddp_trains_as_over_gloo(world: World, spec: str) -> None:
-    assert same(world("stock_ddp", spec), world("stock_ddp", "torch"))
+    assert same(world("training.stock_ddp", spec), world("training.stock_ddp", "torch"))
 
 
 def test_stock_ddp_over_a_ring_trains_as_our_own_over_it(world: World) -> None:
-    assert same(world("stock_ddp", "ring/gloo"), world("own_ddp", "ring/gloo"))
+    assert same(world("training.stock_ddp", "ring/gloo"), world("training.own_ddp", "ring/gloo"))
 
 
 @pytest.mark.slow
 def test_stock_ddp_over_a_ring_of_4_trains_as_our_own_over_it(world: World) -> None:
     """Not on 3 ranks, where torch multiplies by a third and we divide by 3."""
-    assert same(world("stock_ddp", "ring/gloo", 4), world("own_ddp", "ring/gloo", 4))
+    assert same(world("training.stock_ddp", "ring/gloo", 4), world("training.own_ddp", "ring/gloo", 4))
 
 
 def test_our_own_ddp_trains_inside_of_a_program_that_runs_on_gloo(world: World) -> None:
-    assert same(world("borrowed_ddp", "torch"), world("stock_ddp", "torch"))
-
-
-@pytest.mark.parametrize("program", ["fsdp", "zero_redundancy", "power_sgd", "checkpoint", "functional", "compiled"])
-def test_a_stock_program_computes_as_over_gloo(world: World, program: str) -> None:
-    assert same(world(program, "shm"), world(program, "torch"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("program", ["fsdp", "zero_redundancy", "power_sgd", "checkpoint", "functional", "compiled"])
-def test_a_stock_program_computes_as_over_gloo_over_a_ring(world: World, program: str) -> None:
-    assert same(world(program, "ring/gloo"), world(program, "torch"))
+    assert same(world("training.borrowed_ddp", "torch"), world("training.stock_ddp", "torch"))
 
 
 @pytest.mark.parametrize("spec", ["shm", pytest.param("ring/gloo", marks=pytest.mark.slow)])
-def test_groups_of_some_ranks(world: World, spec: str) -> None:
-    assert same(world("groups", spec, 3), world("groups", "torch", 3))
+@pytest.mark.parametrize("program", OF_2_RANKS)
+def test_a_stock_program_computes_as_over_gloo(world: World, program: str, spec: str) -> None:
+    assert same(world(program, spec), world(program, "torch"))
 
 
+@pytest.mark.parametrize("spec", ["shm", pytest.param("ring/gloo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("program", OF_4_RANKS)
+def test_a_stock_program_of_4_ranks_computes_as_over_gloo(world: World, program: str, spec: str) -> None:
+    assert same(world(program, spec, 4), world(program, "torch", 4))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("spec", ["shm", "ring/gloo"])
-def test_a_killed_peer_is_named_by_stock_backward(world: World, spec: str) -> None:
-    (failure,) = world("killed", spec, 2, (0,))
-    *kinds, message, seconds, closing = failure
-    assert "RuntimeError" in kinds
-    assert "PeerLostError: [rank 0/2] all_reduce: rank 1 is gone: its process ended" in message
-    assert float(seconds) < 10
-    assert float(closing) < 10
-
-
-@pytest.mark.parametrize("spec", ["shm", "ring/gloo"])
-def test_a_timeout_is_told_by_stock_backward(world: World, spec: str) -> None:
-    failure, _ = world("late", spec, 2, (0, 1))
-    *_, message, seconds, closing = failure
-    assert "CommTimeoutError: [rank 0/2] all_reduce: no answer" in message
-    assert float(seconds) < 7
-    assert float(closing) < 7
+@pytest.mark.parametrize(("program", "world_size"), [("functional.inductor", 2), ("parallel.transformer", 4)])
+def test_a_long_program_computes_as_over_gloo(world: World, program: str, world_size: int, spec: str) -> None:
+    assert same(world(program, spec, world_size), world(program, "torch", world_size))
 
 
 @pytest.mark.parametrize(
@@ -171,5 +174,16 @@ def test_torch_own_tests_of_collectives_pass(tmp_path: Path) -> None:
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("spec", ["shm", "ring/gloo"])
 def test_all_of_torch_own_tests_pass_that_pass_over_gloo(tmp_path: Path, spec: str) -> None:
-    found = _suite(tmp_path, 1400, "--comm", spec)
+    found = _suite(tmp_path, 1400, "--as", "gloo", "--comm", spec)
     assert {name for name, status in found.items() if status == "failed"} <= LEFT_OUT.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("spec", ["shm", "ring/gloo"])
+def test_torch_own_tests_of_ddp_beneath_distributed_autograd_pass(tmp_path: Path, spec: str) -> None:
+    arguments = [sys.executable, "-m", "tests.torch_rpc_suite"]
+    returncode, output = run_command(arguments, tmp_path / "output.txt", 280, {"MINIDIST_COMM": spec})
+    assert returncode == 0, output[-8000:]
+    assert len(re.findall("^passed ", output, re.MULTILINE)) == 8, output[-8000:]
+    assert not re.search("^failed ", output, re.MULTILINE), output[-8000:]

@@ -15,24 +15,8 @@ from tests.harness import ROOT
 PAGE = (ROOT / "docs" / "your_collective_elsewhere.md").read_text()
 PYTHON, SHELL = (re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL) for kind in ("python", "sh"))
 COMMANDS = [line for block in SHELL for line in block.splitlines()]
-BORROWED = """
-import torch
-import torch.distributed as dist
-from adapter import get_ddp
-from torch import nn
-
-dist.init_process_group("gloo")
-torch.manual_seed(dist.get_rank())
-model = get_ddp(nn.Linear(4, 1, bias=False))
-model(torch.full((2, 4), float(dist.get_rank()))).sum().backward()
-(gradient,) = (parameter.grad for parameter in model.parameters())
-weights = [torch.empty(1, 4) for _ in range(2)]
-dist.all_gather(weights, model.module.weight.detach())
-assert torch.equal(*weights)
-if dist.get_rank() == 0:
-    print("the gradient has", gradient.numel(), "elements", gradient.tolist())
-dist.destroy_process_group()
-"""
+COURSE = ROOT / "tests" / "c10d_course.py"
+"""It imports the adapter by its name, as a course's tests do."""
 
 
 def run(command: str, folder: Path) -> str:
@@ -51,9 +35,8 @@ def test_a_command_of_the_page(tmp_path: Path, command: str) -> None:
 
 
 def test_the_adapter_of_the_page(tmp_path: Path) -> None:
-    """It is all that a course's tests of a DDP need, which make the process group themselves."""
+    """It is all that a course's tests of a DDP need, which start the ranks and their process group themselves."""
     assert len(PYTHON[1].splitlines()) <= 15
     (tmp_path / "adapter.py").write_text(PYTHON[1])
-    (tmp_path / "train.py").write_text(BORROWED)
-    output = run("torchrun --standalone --nproc-per-node=2 train.py", tmp_path)
-    assert "the gradient has 4 elements [[1.0, 1.0, 1.0, 1.0]]" in output
+    output = run(f"python {COURSE}", tmp_path)
+    assert output.count("trained as one process does") == 2, output

@@ -23,7 +23,7 @@ from minidist.communicator import Communicator
 from minidist.errors import ConfigError
 from minidist.launch import detect
 
-Action = Callable[[], None]
+Action = Callable[[], object]
 
 
 @contextmanager

@@ -191,9 +191,13 @@ class MinidistBackend(Backend):
 
     # Life -------------------------------------------------------------------------------------
 
-    def split(self, store: dist.Store, ranks: Sequence[int], options: Any) -> MinidistBackend | None:
+    def split(self, store: dist.Store, ranks: Sequence[int], options: Any) -> MinidistBackend:
         if self.comm.rank not in ranks:
-            return None
+            # None would say so, but torch 2.15 reads through it: the process would end by a signal.
+            raise CommError(
+                f"{self.comm.who('split_group')}: this rank is in none of the groups, which torch does not take from a "
+                "backend written in Python; name every rank in split_ranks, or call new_group"
+            )
         return self._make_child(store, list(ranks).index(self.comm.rank), len(ranks), options._timeout)
 
     def set_timeout(self, timeout: timedelta) -> None:
