@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 
+from backends.hierarchical import HierarchicalCommunicator
 from backends.ring import RingCommunicator
 from backends.thread import ThreadCommunicator
 from minidist.communicator import Communicator
@@ -64,6 +65,8 @@ ROWS = (
             "training": "it runs the same schedules as its parent, the row thread",
         },
     ),
+    Row("hierarchical-thread", "tests.table.hierarchical_over_thread", "thread", ONE_PROCESS),
+    Row("hierarchical", "tests.table.hierarchical_over_shm_and_ring", "torchrun"),
     Row("gloo", "backends.torch_dist.GlooCommunicator", "torchrun"),
     Row("ring-gloo", "tests.table.ring_over_gloo", "torchrun"),
     Row("mpi", "backends.mpi.MpiCommunicator", "mpirun"),
@@ -103,6 +106,17 @@ def ring_over_mpi() -> Communicator:
 
 def ring_over_shm() -> Communicator:
     return RingCommunicator(made_by("backends.shm.ShmCommunicator")())
+
+
+def hierarchical_over_thread() -> Communicator:
+    """Return hosts of two, and one of one where the ranks are odd in number; they take turns."""
+    transport = ThreadCommunicator()
+    return HierarchicalCommunicator(None, transport, host=str(transport.rank % ((transport.world_size + 1) // 2)))
+
+
+def hierarchical_over_shm_and_ring() -> Communicator:
+    inter = ring_over_gloo()
+    return HierarchicalCommunicator(made_by("backends.shm.ShmCommunicator"), inter, host=str(inter.rank // 2))
 
 
 def group_of_thread() -> Communicator:

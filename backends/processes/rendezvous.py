@@ -20,6 +20,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from minidist import launch
+from minidist.communicator import Communicator
 from minidist.contract import addresses
 from minidist.contract.forks import Maker, kept_in_forks
 from minidist.contract.place import Place, from_everyone
@@ -131,6 +132,15 @@ def _met(world: launch.World, timeout_s: float) -> Meeting:
         os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))
     return _meet_at_master(world, timeout_s)
+
+
+def place_among(comm: Communicator) -> Place:
+    """Return a place of the ranks of ``comm``, all on one host, for another communicator of theirs; all call it."""
+    store = dist.TCPStore(addresses.LOOPBACK, 0, None, True, wait_for_workers=False) if comm.rank == 0 else None
+    port = comm.broadcast_object(store.port if store else 0, 0)
+    store = store or dist.TCPStore(addresses.LOOPBACK, port, None, False, wait_for_workers=False)
+    of_job = max(comm.world_size, launch.detect().local_world_size)
+    return Place(comm.rank, comm.world_size, kept_in_forks(store), addresses.LOOPBACK, comm.world_size, of_job)
 
 
 def run_id() -> str:

@@ -1,0 +1,102 @@
+"""The two levels of a hierarchy: which ranks share a host, and a communicator of some of them that speaks of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.deadline import Deadline
+from minidist.communicator import Communicator
+from minidist.errors import CommError, PeerLostError
+
+
+class Placement:
+    """Which rank is on which host.
+
+    Rows of all ranks also come *padded*: as many of each host as the largest one has ranks, so that hosts of different
+    sizes exchange blocks of one size.
+
+    Args:
+        hosts: what tells hosts apart, of every rank.
+        rank: this one.
+
+    Attributes:
+        ranks_of: the ranks of each host.
+        host, local: the number of this rank's host, and its own number there.
+        num_lanes: how many ranks the smallest host has.
+        width: how many the largest one has.
+    """
+
+    def __init__(self, hosts: Sequence[str], rank: int) -> None:
+        names = list(dict.fromkeys(hosts))
+        self.ranks_of = [[other for other, name in enumerate(hosts) if name == host] for host in names]
+        self._places = [(names.index(name), hosts[:other].count(name)) for other, name in enumerate(hosts)]
+        self.host, self.local = self._places[rank]
+        self.num_lanes = min(map(len, self.ranks_of))
+        self.width = max(map(len, self.ranks_of))
+
+    @property
+    def here(self) -> list[int]:
+        """The ranks of this host."""
+        return self.ranks_of[self.host]
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is the first rank of its host."""
+        return self.local == 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether this host has no rank without a lane."""
+        return len(self.here) == self.num_lanes
+
+    @property
+    def is_even(self) -> bool:
+        """Whether no host has."""
+        return self.width == self.num_lanes
+
+    def of(self, rank: int) -> tuple[int, int]:
+        """Return the host of a rank, and the number of the rank there."""
+        return self._places[rank]
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """The padded row of every rank."""
+        return torch.tensor([host * self.width + local for host, local in self._places], device="cpu")
+
+    @cached_property
+    def by_lane(self) -> Tensor:
+        """All ranks, lane by lane, where hosts are even."""
+        return torch.tensor(self.ranks_of, device="cpu").t().reshape(-1)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A communicator of some ranks, whose errors name them by their numbers among all.
+
+    Attributes:
+        comm: the communicator.
+        ranks: its ranks.
+    """
+
+    comm: Communicator
+    ranks: Sequence[int]
+
+    def run(self, operation: str, *args: Any, deadline: Deadline) -> None:
+        """Run an operation of the communicator, by its name."""
+        try:
+            getattr(self.comm, operation)(*args, timeout_s=deadline.left_s)
+        except PeerLostError as error:
+            # A split that borrows its parent may name one of the parent's ranks.
+            peers = tuple(self.ranks[peer] for peer in error.peers if peer < len(self.ranks))
+            raise PeerLostError(self._among(error), peers) from error
+        except CommError as error:
+            raise type(error)(self._among(error)) from error
+
+    def _among(self, error: CommError) -> str:
+        return f"among ranks {', '.join(map(str, self.ranks))}, there numbered from 0: {error}"
