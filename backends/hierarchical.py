@@ -34,7 +34,7 @@ from backends.wrapper import Wrapper
 from minidist import launch
 from minidist.communicator import Communicator, Device, ReduceOp, Shape
 from minidist.contract.carriers import bytes_of
-from minidist.errors import CommTimeoutError, PeerLostError
+from minidist.errors import CommError, CommTimeoutError, PeerLostError
 
 SMALL_BYTES = 2**14
 """What one lane all-reduces alone, as steps inside of a host cost more than its card."""
@@ -82,11 +82,10 @@ class HierarchicalCommunicator(Wrapper):
             before, deadline = self._sent(), Deadline(timeout_s)
             try:
                 hook(*others, deadline)
+            except PeerLostError as error:
+                raise self._cause(error, deadline) from error
             except Exception as error:
                 self._abort_levels(f"{type(error).__name__}: {error}")
-                # A rank whose time is up leaves its levels, which can reach us before our own time is up.
-                if isinstance(error, PeerLostError) and deadline.left_s < LATE * timeout_s:
-                    raise CommTimeoutError(f"no answer within {timeout_s:.3g} s; a rank did not take part") from error
                 raise
             finally:
                 messages, nbytes = self._sent()
@@ -277,14 +276,23 @@ class HierarchicalCommunicator(Wrapper):
         child = self._inner.split(groups)
         return None if child is None else HierarchicalCommunicator(self._make_intra, child, self.timeout_s, self._host)
 
+    def _cause(self, error: PeerLostError, deadline: Deadline) -> CommError:
+        """Return why a rank has left a level: most often as another one is lost, of which all hear in a moment."""
+        self._abort_levels(str(error))
+        # A rank whose time is up leaves its levels, which can reach us before our own time is up.
+        if deadline.left_s < LATE * deadline.timeout_s:
+            return CommTimeoutError(f"no answer within {deadline.timeout_s:.3g} s; a rank did not take part")
+        cause = self._lost() if self._gone() else self._inner.translate(RuntimeError(str(error)))
+        return cause if isinstance(cause, PeerLostError) else error
+
     def _close(self) -> None:
         for comm in self._levels():
             comm.close()
         super()._close()
 
     def _abort(self, reason: str) -> None:
+        super()._abort(reason)  # first: what all hear of is the cause, and that a rank left its levels is not
         self._abort_levels(reason)
-        super()._abort(reason)
 
     def _abort_levels(self, reason: str) -> None:
         """Let those go who wait on one level for a rank that has failed on the other."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from backends.deadline import Deadline
 from minidist.communicator import Communicator
+from minidist.contract.inner import Inner
 from minidist.errors import CommError, PeerLostError
 
 
@@ -92,11 +93,14 @@ class Level:
         try:
             getattr(self.comm, operation)(*args, timeout_s=deadline.left_s)
         except PeerLostError as error:
-            # A split that borrows its parent may name one of the parent's ranks.
-            peers = tuple(self.ranks[peer] for peer in error.peers if peer < len(self.ranks))
-            raise PeerLostError(self._among(error), peers) from error
+            raise self._lost(error) from error
         except CommError as error:
             raise type(error)(self._among(error)) from error
+
+    def _lost(self, error: PeerLostError) -> PeerLostError:
+        for peer, why in Inner(self.comm).gone().items():
+            return PeerLostError(f"rank {self.ranks[peer]} is gone: {why}", (self.ranks[peer],))
+        return PeerLostError(self._among(error))  # a rank of another group, of a split that borrows its parent
 
     def _among(self, error: CommError) -> str:
         return f"among ranks {', '.join(map(str, self.ranks))}, there numbered from 0: {error}"
