@@ -20,6 +20,7 @@ from experiments.running.tables import table, write_csv, write_json
 from minidist.collective import COLLECTIVES
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
+from tests.inputs import BITWISE
 from tests.test_commands import ROOT, only_run, run, run_python
 
 CONF = ROOT / "conf" / "bench.yaml"
@@ -43,7 +44,8 @@ def test_every_collective_has_a_closed_form(collective: str, world_size: int, is
 @pytest.mark.parametrize("op", ReduceOp)
 @pytest.mark.parametrize("collective", ["all_reduce", "reduce", "reduce_scatter"])
 def test_every_op_has_a_closed_form(collective: str, op: ReduceOp) -> None:
-    cfg = config(collective=collective, op=op.value, dtype="float64")
+    dtype = "int64" if op in BITWISE else "float64"
+    cfg = config(collective=collective, op=op.value, dtype=dtype)
     assert run_threads(lambda comm: Repeated(cfg, comm, 50).num_wrong(), 2) == [0, 0]
 
 
@@ -72,7 +74,7 @@ def test_wrong_elements_are_counted() -> None:
     ("changes", "message"),
     [
         ({"collective": "all_recuce"}, "collective must be one of all_reduce, reduce, .*, got all_recuce"),
-        ({"op": "add"}, "op must be one of sum, avg, min, max, product, got add"),
+        ({"op": "add"}, "op must be one of sum, avg, min, max, product, band, bor, bxor, got add"),
         ({"memory": "gpu"}, "memory must be one of empty, ordinary, got gpu"),
         ({"dtype": "float8"}, "dtype must be one of float64, .*, got float8"),
         ({"iterations": 0}, "iterations must be at least 1, got 0"),
