@@ -76,7 +76,9 @@ def is_native(tensor: Tensor, device_type: str) -> bool:
 def _is_in_place(tensor: Tensor, device_type: str) -> bool:
     """Whether its memory is what a backend can work on."""
     on_device = tensor.is_cpu if device_type == "cpu" else tensor.device.type == device_type
-    return on_device and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    # A single element counts as contiguous with any stride, and could not be viewed as bytes.
+    is_whole = tensor.is_contiguous() and (tensor.numel() != 1 or tensor.stride()[-1:] in ((), (1,)))
+    return on_device and is_whole and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _overlap(output: Tensor, input: Tensor, own_block: int | None) -> bool:
