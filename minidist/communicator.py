@@ -139,7 +139,7 @@ class Communicator(Membership):
         Where the inputs differ in size, ``sizes`` gives the number of elements of each, the same on all ranks.
         """
         if sizes is not None:
-            checks.uneven(self, "all_gather", output=(output, sizes), input=(input, [sizes[self.rank]]))
+            checks.uneven_blocks(self, "all_gather", "output", sizes, output=output, input=input)
             return self.in_order(lambda: uneven.all_gather(self, output, input, sizes, timeout_s), async_op)
         checks.blocks(self, "all_gather", "output", output=output, input=input)
         return self._run("all_gather", (output, input), None, None, async_op, timeout_s)
@@ -159,11 +159,10 @@ class Communicator(Membership):
         ``input`` keeps its values, but for those in the memory of ``output``. Where the outputs differ in size,
         ``sizes`` gives the number of elements of each, the same on all ranks.
         """
-        if sizes is not None:
-            checks.reduction(self, "reduce_scatter", op, output=output)
-            checks.uneven(self, "reduce_scatter", output=(output, [sizes[self.rank]]), input=(input, sizes))
-            return self.in_order(lambda: uneven.reduce_scatter(self, output, input, op, sizes, timeout_s), async_op)
         op = checks.reduction(self, "reduce_scatter", op, output=output)
+        if sizes is not None:
+            checks.uneven_blocks(self, "reduce_scatter", "input", sizes, output=output, input=input)
+            return self.in_order(lambda: uneven.reduce_scatter(self, output, input, op, sizes, timeout_s), async_op)
         checks.blocks(self, "reduce_scatter", "input", output=output, input=input)
         return self._run("reduce_scatter", (output, input), None, op, async_op, timeout_s)
 
@@ -198,9 +197,8 @@ class Communicator(Membership):
         Where blocks differ in size, all ranks give both sizes: the number of elements of each block. What a rank sends
         to another one has to be as large as what that one expects.
         """
-        if output_sizes is not None and input_sizes is not None:
-            sizes = (output_sizes, input_sizes)
-            checks.uneven(self, "all_to_all", output=(output, output_sizes), input=(input, input_sizes))
+        if output_sizes is not None or input_sizes is not None:
+            sizes = checks.uneven_all_to_all(self, output, input, output_sizes, input_sizes)
             return self.in_order(lambda: uneven.all_to_all(self, output, input, *sizes, timeout_s), async_op)
         checks.equal_blocks(self, "all_to_all", output, input)
         return self._run("all_to_all", (output, input), None, None, async_op, timeout_s)

@@ -93,6 +93,16 @@ def test_our_own_ddp_trains_inside_of_a_program_that_runs_on_gloo(world: World) 
     assert same(world("training.borrowed_ddp", "torch"), world("training.stock_ddp", "torch"))
 
 
+def test_a_borrowed_group_has_the_bitwise_operations(world: World) -> None:
+    for found in world("training.borrowed_bitwise", "torch"):
+        assert [each.tolist() for each in found[:3]] == [[12, 5, 0], [12, 5, 7], [0, 0, 7]]
+        assert [each.tolist() for each in found[3:]] == [
+            [True, False, False],
+            [True, True, False],
+            [False, True, False],
+        ]
+
+
 @pytest.mark.parametrize("spec", ["shm", pytest.param("ring/gloo", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("program", OF_2_RANKS)
 def test_a_stock_program_computes_as_over_gloo(world: World, program: str, spec: str) -> None:

@@ -171,18 +171,39 @@ def blocks(comm: Rank, operation: str, many: str, **named: Tensor) -> None:
         )
 
 
-def uneven(comm: Rank, operation: str, **named: tuple[Tensor, Sequence[int]]) -> None:
-    """Check tensors that consist of blocks of the given sizes."""
-    tensors(comm, operation, **{name: tensor for name, (tensor, _) in named.items()})
-    for name, (tensor, sizes) in named.items():
-        if len(sizes) not in (1, comm.world_size):
-            raise ValueError(
-                f"{comm.who(operation)}: there must be a size for each of the {comm.world_size} ranks, got {len(sizes)}"
-            )
-        if min(sizes) < 0 or sum(sizes) != tensor.numel():
-            raise ValueError(
-                f"{comm.who(operation)}: {name} has {tensor.numel()} elements, but its blocks have {list(sizes)}"
-            )
+def sized(comm: Rank, operation: str, name: str, tensor: Tensor, sizes: Sequence[int]) -> None:
+    """Check that a tensor consists of a block of the given size for each rank."""
+    if len(sizes) != comm.world_size:
+        raise ValueError(
+            f"{comm.who(operation)}: there must be a size for each of the {comm.world_size} ranks, got {len(sizes)}"
+        )
+    if min(sizes) < 0 or sum(sizes) != tensor.numel():
+        raise ValueError(
+            f"{comm.who(operation)}: {name} has {tensor.numel()} elements, but its blocks have {list(sizes)}"
+        )
+
+
+def uneven_blocks(comm: Rank, operation: str, many: str, sizes: Sequence[int], **named: Tensor) -> None:
+    """Check that the tensor called ``many`` holds a block per rank, and this rank's is as large as the other tensor."""
+    tensors(comm, operation, **named)
+    sized(comm, operation, many, named[many], sizes)
+    (one,) = (name for name in named if name != many)
+    if named[one].numel() != sizes[comm.rank]:
+        raise ValueError(
+            f"{comm.who(operation)}: {one} has {named[one].numel()} elements, but sizes says {sizes[comm.rank]}"
+        )
+
+
+def uneven_all_to_all(
+    comm: Rank, output: Tensor, input: Tensor, output_sizes: Sequence[int] | None, input_sizes: Sequence[int] | None
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Check the tensors of an all-to-all whose blocks differ in size; return both sizes."""
+    if output_sizes is None or input_sizes is None:
+        raise ValueError(f"{comm.who('all_to_all')}: give both output_sizes and input_sizes, or neither")
+    tensors(comm, "all_to_all", output=output, input=input)
+    sized(comm, "all_to_all", "output", output, output_sizes)
+    sized(comm, "all_to_all", "input", input, input_sizes)
+    return output_sizes, input_sizes
 
 
 def rooted(comm: Rank, operation: str, root: tuple[str, int], many: str, **named: Tensor | None) -> None:

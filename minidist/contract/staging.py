@@ -37,7 +37,7 @@ def staged(
     if present and not any(tensor.numel() for tensor in present):
         return None
     detached = [tensor.detach() if tensor is not None and tensor.requires_grad else tensor for tensor in tensors]
-    apart = keep or (len(present) > 1 and (divisor > 1 or _overlap(present[0], present[1], own_block)))
+    apart = keep or (len(present) > 1 and (divisor > 1 or overlap(present[0], present[1], own_block)))
     if divisor < 2 and not apart and all(is_native(tensor, device_type) for tensor in present):
         return functools.partial(hook, *detached)
     return _on_copies(hook, detached, device_type, divisor, keep, apart)
@@ -81,7 +81,7 @@ def _is_in_place(tensor: Tensor, device_type: str) -> bool:
     return on_device and is_whole and not tensor.is_conj() and not tensor.is_neg()
 
 
-def _overlap(output: Tensor, input: Tensor, own_block: int | None) -> bool:
+def overlap(output: Tensor, input: Tensor, own_block: int | None = None) -> bool:
     """Whether two contiguous tensors have memory in common, and not as the hook takes it."""
     start = output.data_ptr()
     other = input.data_ptr()

@@ -69,6 +69,19 @@ def borrowed_ddp(folder: Path) -> Any:
     return parameters(wrapped.module)
 
 
+def borrowed_bitwise(folder: Path) -> Any:
+    from minidist.c10d import from_process_group
+    from minidist.communicator import ReduceOp
+
+    with from_process_group() as comm:
+        integers = [torch.tensor([12, 5, 7 * comm.rank]) for _ in range(3)]
+        flags = [torch.tensor([True, comm.rank == 0, False]) for _ in range(3)]
+        for op, integer, flag in zip((ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR), integers, flags, strict=True):
+            comm.all_reduce(integer, op)
+            comm.all_reduce(flag, op)
+    return [*integers, *flags]
+
+
 def zero_redundancy(folder: Path) -> Any:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
