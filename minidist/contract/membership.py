@@ -330,6 +330,14 @@ class _Message(Work):
         tensor = self._staged.tensor
         return f"{tensor.numel()} {checks.spell(tensor.dtype)} to rank {self._peer} with tag {self._tag}"
 
+    def failure(self) -> Exception | None:
+        """Return why a message that has ended failed; unlike `exception`, that leaves the communicator as it is."""
+        try:
+            self._work.wait()
+        except Exception as error:
+            return error
+        return None
+
     def is_done(self) -> bool:
         would_raise = not self._comm._maker.is_here or bool(self._comm._gone())
         return self._staged is None or would_raise or self._work.is_done()
