@@ -296,14 +296,9 @@ class _GlooMessage(Work):
 
 
 class _GlooSend(_GlooMessage):
-    """Gloo lets a sender wait for a receiver that has left; the lifeline knows better."""
+    """Gloo lets a sender wait for a receiver that has left; who polls is told so by the lifeline."""
 
     _hopeless_from: float | None = None
-
-    def wait(self) -> None:
-        if self._is_hopeless():
-            raise ContactLostError(self._peer)
-        super().wait()
 
     def is_done(self) -> bool:
         return super().is_done() or self._is_hopeless()

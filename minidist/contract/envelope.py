@@ -163,4 +163,5 @@ class _Enveloped(Work):
         return self._error is not None or all(work.is_done() for work in self._rest)
 
     def exception(self) -> BaseException | None:
-        return self._error
+        found = (work.exception() for work in (self._first, *self._rest))
+        return self._error or next((error for error in found if error is not None), None)

@@ -332,6 +332,9 @@ class _Message(Work):
 
     def failure(self) -> Exception | None:
         """Return why a message that has ended failed; unlike `exception`, that leaves the communicator as it is."""
+        error = self._work.exception()
+        if isinstance(error, Exception):
+            return error
         try:
             self._work.wait()
         except Exception as error:

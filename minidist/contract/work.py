@@ -167,7 +167,7 @@ class Progress:
 
         It then runs at once, before the jobs behind, of which another rank may have fewer by now.
         """
-        return self._in_job and self.serving
+        return self.serving and self._in_job
 
     def submit(self, job: Callable[[], None]) -> Pending:
         """Run ``job`` after all that was submitted before it."""
