@@ -13,16 +13,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-HELD: list[object] = []
-"""The process group, to the end: where a callback of PowerSGD's is the last to hold it, native Gloo ends the process,
-as the callback's thread would have to wait for itself ("Resource deadlock avoided"; torch 2.14 and 2.15)."""
-
 
 def main() -> None:
     name, backend, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     program = pkgutil.resolve_name(f"tests.c10d_programs.{name}")
     dist.init_process_group(backend, timeout=timedelta(seconds=60))
-    HELD.append(dist.group.WORLD)
     rank = dist.get_rank()
     torch.save(program(folder), folder / f"{name}-{rank}.pt")
     if dist.is_initialized():

@@ -93,6 +93,13 @@ def test_our_own_ddp_trains_inside_of_a_program_that_runs_on_gloo(world: World) 
     assert same(world("training.borrowed_ddp", "torch"), world("training.stock_ddp", "torch"))
 
 
+def test_a_borrowed_group_can_be_destroyed(world: World) -> None:
+    """What borrows it must not keep its threads, which would meet the end of the interpreter."""
+    for threads, said in world("training.borrowed_and_destroyed", "torch"):
+        assert threads == []
+        assert "its process group was destroyed; call from_process_group on a new one" in said
+
+
 def test_a_borrowed_group_has_the_bitwise_operations(world: World) -> None:
     for found in world("training.borrowed_bitwise", "torch"):
         assert [each.tolist() for each in found[:3]] == [[12, 5, 0], [12, 5, 7], [0, 0, 7]]
