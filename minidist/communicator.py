@@ -77,13 +77,19 @@ class Communicator(Membership):
         self.isend(tensor, dst, tag, timeout_s).wait()
 
     @final
-    def recv(self, tensor: Tensor, src: int, tag: int = 0, timeout_s: Seconds = None) -> None:
-        """Receive into ``tensor`` what rank ``src`` sent with the same ``tag``.
+    def recv(self, tensor: Tensor, src: int | None, tag: int = 0, timeout_s: Seconds = None) -> int:
+        """Receive into ``tensor`` what rank ``src`` sent with the same ``tag``; return the rank that it came from.
+
+        None for ``src`` takes the message of whoever's comes first; see `irecv`.
 
         Raises:
             MismatchError: it has another size or dtype; what is in ``tensor`` then means nothing.
+            ValueError: ``src`` is None, and `receives_from_any` is not; among other wrong arguments.
         """
-        self.irecv(tensor, src, tag, timeout_s).wait()
+        work = self.irecv(tensor, src, tag, timeout_s)
+        work.wait()
+        assert work.peer is not None  # a message has come, and from somebody
+        return work.peer
 
     @final
     def isend(self, tensor: Tensor, dst: int, tag: int = 0, timeout_s: Seconds = None) -> Work:
@@ -96,10 +102,15 @@ class Communicator(Membership):
         return self._transfer("isend", self._isend, tensor, dst, tag, timeout_s)
 
     @final
-    def irecv(self, tensor: Tensor, src: int, tag: int = 0, timeout_s: Seconds = None) -> Work:
-        """Start to receive into ``tensor``, which holds the message once ``wait()`` returned; see `recv`."""
-        checks.message(self, "irecv", tensor, "src", src, tag)
-        return self._transfer("irecv", self._irecv, tensor, src, tag, timeout_s)
+    def irecv(self, tensor: Tensor, src: int | None, tag: int = 0, timeout_s: Seconds = None) -> Work:
+        """Start to receive into ``tensor``, which holds the message once ``wait()`` returned; see `recv`.
+
+        With None for ``src``, where `receives_from_any`, the Work's ``peer`` then is the rank that it came from. A
+        receive of the same tag that names its source may go before one that does not. While one that does not is open,
+        large messages to it, and to those of its tag after it, may move only while this rank waits for them.
+        """
+        source = checks.source(self, "irecv", tensor, src, tag)
+        return self._transfer("irecv", self._irecv, tensor, source, tag, timeout_s)
 
     # Collectives ------------------------------------------------------------------------------
 
@@ -264,7 +275,10 @@ class Communicator(Membership):
 
     @abstractmethod
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        """Start a receive. What comes is as large as ``tensor``, unless ``checks_sizes`` makes others errors."""
+        """Start a receive. What comes is as large as ``tensor``, unless ``checks_sizes`` makes others errors.
+
+        ``src`` is another rank; or, only if ``receives_from_any``, ANY_SOURCE: then the Work's ``peer`` has to tell.
+        """
 
     @abstractmethod
     def _collective(self, name: str) -> Callable[..., None]:

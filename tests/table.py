@@ -11,10 +11,23 @@ from types import ModuleType
 from backends.ring import RingCommunicator
 from backends.thread import ThreadCommunicator
 from minidist.communicator import Communicator
-from tests import conformance, conformance_faults, conformance_order, conformance_training, zoo
+from tests import (
+    conformance,
+    conformance_faults,
+    conformance_order,
+    conformance_sources,
+    conformance_training,
+    zoo,
+)
 from tests.inputs import Needs
 
-MODULES: tuple[ModuleType, ...] = (conformance, conformance_order, conformance_training, conformance_faults)
+MODULES: tuple[ModuleType, ...] = (
+    conformance,
+    conformance_order,
+    conformance_sources,
+    conformance_training,
+    conformance_faults,
+)
 CHECKS: dict[str, Callable[..., None]] = {
     name: check for module in MODULES for name, check in vars(module).items() if name.startswith("check_")
 }

@@ -122,6 +122,15 @@ def test_a_stock_program_of_4_ranks_computes_as_over_gloo(world: World, program:
     assert same(world(program, spec, 4), world(program, "torch", 4))
 
 
+def test_a_receive_without_src_takes_what_comes(world: World) -> None:
+    assert same(world("messages.from_any", "ring/shm", 3), world("messages.from_any", "torch", 3))
+
+
+def test_a_receive_without_src_is_refused_by_a_sentence_where_none_can(world: World) -> None:
+    for answer in world("messages.from_any_where_none_can", "ring/gloo"):
+        assert "irecv: src is None, but RingCommunicator cannot receive from any source; name the rank" in answer
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("spec", ["shm", "ring/gloo"])
@@ -163,9 +172,9 @@ LEFT_OUT = {
     "test_isend": "is_completed",
     "test_isend_autograd_profiler": "is_completed",
     "test_isend_torch_profiler": "is_completed",
-    "test_send_recv_any_source": "any source",
-    "test_send_recv_any_source_autograd_profiler": "any source",
-    "test_send_recv_any_source_torch_profiler": "any source",
+    "test_send_recv_any_source": "dist.recv asks the C++ half for the source",
+    "test_send_recv_any_source_autograd_profiler": "dist.recv asks the C++ half for the source",
+    "test_send_recv_any_source_torch_profiler": "dist.recv asks the C++ half for the source",
     "test_ddp_logging_data_cpu": "the logged name is custom",
 }
 """What passes over native Gloo and not here, with the reason."""

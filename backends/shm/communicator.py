@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from backends.contact import ContactLostError
+from backends.contact import ContactLostError, contact_lost
 from backends.deadline import Deadline
 from backends.processes.communicator import ProcessCommunicator
 from backends.processes.offer import Offer, Read
@@ -41,7 +41,7 @@ class ShmCommunicator(ProcessCommunicator):
     large one does not move while both compute.
     """
 
-    checks_sizes = checks_dtypes = True
+    checks_sizes = checks_dtypes = receives_from_any = True
     tag_bits = 31
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
@@ -166,9 +166,7 @@ class ShmCommunicator(ProcessCommunicator):
             return CommError(self._closed)
         if self._lifeline.lost:
             return self._lost()
-        if peer in self._lifeline.left:
-            return ContactLostError(peer)
-        return deadline.missed_by(peer)
+        return contact_lost(peer, self._lifeline.left, self.world_size) or deadline.missed_by(peer)
 
     def _translate(self, error: Exception) -> CommError:
         if isinstance(error, ContactLostError):
@@ -207,6 +205,7 @@ class _ShmWork(Work):
     def wait(self) -> None:
         if not self._has_ended():
             self._arena.wait_until(self._has_ended, self._peer, self._deadline)
+        self.peer = self._message.src
         if self._message.error is not None:
             raise self._message.error
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minidist.contract.carriers import CARRIED, ONLY_MOVED
-from minidist.contract.rank import Rank
+from minidist.contract.rank import ANY_SOURCE, Rank
 from minidist.contract.reduce_op import ReduceOp
 
 DTYPES = (
@@ -131,6 +131,27 @@ def message(comm: Rank, operation: str, tensor: Tensor, name: str, rank: int, ta
     peer(comm, operation, name, rank)
     if rank == comm.rank:
         raise ValueError(f"{comm.who(operation)}: {name} is this rank itself; copy the tensor instead")
+    _tag(comm, operation, tag)
+
+
+def source(comm: Rank, operation: str, tensor: Tensor, src: int | None, tag: int) -> int:
+    """Check the arguments of a receive; return whom it comes from, ANY_SOURCE for None."""
+    if src is not None:
+        message(comm, operation, tensor, "src", src, tag)
+        return src
+    if not comm.receives_from_any:
+        raise ValueError(
+            f"{comm.who(operation)}: src is None, but {type(comm).__name__} cannot receive from any source; "
+            "name the rank, and start an irecv for each one that may send"
+        )
+    if comm.world_size == 1:
+        raise ValueError(f"{comm.who(operation)}: src is None, any other rank, but this rank is the only one")
+    tensors(comm, operation, tensor=tensor)
+    _tag(comm, operation, tag)
+    return ANY_SOURCE
+
+
+def _tag(comm: Rank, operation: str, tag: int) -> None:
     if not isinstance(tag, int) or not 0 <= tag <= comm.max_tag:
         raise ValueError(f"{comm.who(operation)}: tag must be an int from 0 to {comm.max_tag}, got {tag!r}")
 
