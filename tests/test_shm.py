@@ -263,9 +263,9 @@ def test_negative_sizes_are_refused() -> None:
         comm.empty((2, -1))
 
 
-def test_shared_blocks_are_for_shared_memory() -> None:
+def test_without_meetings_are_for_shared_memory() -> None:
     with ShmCommunicator() as comm, pytest.raises(ValueError, match="make it with empty"):
-        comm.shared_blocks(torch.ones(10))
+        comm.without_meetings(torch.ones(10))
 
 
 def test_several_hosts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,165 @@
+"""The all-reduce as a kernel; see backends/shm/compiled/ways.py."""
+
+from __future__ import annotations
+
+from numba import njit
+
+from backends.shm.compiled.desk import (
+    ARRIVALS,
+    DONE,
+    EVERYBODY,
+    ITEMSIZE,
+    NUMEL,
+    RANK,
+    ROUND,
+    SIGNATURE,
+    SOURCES,
+    TARGETS,
+    WAY,
+    WORLD_SIZE,
+)
+from backends.shm.compiled.machine import copy, load, store
+from backends.shm.compiled.meeting import entry, heap, meet, offset_of
+from backends.shm.compiled.ways import (
+    KERNEL,
+    LAG,
+    MEETING,
+    STAGED,
+    block_bytes,
+    combine,
+    decide,
+    end_round,
+    finish,
+    inline_place,
+    next_round,
+    offered,
+    staged,
+)
+from backends.shm.layout import INLINE_BYTES, LINE_BYTES, NOWHERE
+
+
+@njit
+def share_bytes(desk, plan):
+    """Return how many bytes a rank owns; the last one may own fewer. See backends/shm/layout.py."""
+    lines = -(-load(plan + NUMEL) * load(plan + ITEMSIZE) // LINE_BYTES)
+    return -(-lines // load(desk + WORLD_SIZE)) * LINE_BYTES
+
+
+@njit
+def reduce_inline(desk, plan, target):
+    place = inline_place(desk)
+    nbytes = load(plan + NUMEL) * load(plan + ITEMSIZE)
+    if load(desk + ARRIVALS) == 0:
+        copy(heap(desk, load(desk + RANK)) + place, target, nbytes)
+    status = meet(desk, 0, load(plan + SIGNATURE), NOWHERE)
+    if status == DONE:
+        for rank in range(load(desk + WORLD_SIZE)):
+            store(entry(desk, SOURCES, rank), heap(desk, rank) + place)
+        store(entry(desk, TARGETS, 0), target)
+        combine(desk, plan, load(desk + WORLD_SIZE), 1, load(plan + NUMEL))
+    return status
+
+
+@njit
+def combine_share(desk, plan):
+    size = share_bytes(desk, plan)
+    left = load(plan + NUMEL) * load(plan + ITEMSIZE) - load(desk + RANK) * size
+    count = min(size, left) // load(plan + ITEMSIZE)
+    if count > 0:
+        combine(desk, plan, load(desk + WORLD_SIZE), load(desk + WORLD_SIZE), count)
+
+
+@njit
+def reduce_in_place(desk, plan):
+    me = load(desk + RANK)
+    start = me * share_bytes(desk, plan)
+    for rank in range(load(desk + WORLD_SIZE)):
+        place = 0 if rank == me else rank + 1 if rank < me else rank
+        store(entry(desk, SOURCES, place), offered(desk, rank) + start)
+        store(entry(desk, TARGETS, place), offered(desk, rank) + start)
+    combine_share(desk, plan)
+
+
+@njit
+def length_of_block(desk, plan, rank, block, step):
+    """Return how many bytes of a rank's share are in a block; 0 where its share has ended."""
+    size = share_bytes(desk, plan)
+    of_share = min(size, load(plan + NUMEL) * load(plan + ITEMSIZE) - rank * size)
+    return max(0, min(step, of_share - block * step))
+
+
+@njit
+def stage_shares(desk, plan, target, block, step):
+    n = load(desk + WORLD_SIZE)
+    me = load(desk + RANK)
+    for rank in range(n):
+        if rank != me:
+            source = target + rank * share_bytes(desk, plan) + block * step
+            copy(staged(desk, me, block, step, n, rank), source, length_of_block(desk, plan, rank, block, step))
+
+
+@njit
+def reduce_block(desk, plan, target, block, step):
+    n = load(desk + WORLD_SIZE)
+    me = load(desk + RANK)
+    mine = target + me * share_bytes(desk, plan) + block * step
+    for rank in range(n):
+        place = 0 if rank == me else rank + 1 if rank < me else rank
+        store(entry(desk, SOURCES, place), mine if rank == me else staged(desk, rank, block, step, n, me))
+    store(entry(desk, TARGETS, 0), mine)
+    store(entry(desk, TARGETS, 1), staged(desk, me, block, step, n, me))
+    count = length_of_block(desk, plan, me, block, step) // load(plan + ITEMSIZE)
+    if count > 0:
+        combine(desk, plan, n, 2, count)
+
+
+@njit
+def copy_results(desk, plan, target, block, step):
+    n = load(desk + WORLD_SIZE)
+    for rank in range(n):
+        if rank != load(desk + RANK):
+            result = target + rank * share_bytes(desk, plan) + block * step
+            copy(result, staged(desk, rank, block, step, n, rank), length_of_block(desk, plan, rank, block, step))
+
+
+@njit
+def reduce_staged(desk, plan, target):
+    size = share_bytes(desk, plan)
+    step = block_bytes(load(desk + WORLD_SIZE), size)
+    num_blocks = -(-size // step)
+    while load(desk + ROUND) < num_blocks + 2 * LAG:
+        status = next_round(desk)
+        if status != DONE:
+            return status
+        k = load(desk + ROUND)
+        if k < num_blocks:
+            stage_shares(desk, plan, target, k, step)
+        if LAG <= k < num_blocks + LAG:
+            reduce_block(desk, plan, target, k - LAG, step)
+        if k >= 2 * LAG:
+            copy_results(desk, plan, target, k - 2 * LAG, step)
+        end_round(desk)
+    return DONE
+
+
+@njit(KERNEL, nogil=True, cache=True)
+def all_reduce(desk, plan, source, target):
+    """Combine the tensors of all ranks, in place; ``source`` is not used."""
+    if load(plan + NUMEL) * load(plan + ITEMSIZE) <= INLINE_BYTES:
+        return finish(desk, reduce_inline(desk, plan, target))
+    status = meet(desk, 0, load(plan + SIGNATURE), offset_of(desk, target))
+    if status != DONE:
+        return status
+    decide(desk, EVERYBODY)
+    if load(desk + WAY) == STAGED:
+        return finish(desk, reduce_staged(desk, plan, target))
+    if load(desk + ARRIVALS) == 1:
+        reduce_in_place(desk, plan)
+    return finish(desk, meet(desk, 1, MEETING, NOWHERE))
+
+
+@njit(KERNEL, nogil=True, cache=True)
+def reduce_share(desk, plan, source, target):
+    """Do what an all-reduce in place does between its meetings, with the tables as the last one left them."""
+    combine_share(desk, plan)
+    return DONE

@@ -1,0 +1,24 @@
+"""The words that a rank's kernels share with Python: what they are told, and how far they have come.
+
+A kernel that has waited long enough returns, and is called again with the same arguments once Python has seen to the
+rest: messages, deadlines, ranks that are gone, Ctrl-C. So what it has done already stands here and not in variables.
+"""
+
+RANK, WORLD_SIZE, SIZE, SPINS, PATIENCE_NS, INLINE, STAGE, SCRATCH = (8 * word for word in range(8))
+"""This rank, how many there are, bytes of a heap, how often to look, how long to wait beyond that, and places: two
+offsets in every heap, and an address of this process."""
+ARRIVALS, WAY, ROUND, CHIME = (8 * word for word in range(8, 12))
+"""How often this collective has come to a meeting, the way it goes, its next round, and what to write into bells."""
+PEER, WORD, GOAL = (8 * word for word in range(12, 15))
+"""Who is waited for, for which word, and until it is how much."""
+NUM_FIELDS = 16
+HEAPS, WORDS, SOURCES, TARGETS = range(4)
+"""After the fields, tables with a word for each rank: where the heaps are, and the words in them, and what to combine."""
+
+SIGNATURE, REDUCER, NUMEL, ITEMSIZE, NUM_PIECES, ROOT, NUM_READS, READS = (8 * word for word in range(8))
+"""A plan: what a collective is, in bytes from its address. A read is (byte in the target, parts, rank, piece, ...)."""
+EVERYBODY = -1
+"""The root of a plan where every rank offers something."""
+
+DONE, AWAY, DISAGREED = 0, 1, 2
+"""What a kernel returns: it is done, a rank has not come yet, or came with another signature."""
