@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from numba import njit
 
+from backends.shm.compiled.copies import copy, stream
 from backends.shm.compiled.desk import (
     ARRIVALS,
     DONE,
@@ -18,7 +19,7 @@ from backends.shm.compiled.desk import (
     WAY,
     WORLD_SIZE,
 )
-from backends.shm.compiled.machine import copy, load, store
+from backends.shm.compiled.machine import load, store
 from backends.shm.compiled.meeting import entry, heap, meet, offset_of
 from backends.shm.compiled.ways import (
     KERNEL,
@@ -50,7 +51,7 @@ def reduce_inline(desk, plan, target):
     place = inline_place(desk)
     nbytes = load(plan + NUMEL) * load(plan + ITEMSIZE)
     if load(desk + ARRIVALS) == 0:
-        copy(heap(desk, load(desk + RANK)) + place, target, nbytes)
+        stream(heap(desk, load(desk + RANK)) + place, target, nbytes)
     status = meet(desk, 0, load(plan + SIGNATURE), NOWHERE)
     if status == DONE:
         for rank in range(load(desk + WORLD_SIZE)):
@@ -95,7 +96,7 @@ def stage_shares(desk, plan, target, block, step):
     for rank in range(n):
         if rank != me:
             source = target + rank * share_bytes(desk, plan) + block * step
-            copy(staged(desk, me, block, step, n, rank), source, length_of_block(desk, plan, rank, block, step))
+            stream(staged(desk, me, block, step, n, rank), source, length_of_block(desk, plan, rank, block, step))
 
 
 @njit
@@ -107,10 +108,9 @@ def reduce_block(desk, plan, target, block, step):
         place = 0 if rank == me else rank + 1 if rank < me else rank
         store(entry(desk, SOURCES, place), mine if rank == me else staged(desk, rank, block, step, n, me))
     store(entry(desk, TARGETS, 0), mine)
-    store(entry(desk, TARGETS, 1), staged(desk, me, block, step, n, me))
-    count = length_of_block(desk, plan, me, block, step) // load(plan + ITEMSIZE)
-    if count > 0:
-        combine(desk, plan, n, 2, count)
+    length = length_of_block(desk, plan, me, block, step)
+    combine(desk, plan, n, 1, length // load(plan + ITEMSIZE))
+    stream(staged(desk, me, block, step, n, me), mine, length)
 
 
 @njit

@@ -69,8 +69,7 @@ class CompiledCollectives:
         }
         heaps = [heap.base for heap in arena.heaps]
         words = [base + arena.places.words for base in heaps]
-        # Two sources and targets even of one rank: what is reduced on the stage has two targets.
-        space = [0] * (2 * (n + 1))
+        space = [0] * (2 * n)
         return _Words([*(fields.get(8 * field, 0) for field in range(desk.NUM_FIELDS)), *heaps, *words, *space])
 
     def all_reduce(self, flat: Tensor, op: ReduceOp, timeout_s: float) -> None:

@@ -19,6 +19,8 @@ I8 = ir.IntType(8)
 I16 = ir.IntType(16)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
+LINE_BYTES = 64
+VECTOR = ir.VectorType(I64, LINE_BYTES // 8)
 F32 = ir.FloatType()
 HALF = ir.HalfType()
 BYTES = I8.as_pointer()
@@ -142,14 +144,49 @@ def now_ns(typing):
 
 
 @intrinsic
-def copy(typing, target, source, nbytes):
-    """Copy bytes between places that do not overlap."""
+def copy_bytes(typing, target, source, nbytes):
+    """Copy bytes between places that do not overlap, as libc does it."""
 
     def generate(context, builder, signature, args):
         target, source = (builder.inttoptr(address, BYTES) for address in args[:2])
         cgutils.raw_memcpy(builder, target, source, args[2], 1)
 
     return types.void(types.int64, types.int64, types.int64), generate
+
+
+def _line_copier(is_streaming):
+    """Return an intrinsic that copies one line of the cache."""
+
+    @intrinsic
+    def copy_line(typing, target, source):
+        def generate(context, builder, signature, args):
+            target, source = (builder.inttoptr(address, VECTOR.as_pointer()) for address in args)
+            line = builder.load(source, align=1)
+            stored = builder.store(line, target, align=LINE_BYTES if is_streaming else 1)
+            if is_streaming:
+                stored.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+
+        return types.void(types.int64, types.int64), generate
+
+    return copy_line
+
+
+copy_line = _line_copier(is_streaming=False)
+stream_line = _line_copier(is_streaming=True)
+
+
+@intrinsic
+def end_streams(typing):
+    """Let what was streamed be seen before what is stored from here on; a release alone does not do that on x86-64."""
+
+    def generate(context, builder, signature, args):
+        if builder.module.triple.startswith("x86_64"):
+            name = "llvm.x86.sse.sfence"
+            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), []), name), [])
+        else:
+            builder.fence("seq_cst")
+
+    return types.void(), generate
 
 
 @intrinsic

@@ -14,7 +14,8 @@ import torch
 from numba import carray, cfunc, njit, types
 from numba.extending import overload
 
-from backends.shm.compiled.machine import at, bits_of, copy, float_of, float_of_half, half_of_float, load
+from backends.shm.compiled.copies import copy
+from backends.shm.compiled.machine import at, bits_of, float_of, float_of_half, half_of_float, load
 from minidist.communicator import ReduceOp
 
 SUM, MIN, MAX, PRODUCT = range(4)

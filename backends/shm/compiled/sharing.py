@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from numba import njit
 
+from backends.shm.compiled.copies import stream
 from backends.shm.compiled.desk import (
     ARRIVALS,
     DONE,
@@ -20,7 +21,7 @@ from backends.shm.compiled.desk import (
     TARGETS,
     WAY,
 )
-from backends.shm.compiled.machine import copy, load, store
+from backends.shm.compiled.machine import load, store
 from backends.shm.compiled.meeting import entry, heap, meet, offset_of
 from backends.shm.compiled.ways import (
     KERNEL,
@@ -62,7 +63,7 @@ def share_inline(desk, plan, source, target):
     place = inline_place(desk)
     nbytes = load(plan + NUMEL) * load(plan + ITEMSIZE)
     if load(desk + ARRIVALS) == 0 and source != 0:
-        copy(heap(desk, load(desk + RANK)) + place, source, nbytes * load(plan + NUM_PIECES))
+        stream(heap(desk, load(desk + RANK)) + place, source, nbytes * load(plan + NUM_PIECES))
     status = meet(desk, 0, load(plan + SIGNATURE), NOWHERE)
     if status == DONE:
         read = plan + READS
@@ -96,7 +97,7 @@ def stage_pieces(desk, plan, source, block, step):
     length = min(step, nbytes - block * step)
     for piece in range(num_pieces):
         place = staged(desk, load(desk + RANK), block, step, num_pieces, piece)
-        copy(place, source + piece * nbytes + block * step, length)
+        stream(place, source + piece * nbytes + block * step, length)
 
 
 @njit

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from numba import njit, types
 
+from backends.shm.compiled.copies import copy
 from backends.shm.compiled.desk import (
     ARRIVALS,
     DONE,
@@ -29,14 +30,12 @@ from backends.shm.compiled.desk import (
     WAY,
     WORLD_SIZE,
 )
-from backends.shm.compiled.machine import call_reducer, copy, load, store
+from backends.shm.compiled.machine import call_reducer, load, store
 from backends.shm.compiled.meeting import advance, entry, heap, own, ticket, wait_for_all
 from backends.shm.layout import COUNT, INLINE_BYTES, LINE_BYTES, NOWHERE, PROGRESS, STAGE_BYTES
 
 LAG = 2
 BLOCK_BYTES = 2**16
-COPY_BYTES = 2**17
-"""What is copied at a time: libc writes more than a part of the last cache around it, and the reader waits longer."""
 MEETING = 0
 UNDECIDED, IN_PLACE, STAGED = range(3)
 KERNEL = types.int64(types.int64, types.int64, types.int64, types.int64)
@@ -56,8 +55,7 @@ def finish(desk, status):
 def move(target, source, nbytes):
     """Copy, unless it is there."""
     if target != source:
-        for start in range(0, nbytes, COPY_BYTES):
-            copy(target + start, source + start, min(COPY_BYTES, nbytes - start))
+        copy(target, source, nbytes)
 
 
 @njit
