@@ -1,7 +1,8 @@
-"""One rank of a world in which test_shm.py tries something: ``python -m tests.shm_ranks disagree``."""
+"""One rank of a world in which test_shm.py tries something: ``python -m tests.shm_ranks disagree compiled``."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
@@ -15,11 +16,12 @@ import torch
 import backends.shm.doorbell
 import backends.shm.heap
 from backends.ring import RingCommunicator
-from backends.shm.communicator import ShmCommunicator
+from backends.shm.communicator import ShmCommunicator as AnyShmCommunicator
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import CommError, MismatchError, PeerLostError
 
 NO_NAP_S = 20.0
+ShmCommunicator = functools.partial(AnyShmCommunicator, kernels=sys.argv[2])
 
 
 def disagree() -> None:
