@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ import backends.shm.heap
 from backends.ring import RingCommunicator
 from backends.shm.communicator import ShmCommunicator as AnyShmCommunicator
 from minidist.communicator import Communicator, ReduceOp
+from minidist.contract.checks import DTYPES
 from minidist.errors import CommError, MismatchError, PeerLostError
 
 NO_NAP_S = 20.0
@@ -211,6 +212,52 @@ def one_cannot_start() -> None:
         os._exit(0)
 
 
+def same_bits() -> None:
+    """Every collective on random numbers of every dtype: compiled kernels and torch's operations agree on each bit."""
+    with AnyShmCommunicator(kernels="torch") as torch_comm, AnyShmCommunicator(kernels="compiled") as comm:
+        for seed, (dtype, op) in enumerate((one, op) for one in DTYPES for op in combinable(one)):
+            for numel, shared in ((5 + seed, False), (2048, True), (40_003, seed % 2 == 0)):
+                expected, actual = (results(each, numel, dtype, op, shared, seed) for each in (torch_comm, comm))
+                differ = [name for name in expected if not torch.equal(expected[name], actual[name])]
+                assert not differ, f"{differ} differ: {dtype} {op} {numel} shared={shared}"
+                sums = comm.all_gather_object(actual["all_reduce"].numpy().tobytes())
+                assert len(set(sums)) == 1, f"ranks differ: {dtype} {op} {numel} shared={shared}"
+        print("the same", flush=True)
+
+
+def combinable(dtype: torch.dtype) -> Sequence[ReduceOp]:
+    if dtype == torch.bool:
+        return (ReduceOp.MIN, ReduceOp.MAX)
+    return (ReduceOp.SUM,) if dtype.is_complex else (ReduceOp.SUM, ReduceOp.MIN, ReduceOp.MAX, ReduceOp.PRODUCT)
+
+
+def results(
+    comm: Communicator, numel: int, dtype: torch.dtype, op: ReduceOp, shared: bool, seed: int
+) -> dict[str, torch.Tensor]:
+    """Return what each collective makes of random numbers, as bytes."""
+    n, me, root = comm.world_size, comm.rank, seed % comm.world_size
+    generator = torch.Generator().manual_seed(n * seed + me)
+
+    def new(size: int) -> torch.Tensor:
+        tensor = comm.empty(size, dtype=dtype) if shared else torch.empty(size, dtype=dtype)
+        values = torch.randn(2 * size, generator=generator, dtype=torch.float64)[: size * (1 + dtype.is_complex)] * 3
+        if dtype.is_complex:
+            return tensor.copy_(torch.view_as_complex(values.view(-1, 2)))
+        return tensor.copy_(values > 0 if dtype == torch.bool else values)
+
+    done = {name: new(numel) for name in ("all_reduce", "reduce", "broadcast", "scatter", "reduce_scatter")}
+    done |= {name: new(n * numel) for name in ("all_gather", "gather", "all_to_all")}
+    comm.all_reduce(done["all_reduce"], op)
+    comm.reduce(done["reduce"], root, op)
+    comm.broadcast(done["broadcast"], root)
+    comm.scatter(done["scatter"], new(n * numel) if me == root else None, root)
+    comm.reduce_scatter(done["reduce_scatter"], new(n * numel), op)
+    comm.all_gather(done["all_gather"], new(numel))
+    comm.gather(done["gather"] if me == root else None, new(numel), root)
+    comm.all_to_all(done["all_to_all"], new(n * numel))
+    return {name: tensor.view(-1).view(torch.uint8).clone() for name, tensor in done.items()}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {
@@ -223,4 +270,5 @@ if __name__ == "__main__":
         "one_dies": one_dies,
         "refuse": refuse,
         "never_nap": never_nap,
+        "same_bits": same_bits,
     }[sys.argv[1]]()

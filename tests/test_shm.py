@@ -19,7 +19,6 @@ from minidist.errors import BackendUnavailableError, CommError, MismatchError
 from tests.harness import run_forked
 from tests.shm_ranks import footprint
 
-
 KERNELS = ("torch", "compiled")
 on_both_paths = pytest.mark.parametrize("kernels", KERNELS)
 
@@ -285,6 +284,12 @@ def test_several_hosts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_that_disagree_are_all_told(kernels: str, tmp_path: Path) -> None:
     output = run_ranks("disagree", kernels, tmp_path, world_size=3)
     assert output.count("as expected") == 3 * 5
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_both_paths_agree_on_every_bit(world_size: int, tmp_path: Path) -> None:
+    output = run_ranks("same_bits", "compiled", tmp_path, world_size)
+    assert output.count("the same") == world_size, output
 
 
 @on_both_paths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from backends.deadline import Deadline
@@ -38,7 +39,7 @@ class TorchCollectives:
         timeout_s: float,
     ) -> None:
         arena = self._arena
-        blocks = () if target is None else target.split(numel)
+        blocks = () if target is None else torch.split(target, numel)
         like = blocks[0] if blocks else source
         assert like is not None
         offer = Offer(kind, like[:numel], source, roles.num_pieces(kind, arena.world_size), op, root)

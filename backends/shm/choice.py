@@ -17,6 +17,7 @@ from minidist.communicator import ReduceOp
 from minidist.errors import BackendUnavailableError
 
 KERNELS = ("auto", "compiled", "torch")
+INSTALL = "pip install minidist[fast]"
 log = logging.getLogger(__name__)
 
 
@@ -60,12 +61,20 @@ def chosen(kernels: str) -> Kernels | None:
     if loading.is_installed():
         return loading.kernels()
     if kernels == "compiled":
-        raise BackendUnavailableError("kernels=compiled needs numba; install minidist[fast], or use kernels=torch")
+        raise BackendUnavailableError(f"kernels=compiled needs numba; {INSTALL}, or use kernels=auto")
     return None
 
 
-def collectives(arena: Arena, kernels: Kernels | None) -> Collectives:
-    """Return the collectives of a rank on the path that all ranks of ``arena`` can take."""
+def collectives(arena: Arena, kernels: Kernels | None, wanted: str) -> Collectives:
+    """Return the collectives of a rank on the path that all ranks of ``arena`` can take; ``wanted`` as in `chosen`.
+
+    Raises:
+        BackendUnavailableError: compiled kernels are asked for, and another rank has none.
+    """
     if kernels is not None and arena.compiled:
         return CompiledCollectives(arena, kernels)
+    if wanted == "compiled":
+        raise BackendUnavailableError("kernels=compiled, but another rank has no numba or kernels=torch; set all alike")
+    if wanted == "auto" and arena.rank == 0:
+        log.info("shm runs on torch's operations, as not all ranks have numba; %s for its faster kernels", INSTALL)
     return TorchCollectives(arena)

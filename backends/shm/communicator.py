@@ -41,11 +41,11 @@ class ShmCommunicator(ProcessCommunicator):
 
     Args:
         timeout_s, segment_bytes, place: see `ProcessCommunicator`.
-        kernels: what does the arithmetic and the copies: ``compiled`` kernels, which take numba, ``torch``'s operations,
-            or ``auto``, the first where all ranks can.
+        kernels: what does the arithmetic and the copies: ``compiled`` kernels, which take numba; ``torch``'s
+            operations; or ``auto``, the first where all ranks can.
 
     Raises:
-        BackendUnavailableError: ``kernels`` is compiled, and a rank has no numba.
+        BackendUnavailableError: ``kernels`` is compiled, and not all ranks have numba and are to use it.
     """
 
     checks_sizes = checks_dtypes = True
@@ -58,7 +58,7 @@ class ShmCommunicator(ProcessCommunicator):
         kernels: str = "auto",
     ) -> None:
         self.kernels = kernels
-        self._compiled = choice.chosen(kernels)  # before ranks wait for each other: the first one on a machine compiles
+        self._compiled = choice.chosen(kernels)  # before ranks wait for each other: the first of a machine compiles
         super().__init__(timeout_s, segment_bytes, place)
         self._open_arena: Arena | None = None  # abort() looks for it
         try:
@@ -66,7 +66,7 @@ class ShmCommunicator(ProcessCommunicator):
         except BaseException as error:  # the other ranks wait for this one
             self.abort(f"{type(error).__name__}: {error}")
             raise
-        self._open_collectives: Collectives | None = choice.collectives(arena, self._compiled)
+        self._open_collectives: Collectives | None = choice.collectives(arena, self._compiled, kernels)
         # A helper thread on the core of its rank made steps 2 to 8 % slower than to communicate in between.
         self.overlaps = arena.cores_per_rank > 1
 

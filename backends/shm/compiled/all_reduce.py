@@ -40,14 +40,14 @@ from backends.shm.layout import INLINE_BYTES, LINE_BYTES, NOWHERE
 
 
 @njit
-def share_bytes(desk, plan):
+def share_bytes(desk: int, plan: int) -> int:
     """Return how many bytes a rank owns; the last one may own fewer. See backends/shm/layout.py."""
     lines = -(-load(plan + NUMEL) * load(plan + ITEMSIZE) // LINE_BYTES)
     return -(-lines // load(desk + WORLD_SIZE)) * LINE_BYTES
 
 
 @njit
-def reduce_inline(desk, plan, target):
+def reduce_inline(desk: int, plan: int, target: int) -> int:
     place = inline_place(desk)
     nbytes = load(plan + NUMEL) * load(plan + ITEMSIZE)
     if load(desk + ARRIVALS) == 0:
@@ -62,7 +62,7 @@ def reduce_inline(desk, plan, target):
 
 
 @njit
-def combine_share(desk, plan):
+def combine_share(desk: int, plan: int) -> None:
     size = share_bytes(desk, plan)
     left = load(plan + NUMEL) * load(plan + ITEMSIZE) - load(desk + RANK) * size
     count = min(size, left) // load(plan + ITEMSIZE)
@@ -71,7 +71,7 @@ def combine_share(desk, plan):
 
 
 @njit
-def reduce_in_place(desk, plan):
+def reduce_in_place(desk: int, plan: int) -> None:
     me = load(desk + RANK)
     start = me * share_bytes(desk, plan)
     for rank in range(load(desk + WORLD_SIZE)):
@@ -82,7 +82,7 @@ def reduce_in_place(desk, plan):
 
 
 @njit
-def length_of_block(desk, plan, rank, block, step):
+def length_of_block(desk: int, plan: int, rank: int, block: int, step: int) -> int:
     """Return how many bytes of a rank's share are in a block; 0 where its share has ended."""
     size = share_bytes(desk, plan)
     of_share = min(size, load(plan + NUMEL) * load(plan + ITEMSIZE) - rank * size)
@@ -90,7 +90,7 @@ def length_of_block(desk, plan, rank, block, step):
 
 
 @njit
-def stage_shares(desk, plan, target, block, step):
+def stage_shares(desk: int, plan: int, target: int, block: int, step: int) -> None:
     n = load(desk + WORLD_SIZE)
     me = load(desk + RANK)
     for rank in range(n):
@@ -100,7 +100,7 @@ def stage_shares(desk, plan, target, block, step):
 
 
 @njit
-def reduce_block(desk, plan, target, block, step):
+def reduce_block(desk: int, plan: int, target: int, block: int, step: int) -> None:
     n = load(desk + WORLD_SIZE)
     me = load(desk + RANK)
     mine = target + me * share_bytes(desk, plan) + block * step
@@ -114,7 +114,7 @@ def reduce_block(desk, plan, target, block, step):
 
 
 @njit
-def copy_results(desk, plan, target, block, step):
+def copy_results(desk: int, plan: int, target: int, block: int, step: int) -> None:
     n = load(desk + WORLD_SIZE)
     for rank in range(n):
         if rank != load(desk + RANK):
@@ -123,7 +123,7 @@ def copy_results(desk, plan, target, block, step):
 
 
 @njit
-def reduce_staged(desk, plan, target):
+def reduce_staged(desk: int, plan: int, target: int) -> int:
     size = share_bytes(desk, plan)
     step = block_bytes(load(desk + WORLD_SIZE), size)
     num_blocks = -(-size // step)
@@ -143,7 +143,7 @@ def reduce_staged(desk, plan, target):
 
 
 @njit(KERNEL, nogil=True, cache=True)
-def all_reduce(desk, plan, source, target):
+def all_reduce(desk: int, plan: int, source: int, target: int) -> int:
     """Combine the tensors of all ranks, in place; ``source`` is not used."""
     if load(plan + NUMEL) * load(plan + ITEMSIZE) <= INLINE_BYTES:
         return finish(desk, reduce_inline(desk, plan, target))
@@ -159,7 +159,7 @@ def all_reduce(desk, plan, source, target):
 
 
 @njit(KERNEL, nogil=True, cache=True)
-def reduce_share(desk, plan, source, target):
+def reduce_share(desk: int, plan: int, source: int, target: int) -> int:
     """Do what an all-reduce in place does between its meetings, with the tables as the last one left them."""
     combine_share(desk, plan)
     return DONE

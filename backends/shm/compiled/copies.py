@@ -14,7 +14,7 @@ from backends.shm.compiled.machine import LINE_BYTES, copy_bytes, copy_line, end
 
 
 @njit
-def copy(target, source, nbytes):
+def copy(target: int, source: int, nbytes: int) -> None:
     """Copy bytes for this rank; the places do not overlap."""
     whole = nbytes // LINE_BYTES * LINE_BYTES
     for start in range(0, whole, LINE_BYTES):
@@ -23,7 +23,7 @@ def copy(target, source, nbytes):
 
 
 @njit
-def stream(target, source, nbytes):
+def stream(target: int, source: int, nbytes: int) -> None:
     """Copy bytes for another rank."""
     if target % LINE_BYTES != 0:
         copy_bytes(target, source, nbytes)

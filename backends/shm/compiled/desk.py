@@ -13,7 +13,7 @@ PEER, WORD, GOAL = (8 * word for word in range(12, 15))
 """Who is waited for, for which word, and until it is how much."""
 NUM_FIELDS = 16
 HEAPS, WORDS, SOURCES, TARGETS = range(4)
-"""After the fields, tables with a word for each rank: where the heaps are, and the words in them, and what to combine."""
+"""After the fields, tables with a word for each rank: where its heap is, and its words, and what to combine."""
 
 SIGNATURE, REDUCER, NUMEL, ITEMSIZE, NUM_PIECES, ROOT, NUM_READS, READS = (8 * word for word in range(8))
 """A plan: what a collective is, in bytes from its address. A read is (byte in the target, parts, rank, piece, ...)."""
@@ -21,4 +21,4 @@ EVERYBODY = -1
 """The root of a plan where every rank offers something."""
 
 DONE, AWAY, DISAGREED = 0, 1, 2
-"""What a kernel returns: it is done, a rank has not come yet, or came with another signature."""
+"""What a kernel returns: it is done, a rank has not come yet, or it came with another signature."""

@@ -87,7 +87,7 @@ def fence(typing):
 
 @intrinsic
 def pause(typing):
-    """Tell the core that it spins. (Inline assembly would end the process: numba's code generator knows none.)"""
+    """Tell the core that it spins; by this name, as inline assembly ends the process."""
 
     def generate(context, builder, signature, args):
         if builder.module.triple.startswith("aarch64"):  # never run

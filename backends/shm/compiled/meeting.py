@@ -40,44 +40,44 @@ from backends.shm.layout import BELL, COUNT, NOWHERE, PROGRESS, TICKET
 
 
 @njit
-def entry(desk, table, rank):
+def entry(desk: int, table: int, rank: int) -> int:
     """Return the address of a rank's word in a table of the desk."""
     return desk + 8 * (NUM_FIELDS + table * load(desk + WORLD_SIZE) + rank)
 
 
 @njit
-def heap(desk, rank):
+def heap(desk: int, rank: int) -> int:
     """Return where this process has the heap of a rank."""
     return load(entry(desk, HEAPS, rank))
 
 
 @njit
-def word(desk, rank, index):
+def word(desk: int, rank: int, index: int) -> int:
     """Return the address of a word of a rank."""
     return load(entry(desk, WORDS, rank)) + 8 * index
 
 
 @njit
-def own(desk, index):
+def own(desk: int, index: int) -> int:
     """Return the address of a word of this rank."""
     return word(desk, load(desk + RANK), index)
 
 
 @njit
-def ticket(desk, rank, count):
+def ticket(desk: int, rank: int, count: int) -> int:
     """Return the address of a rank's ticket of a meeting: its signature, and then its offset."""
     return word(desk, rank, TICKET + 2 * ((count - 1) & 1))
 
 
 @njit
-def offset_of(desk, address):
+def offset_of(desk: int, address: int) -> int:
     """Return where in this rank's heap something lies."""
     offset = address - heap(desk, load(desk + RANK))
     return offset if 0 <= offset < load(desk + SIZE) else NOWHERE
 
 
 @njit
-def ring(desk):
+def ring(desk: int) -> None:
     """Wake the ranks that sleep; see backends/shm/doorbell.py."""
     fence()  # a rank that says "asleep" now either sees what was written, or is seen here
     for peer in range(load(desk + WORLD_SIZE)):
@@ -90,7 +90,7 @@ def ring(desk):
 
 
 @njit
-def arrive(desk, signature, offset):
+def arrive(desk: int, signature: int, offset: int) -> None:
     """Come to the next meeting."""
     count = load(own(desk, COUNT)) + 1
     mine = ticket(desk, load(desk + RANK), count)
@@ -101,14 +101,14 @@ def arrive(desk, signature, offset):
 
 
 @njit
-def advance(desk):
+def advance(desk: int) -> None:
     """Count a round as done."""
     store_release(own(desk, PROGRESS), load(own(desk, PROGRESS)) + 1)
     ring(desk)
 
 
 @njit
-def reaches(desk, address, goal):
+def reaches(desk: int, address: int, goal: int) -> bool:
     """Return whether a word becomes as high as ``goal`` in a while."""
     for _ in range(load(desk + SPINS)):
         if load_acquire(address) >= goal:
@@ -123,7 +123,7 @@ def reaches(desk, address, goal):
 
 
 @njit
-def wait_for(desk, peer, index, goal):
+def wait_for(desk: int, peer: int, index: int, goal: int) -> int:
     """Wait for a word of a rank."""
     if load_acquire(word(desk, peer, index)) >= goal or reaches(desk, word(desk, peer, index), goal):
         return DONE
@@ -134,7 +134,7 @@ def wait_for(desk, peer, index, goal):
 
 
 @njit
-def wait_for_all(desk, index, goal):
+def wait_for_all(desk: int, index: int, goal: int) -> int:
     """Wait for a word of every other rank."""
     for peer in range(load(desk + WORLD_SIZE)):
         if peer != load(desk + RANK) and wait_for(desk, peer, index, goal) == AWAY:
@@ -143,7 +143,7 @@ def wait_for_all(desk, index, goal):
 
 
 @njit
-def meet(desk, number, signature, offset):
+def meet(desk: int, number: int, signature: int, offset: int) -> int:
     """Come to meeting ``number`` of this collective, from 0 on, and wait until all have; do nothing if they had."""
     if load(desk + ARRIVALS) == number:
         arrive(desk, signature, offset)

@@ -9,6 +9,8 @@ targets before it goes on. More are added up tile by tile in a scratch that stay
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import carray, cfunc, njit, types
@@ -45,7 +47,7 @@ KINDS = {
 """What the dtypes are to a reducer; complex numbers, which are only added, are two."""
 
 
-def itemsize_of(dtype):
+def itemsize_of(dtype: torch.dtype) -> int:
     """Return the bytes of what a reducer takes for an element."""
     return np.dtype(KINDS[dtype]).itemsize
 
@@ -100,7 +102,7 @@ def combined(op, a, b):
     return a if a >= b or a != a else b
 
 
-def make_reducer(dtype, op):
+def make_reducer(dtype: Any, op: int) -> Any:
     """Return the reducer of a dtype, as numpy calls it, and an operation; compiles it, or loads it from the cache."""
     itemsize = np.dtype(dtype).itemsize
     is_short = itemsize == 2

@@ -43,13 +43,13 @@ from backends.shm.layout import INLINE_BYTES, NOWHERE
 
 
 @njit
-def after(read):
+def after(read: int) -> int:
     """Return the next read of a plan."""
     return read + 16 + 16 * load(read + 8)
 
 
 @njit
-def read_parts(desk, plan, num_parts, target, nbytes):
+def read_parts(desk: int, plan: int, num_parts: int, target: int, nbytes: int) -> None:
     """Combine the sources into one target."""
     if num_parts == 1:
         move(target, load(entry(desk, SOURCES, 0)), nbytes)
@@ -59,7 +59,7 @@ def read_parts(desk, plan, num_parts, target, nbytes):
 
 
 @njit
-def share_inline(desk, plan, source, target):
+def share_inline(desk: int, plan: int, source: int, target: int) -> int:
     place = inline_place(desk)
     nbytes = load(plan + NUMEL) * load(plan + ITEMSIZE)
     if load(desk + ARRIVALS) == 0 and source != 0:
@@ -78,7 +78,7 @@ def share_inline(desk, plan, source, target):
 
 
 @njit
-def read_in_place(desk, plan, target):
+def read_in_place(desk: int, plan: int, target: int) -> None:
     nbytes = load(plan + NUMEL) * load(plan + ITEMSIZE)
     read = plan + READS
     for _ in range(load(plan + NUM_READS)):
@@ -91,7 +91,7 @@ def read_in_place(desk, plan, target):
 
 
 @njit
-def stage_pieces(desk, plan, source, block, step):
+def stage_pieces(desk: int, plan: int, source: int, block: int, step: int) -> None:
     nbytes = load(plan + NUMEL) * load(plan + ITEMSIZE)
     num_pieces = load(plan + NUM_PIECES)
     length = min(step, nbytes - block * step)
@@ -101,7 +101,7 @@ def stage_pieces(desk, plan, source, block, step):
 
 
 @njit
-def read_staged(desk, plan, target, block, step):
+def read_staged(desk: int, plan: int, target: int, block: int, step: int) -> None:
     length = min(step, load(plan + NUMEL) * load(plan + ITEMSIZE) - block * step)
     num_pieces = load(plan + NUM_PIECES)
     read = plan + READS
@@ -115,7 +115,7 @@ def read_staged(desk, plan, target, block, step):
 
 
 @njit
-def share_staged(desk, plan, source, target):
+def share_staged(desk: int, plan: int, source: int, target: int) -> int:
     nbytes = load(plan + NUMEL) * load(plan + ITEMSIZE)
     step = block_bytes(load(plan + NUM_PIECES), nbytes)
     num_blocks = -(-nbytes // step)
@@ -133,7 +133,7 @@ def share_staged(desk, plan, source, target):
 
 
 @njit(KERNEL, nogil=True, cache=True)
-def share(desk, plan, source, target):
+def share(desk: int, plan: int, source: int, target: int) -> int:
     """Offer ``source``, 0 for nothing, and read what the others offer into ``target``."""
     if load(plan + NUMEL) * load(plan + ITEMSIZE) * load(plan + NUM_PIECES) <= INLINE_BYTES:
         return finish(desk, share_inline(desk, plan, source, target))
@@ -149,6 +149,6 @@ def share(desk, plan, source, target):
 
 
 @njit(KERNEL, nogil=True, cache=True)
-def barrier(desk, plan, source, target):
+def barrier(desk: int, plan: int, source: int, target: int) -> int:
     """Meet."""
     return finish(desk, meet(desk, 0, MEETING, NOWHERE))

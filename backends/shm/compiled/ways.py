@@ -42,7 +42,7 @@ KERNEL = types.int64(types.int64, types.int64, types.int64, types.int64)
 
 
 @njit
-def finish(desk, status):
+def finish(desk: int, status: int) -> int:
     """Make the desk ready for the next collective if this one is done."""
     if status == DONE:
         store(desk + ARRIVALS, 0)
@@ -52,14 +52,14 @@ def finish(desk, status):
 
 
 @njit
-def move(target, source, nbytes):
+def move(target: int, source: int, nbytes: int) -> None:
     """Copy, unless it is there."""
     if target != source:
         copy(target, source, nbytes)
 
 
 @njit
-def combine(desk, plan, num_sources, num_targets, count):
+def combine(desk: int, plan: int, num_sources: int, num_targets: int, count: int) -> None:
     """Combine what the tables name."""
     sources = entry(desk, SOURCES, 0)
     targets = entry(desk, TARGETS, 0)
@@ -67,33 +67,33 @@ def combine(desk, plan, num_sources, num_targets, count):
 
 
 @njit
-def inline_place(desk):
+def inline_place(desk: int) -> int:
     """Return where in the heaps small tensors lie in the meeting of this collective."""
     turn = (load(own(desk, COUNT)) - load(desk + ARRIVALS)) & 1
     return load(desk + INLINE) + turn * INLINE_BYTES
 
 
 @njit
-def decide(desk, root):
+def decide(desk: int, root: int) -> None:
     """Choose the way of all ranks, who see the same tickets; once, as they may be gone later."""
     if load(desk + WAY) != UNDECIDED:
         return
     count = load(own(desk, COUNT))
     way = IN_PLACE
     for rank in range(load(desk + WORLD_SIZE)):
-        if (root == EVERYBODY or root == rank) and load(ticket(desk, rank, count) + 8) == NOWHERE:
+        if root in (EVERYBODY, rank) and load(ticket(desk, rank, count) + 8) == NOWHERE:
             way = STAGED
     store(desk + WAY, way)
 
 
 @njit
-def offered(desk, rank):
+def offered(desk: int, rank: int) -> int:
     """Return where in this process a rank's tensor lies, after the first meeting and before the second."""
     return heap(desk, rank) + load(ticket(desk, rank, load(own(desk, COUNT))) + 8)
 
 
 @njit
-def block_bytes(num_pieces, nbytes):
+def block_bytes(num_pieces: int, nbytes: int) -> int:
     """Return how much of each piece goes through the stage in a round; small ones still take several."""
     most = min(BLOCK_BYTES, STAGE_BYTES // (num_pieces * LAG) // LINE_BYTES * LINE_BYTES)
     least = -(-nbytes // (4 * LINE_BYTES)) * LINE_BYTES
@@ -101,20 +101,20 @@ def block_bytes(num_pieces, nbytes):
 
 
 @njit
-def staged(desk, rank, block, size, num_pieces, piece):
+def staged(desk: int, rank: int, block: int, size: int, num_pieces: int, piece: int) -> int:
     """Return where a piece of a block lies in the stage of a rank."""
     slot = (block % (2 * LAG)) * num_pieces + piece
     return heap(desk, rank) + load(desk + STAGE) + slot * size
 
 
 @njit
-def next_round(desk):
+def next_round(desk: int) -> int:
     """Wait until the next round may begin."""
     return wait_for_all(desk, PROGRESS, load(own(desk, PROGRESS)) - LAG + 1)
 
 
 @njit
-def end_round(desk):
+def end_round(desk: int) -> None:
     """Count a round, here and for the others."""
     store(desk + ROUND, load(desk + ROUND) + 1)
     advance(desk)
