@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from numba import njit
-
 from backends.shm.compiled.copies import copy, stream
 from backends.shm.compiled.desk import (
     ARRIVALS,
     DONE,
     EVERYBODY,
     ITEMSIZE,
-    NUMEL,
+    NBYTES,
     RANK,
     ROUND,
     SIGNATURE,
@@ -19,10 +17,9 @@ from backends.shm.compiled.desk import (
     WAY,
     WORLD_SIZE,
 )
-from backends.shm.compiled.machine import load, store
+from backends.shm.compiled.machine import inner, kernel, load, store
 from backends.shm.compiled.meeting import entry, heap, meet, offset_of
 from backends.shm.compiled.ways import (
-    KERNEL,
     LAG,
     MEETING,
     STAGED,
@@ -39,17 +36,17 @@ from backends.shm.compiled.ways import (
 from backends.shm.layout import INLINE_BYTES, LINE_BYTES, NOWHERE
 
 
-@njit
+@inner
 def share_bytes(desk: int, plan: int) -> int:
     """Return how many bytes a rank owns; the last one may own fewer. See backends/shm/layout.py."""
-    lines = -(-load(plan + NUMEL) * load(plan + ITEMSIZE) // LINE_BYTES)
+    lines = -(-load(plan + NBYTES) // LINE_BYTES)
     return -(-lines // load(desk + WORLD_SIZE)) * LINE_BYTES
 
 
-@njit
+@inner
 def reduce_inline(desk: int, plan: int, target: int) -> int:
     place = inline_place(desk)
-    nbytes = load(plan + NUMEL) * load(plan + ITEMSIZE)
+    nbytes = load(plan + NBYTES)
     if load(desk + ARRIVALS) == 0:
         stream(heap(desk, load(desk + RANK)) + place, target, nbytes)
     status = meet(desk, 0, load(plan + SIGNATURE), NOWHERE)
@@ -57,20 +54,20 @@ def reduce_inline(desk: int, plan: int, target: int) -> int:
         for rank in range(load(desk + WORLD_SIZE)):
             store(entry(desk, SOURCES, rank), heap(desk, rank) + place)
         store(entry(desk, TARGETS, 0), target)
-        combine(desk, plan, load(desk + WORLD_SIZE), 1, load(plan + NUMEL))
+        combine(desk, plan, load(desk + WORLD_SIZE), 1, load(plan + NBYTES) // load(plan + ITEMSIZE))
     return status
 
 
-@njit
+@inner
 def combine_share(desk: int, plan: int) -> None:
     size = share_bytes(desk, plan)
-    left = load(plan + NUMEL) * load(plan + ITEMSIZE) - load(desk + RANK) * size
+    left = load(plan + NBYTES) - load(desk + RANK) * size
     count = min(size, left) // load(plan + ITEMSIZE)
     if count > 0:
         combine(desk, plan, load(desk + WORLD_SIZE), load(desk + WORLD_SIZE), count)
 
 
-@njit
+@inner
 def reduce_in_place(desk: int, plan: int) -> None:
     me = load(desk + RANK)
     start = me * share_bytes(desk, plan)
@@ -81,15 +78,15 @@ def reduce_in_place(desk: int, plan: int) -> None:
     combine_share(desk, plan)
 
 
-@njit
+@inner
 def length_of_block(desk: int, plan: int, rank: int, block: int, step: int) -> int:
     """Return how many bytes of a rank's share are in a block; 0 where its share has ended."""
     size = share_bytes(desk, plan)
-    of_share = min(size, load(plan + NUMEL) * load(plan + ITEMSIZE) - rank * size)
+    of_share = min(size, load(plan + NBYTES) - rank * size)
     return max(0, min(step, of_share - block * step))
 
 
-@njit
+@inner
 def stage_shares(desk: int, plan: int, target: int, block: int, step: int) -> None:
     n = load(desk + WORLD_SIZE)
     me = load(desk + RANK)
@@ -99,7 +96,7 @@ def stage_shares(desk: int, plan: int, target: int, block: int, step: int) -> No
             stream(staged(desk, me, block, step, n, rank), source, length_of_block(desk, plan, rank, block, step))
 
 
-@njit
+@inner
 def reduce_block(desk: int, plan: int, target: int, block: int, step: int) -> None:
     n = load(desk + WORLD_SIZE)
     me = load(desk + RANK)
@@ -113,7 +110,7 @@ def reduce_block(desk: int, plan: int, target: int, block: int, step: int) -> No
     stream(staged(desk, me, block, step, n, me), mine, length)
 
 
-@njit
+@inner
 def copy_results(desk: int, plan: int, target: int, block: int, step: int) -> None:
     n = load(desk + WORLD_SIZE)
     for rank in range(n):
@@ -122,7 +119,7 @@ def copy_results(desk: int, plan: int, target: int, block: int, step: int) -> No
             copy(result, staged(desk, rank, block, step, n, rank), length_of_block(desk, plan, rank, block, step))
 
 
-@njit
+@inner
 def reduce_staged(desk: int, plan: int, target: int) -> int:
     size = share_bytes(desk, plan)
     step = block_bytes(load(desk + WORLD_SIZE), size)
@@ -142,10 +139,10 @@ def reduce_staged(desk: int, plan: int, target: int) -> int:
     return DONE
 
 
-@njit(KERNEL, nogil=True, cache=True)
+@kernel
 def all_reduce(desk: int, plan: int, source: int, target: int) -> int:
     """Combine the tensors of all ranks, in place; ``source`` is not used."""
-    if load(plan + NUMEL) * load(plan + ITEMSIZE) <= INLINE_BYTES:
+    if load(plan + NBYTES) <= INLINE_BYTES:
         return finish(desk, reduce_inline(desk, plan, target))
     status = meet(desk, 0, load(plan + SIGNATURE), offset_of(desk, target))
     if status != DONE:
@@ -158,7 +155,7 @@ def all_reduce(desk: int, plan: int, source: int, target: int) -> int:
     return finish(desk, meet(desk, 1, MEETING, NOWHERE))
 
 
-@njit(KERNEL, nogil=True, cache=True)
+@kernel
 def reduce_share(desk: int, plan: int, source: int, target: int) -> int:
     """Do what an all-reduce in place does between its meetings, with the tables as the last one left them."""
     combine_share(desk, plan)

@@ -69,7 +69,7 @@ class CompiledCollectives:
         }
         heaps = [heap.base for heap in arena.heaps]
         words = [base + arena.places.words for base in heaps]
-        space = [0] * (2 * n)
+        space = [0] * (3 * n)
         return _Words([*(fields.get(8 * field, 0) for field in range(desk.NUM_FIELDS)), *heaps, *words, *space])
 
     def all_reduce(self, flat: Tensor, op: ReduceOp, timeout_s: float) -> None:
@@ -147,7 +147,7 @@ def _make_plan(
     head = (
         pack(kind, numel, dtype, op, root),
         reducer,
-        nbytes // itemsize,
+        nbytes,
         itemsize,
         roles.num_pieces(kind, world_size),
         source_root,

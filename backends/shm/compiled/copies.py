@@ -8,12 +8,10 @@ at once: so an all-reduce in place writes into the memory of the others.
 
 from __future__ import annotations
 
-from numba import njit
-
-from backends.shm.compiled.machine import LINE_BYTES, copy_bytes, copy_line, end_streams, stream_line
+from backends.shm.compiled.machine import LINE_BYTES, copy_bytes, copy_line, end_streams, inner, stream_line
 
 
-@njit
+@inner
 def copy(target: int, source: int, nbytes: int) -> None:
     """Copy bytes for this rank; the places do not overlap."""
     whole = nbytes // LINE_BYTES * LINE_BYTES
@@ -22,7 +20,7 @@ def copy(target: int, source: int, nbytes: int) -> None:
     copy_bytes(target + whole, source + whole, nbytes - whole)
 
 
-@njit
+@inner
 def stream(target: int, source: int, nbytes: int) -> None:
     """Copy bytes for another rank."""
     if target % LINE_BYTES != 0:

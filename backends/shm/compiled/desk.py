@@ -12,11 +12,12 @@ ARRIVALS, WAY, ROUND, CHIME = (8 * word for word in range(8, 12))
 PEER, WORD, GOAL = (8 * word for word in range(12, 15))
 """Who is waited for, for which word, and until it is how much."""
 NUM_FIELDS = 16
-HEAPS, WORDS, SOURCES, TARGETS = range(4)
-"""After the fields, tables with a word for each rank: where its heap is, and its words, and what to combine."""
+HEAPS, WORDS, BASES, SOURCES, TARGETS = range(5)
+"""After the fields, tables with a word for each rank: its heap, its words, what it offers; and what to combine."""
 
-SIGNATURE, REDUCER, NUMEL, ITEMSIZE, NUM_PIECES, ROOT, NUM_READS, READS = (8 * word for word in range(8))
-"""A plan: what a collective is, in bytes from its address. A read is (byte in the target, parts, rank, piece, ...)."""
+SIGNATURE, REDUCER, NBYTES, ITEMSIZE, NUM_PIECES, ROOT, NUM_READS, READS = (8 * word for word in range(8))
+"""A plan: what a collective is, in bytes from its address. NBYTES are those of a piece of what is offered; a read is
+(byte in the target, number of parts, rank and piece of the first part, rank and piece of the next, ...)."""
 EVERYBODY = -1
 """The root of a plan where every rank offers something."""
 

@@ -11,7 +11,7 @@ for the one other case, "I write mine, then look at yours", which no acquire and
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -29,6 +29,11 @@ FUTEX_WAKE = 1
 SYS_FUTEX = 202
 """On x86-64; backends/shm/doorbell.py refuses other machines."""
 CLOCK_MONOTONIC = 1
+KERNEL = types.int64(types.int64, types.int64, types.int64, types.int64)
+kernel = njit(KERNEL, nogil=True, cache=True, error_model="numpy")
+"""What Python calls, without its lock; numpy's errors, so that a division looks for no zero."""
+inner = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")
+"""What only kernels call; without a way in from Python it takes half as long to compile."""
 
 
 def _word(builder, address):

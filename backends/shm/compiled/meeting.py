@@ -5,8 +5,6 @@ No wait is without end. A rank with a core of its own looks for a while; one wit
 
 from __future__ import annotations
 
-from numba import njit
-
 from backends.shm.compiled.desk import (
     ARRIVALS,
     AWAY,
@@ -28,6 +26,7 @@ from backends.shm.compiled.desk import (
 from backends.shm.compiled.machine import (
     fence,
     give_core_away,
+    inner,
     load,
     load_acquire,
     now_ns,
@@ -39,44 +38,44 @@ from backends.shm.compiled.machine import (
 from backends.shm.layout import BELL, COUNT, NOWHERE, PROGRESS, TICKET
 
 
-@njit
+@inner
 def entry(desk: int, table: int, rank: int) -> int:
     """Return the address of a rank's word in a table of the desk."""
     return desk + 8 * (NUM_FIELDS + table * load(desk + WORLD_SIZE) + rank)
 
 
-@njit
+@inner
 def heap(desk: int, rank: int) -> int:
     """Return where this process has the heap of a rank."""
     return load(entry(desk, HEAPS, rank))
 
 
-@njit
+@inner
 def word(desk: int, rank: int, index: int) -> int:
     """Return the address of a word of a rank."""
     return load(entry(desk, WORDS, rank)) + 8 * index
 
 
-@njit
+@inner
 def own(desk: int, index: int) -> int:
     """Return the address of a word of this rank."""
     return word(desk, load(desk + RANK), index)
 
 
-@njit
+@inner
 def ticket(desk: int, rank: int, count: int) -> int:
     """Return the address of a rank's ticket of a meeting: its signature, and then its offset."""
     return word(desk, rank, TICKET + 2 * ((count - 1) & 1))
 
 
-@njit
+@inner
 def offset_of(desk: int, address: int) -> int:
     """Return where in this rank's heap something lies."""
     offset = address - heap(desk, load(desk + RANK))
     return offset if 0 <= offset < load(desk + SIZE) else NOWHERE
 
 
-@njit
+@inner
 def ring(desk: int) -> None:
     """Wake the ranks that sleep; see backends/shm/doorbell.py."""
     fence()  # a rank that says "asleep" now either sees what was written, or is seen here
@@ -89,7 +88,7 @@ def ring(desk: int) -> None:
             wake(bell)
 
 
-@njit
+@inner
 def arrive(desk: int, signature: int, offset: int) -> None:
     """Come to the next meeting."""
     count = load(own(desk, COUNT)) + 1
@@ -100,14 +99,14 @@ def arrive(desk: int, signature: int, offset: int) -> None:
     ring(desk)
 
 
-@njit
+@inner
 def advance(desk: int) -> None:
     """Count a round as done."""
     store_release(own(desk, PROGRESS), load(own(desk, PROGRESS)) + 1)
     ring(desk)
 
 
-@njit
+@inner
 def reaches(desk: int, address: int, goal: int) -> bool:
     """Return whether a word becomes as high as ``goal`` in a while."""
     for _ in range(load(desk + SPINS)):
@@ -122,7 +121,7 @@ def reaches(desk: int, address: int, goal: int) -> bool:
     return True
 
 
-@njit
+@inner
 def wait_for(desk: int, peer: int, index: int, goal: int) -> int:
     """Wait for a word of a rank."""
     if load_acquire(word(desk, peer, index)) >= goal or reaches(desk, word(desk, peer, index), goal):
@@ -133,7 +132,7 @@ def wait_for(desk: int, peer: int, index: int, goal: int) -> int:
     return AWAY
 
 
-@njit
+@inner
 def wait_for_all(desk: int, index: int, goal: int) -> int:
     """Wait for a word of every other rank."""
     for peer in range(load(desk + WORLD_SIZE)):
@@ -142,7 +141,7 @@ def wait_for_all(desk: int, index: int, goal: int) -> int:
     return DONE
 
 
-@njit
+@inner
 def meet(desk: int, number: int, signature: int, offset: int) -> int:
     """Come to meeting ``number`` of this collective, from 0 on, and wait until all have; do nothing if they had."""
     if load(desk + ARRIVALS) == number:

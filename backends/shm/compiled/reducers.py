@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, types
 from numba.extending import overload
 
 from backends.shm.compiled.copies import copy
-from backends.shm.compiled.machine import at, bits_of, float_of, float_of_half, half_of_float, load
+from backends.shm.compiled.machine import at, bits_of, float_of, float_of_half, half_of_float, inner, load
 from minidist.communicator import ReduceOp
 
 SUM, MIN, MAX, PRODUCT = range(4)
@@ -80,7 +80,7 @@ def _narrow(x, like):
     return lambda x, like: x
 
 
-@njit
+@inner
 def bfloat16_of(x):
     """Return the bits of the bfloat16 next to a float32; ties go to the even one.
 
@@ -90,7 +90,7 @@ def bfloat16_of(x):
     return np.int16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@njit
+@inner
 def combined(op, a, b):
     """Return a and b combined; a NaN in either is the result of MIN and MAX, as in torch."""
     if op == SUM:
@@ -141,7 +141,7 @@ def make_reducer(dtype: Any, op: int) -> Any:
     return cfunc(REDUCER, cache=True)(reduce)
 
 
-@njit
+@inner
 def add_wide(total, sources, num_sources, first, dtype, op):
     """Add up a tile of 16-bit numbers as float32."""
     part = carray(at(load(sources) + first), total.size, dtype)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from numba import njit
-
 from backends.shm.compiled.copies import stream
 from backends.shm.compiled.desk import (
     ARRIVALS,
+    BASES,
     DONE,
     ITEMSIZE,
+    NBYTES,
     NUM_PIECES,
     NUM_READS,
-    NUMEL,
     RANK,
     READS,
     ROOT,
@@ -20,11 +19,11 @@ from backends.shm.compiled.desk import (
     SOURCES,
     TARGETS,
     WAY,
+    WORLD_SIZE,
 )
-from backends.shm.compiled.machine import load, store
+from backends.shm.compiled.machine import inner, kernel, load, store
 from backends.shm.compiled.meeting import entry, heap, meet, offset_of
 from backends.shm.compiled.ways import (
-    KERNEL,
     LAG,
     MEETING,
     STAGED,
@@ -42,57 +41,48 @@ from backends.shm.compiled.ways import (
 from backends.shm.layout import INLINE_BYTES, NOWHERE
 
 
-@njit
-def after(read: int) -> int:
-    """Return the next read of a plan."""
-    return read + 16 + 16 * load(read + 8)
+@inner
+def read_all(desk: int, plan: int, stride: int, target: int, nbytes: int) -> None:
+    """Combine parts of what lies at the bases, ``stride`` bytes from piece to piece, into the blocks of the target."""
+    read = plan + READS
+    for _ in range(load(plan + NUM_READS)):
+        num_parts = load(read + 8)
+        for index in range(num_parts):
+            part = read + 16 + 16 * index
+            base = load(entry(desk, BASES, load(part)))
+            store(entry(desk, SOURCES, index), base + load(part + 8) * stride)
+        store(entry(desk, TARGETS, 0), target + load(read))
+        if num_parts == 1:
+            move(target + load(read), load(entry(desk, SOURCES, 0)), nbytes)
+        else:
+            combine(desk, plan, num_parts, 1, nbytes // load(plan + ITEMSIZE))
+        read += 16 + 16 * num_parts
 
 
-@njit
-def read_parts(desk: int, plan: int, num_parts: int, target: int, nbytes: int) -> None:
-    """Combine the sources into one target."""
-    if num_parts == 1:
-        move(target, load(entry(desk, SOURCES, 0)), nbytes)
-    else:
-        store(entry(desk, TARGETS, 0), target)
-        combine(desk, plan, num_parts, 1, nbytes // load(plan + ITEMSIZE))
-
-
-@njit
+@inner
 def share_inline(desk: int, plan: int, source: int, target: int) -> int:
     place = inline_place(desk)
-    nbytes = load(plan + NUMEL) * load(plan + ITEMSIZE)
+    nbytes = load(plan + NBYTES)
     if load(desk + ARRIVALS) == 0 and source != 0:
         stream(heap(desk, load(desk + RANK)) + place, source, nbytes * load(plan + NUM_PIECES))
     status = meet(desk, 0, load(plan + SIGNATURE), NOWHERE)
     if status == DONE:
-        read = plan + READS
-        for _ in range(load(plan + NUM_READS)):
-            for part in range(load(read + 8)):
-                rank = load(read + 16 + 16 * part)
-                piece = load(read + 24 + 16 * part)
-                store(entry(desk, SOURCES, part), heap(desk, rank) + place + piece * nbytes)
-            read_parts(desk, plan, load(read + 8), target + load(read), nbytes)
-            read = after(read)
+        for rank in range(load(desk + WORLD_SIZE)):
+            store(entry(desk, BASES, rank), heap(desk, rank) + place)
+        read_all(desk, plan, nbytes, target, nbytes)
     return status
 
 
-@njit
+@inner
 def read_in_place(desk: int, plan: int, target: int) -> None:
-    nbytes = load(plan + NUMEL) * load(plan + ITEMSIZE)
-    read = plan + READS
-    for _ in range(load(plan + NUM_READS)):
-        for part in range(load(read + 8)):
-            rank = load(read + 16 + 16 * part)
-            piece = load(read + 24 + 16 * part)
-            store(entry(desk, SOURCES, part), offered(desk, rank) + piece * nbytes)
-        read_parts(desk, plan, load(read + 8), target + load(read), nbytes)
-        read = after(read)
+    for rank in range(load(desk + WORLD_SIZE)):
+        store(entry(desk, BASES, rank), offered(desk, rank))
+    read_all(desk, plan, load(plan + NBYTES), target, load(plan + NBYTES))
 
 
-@njit
+@inner
 def stage_pieces(desk: int, plan: int, source: int, block: int, step: int) -> None:
-    nbytes = load(plan + NUMEL) * load(plan + ITEMSIZE)
+    nbytes = load(plan + NBYTES)
     num_pieces = load(plan + NUM_PIECES)
     length = min(step, nbytes - block * step)
     for piece in range(num_pieces):
@@ -100,23 +90,16 @@ def stage_pieces(desk: int, plan: int, source: int, block: int, step: int) -> No
         stream(place, source + piece * nbytes + block * step, length)
 
 
-@njit
+@inner
 def read_staged(desk: int, plan: int, target: int, block: int, step: int) -> None:
-    length = min(step, load(plan + NUMEL) * load(plan + ITEMSIZE) - block * step)
-    num_pieces = load(plan + NUM_PIECES)
-    read = plan + READS
-    for _ in range(load(plan + NUM_READS)):
-        for part in range(load(read + 8)):
-            rank = load(read + 16 + 16 * part)
-            piece = load(read + 24 + 16 * part)
-            store(entry(desk, SOURCES, part), staged(desk, rank, block, step, num_pieces, piece))
-        read_parts(desk, plan, load(read + 8), target + load(read) + block * step, length)
-        read = after(read)
+    for rank in range(load(desk + WORLD_SIZE)):
+        store(entry(desk, BASES, rank), staged(desk, rank, block, step, load(plan + NUM_PIECES), 0))
+    read_all(desk, plan, step, target + block * step, min(step, load(plan + NBYTES) - block * step))
 
 
-@njit
+@inner
 def share_staged(desk: int, plan: int, source: int, target: int) -> int:
-    nbytes = load(plan + NUMEL) * load(plan + ITEMSIZE)
+    nbytes = load(plan + NBYTES)
     step = block_bytes(load(plan + NUM_PIECES), nbytes)
     num_blocks = -(-nbytes // step)
     while load(desk + ROUND) < num_blocks + LAG:
@@ -132,10 +115,10 @@ def share_staged(desk: int, plan: int, source: int, target: int) -> int:
     return DONE
 
 
-@njit(KERNEL, nogil=True, cache=True)
+@kernel
 def share(desk: int, plan: int, source: int, target: int) -> int:
     """Offer ``source``, 0 for nothing, and read what the others offer into ``target``."""
-    if load(plan + NUMEL) * load(plan + ITEMSIZE) * load(plan + NUM_PIECES) <= INLINE_BYTES:
+    if load(plan + NBYTES) * load(plan + NUM_PIECES) <= INLINE_BYTES:
         return finish(desk, share_inline(desk, plan, source, target))
     status = meet(desk, 0, load(plan + SIGNATURE), offset_of(desk, source))
     if status != DONE:
@@ -148,7 +131,7 @@ def share(desk: int, plan: int, source: int, target: int) -> int:
     return finish(desk, meet(desk, 1, MEETING, NOWHERE))
 
 
-@njit(KERNEL, nogil=True, cache=True)
+@kernel
 def barrier(desk: int, plan: int, source: int, target: int) -> int:
     """Meet."""
     return finish(desk, meet(desk, 0, MEETING, NOWHERE))

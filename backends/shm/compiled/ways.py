@@ -13,8 +13,6 @@ three parts of round k want the same of the others, p > k - LAG, also those that
 
 from __future__ import annotations
 
-from numba import njit, types
-
 from backends.shm.compiled.copies import copy
 from backends.shm.compiled.desk import (
     ARRIVALS,
@@ -30,7 +28,7 @@ from backends.shm.compiled.desk import (
     WAY,
     WORLD_SIZE,
 )
-from backends.shm.compiled.machine import call_reducer, load, store
+from backends.shm.compiled.machine import call_reducer, inner, load, store
 from backends.shm.compiled.meeting import advance, entry, heap, own, ticket, wait_for_all
 from backends.shm.layout import COUNT, INLINE_BYTES, LINE_BYTES, NOWHERE, PROGRESS, STAGE_BYTES
 
@@ -38,10 +36,9 @@ LAG = 2
 BLOCK_BYTES = 2**16
 MEETING = 0
 UNDECIDED, IN_PLACE, STAGED = range(3)
-KERNEL = types.int64(types.int64, types.int64, types.int64, types.int64)
 
 
-@njit
+@inner
 def finish(desk: int, status: int) -> int:
     """Make the desk ready for the next collective if this one is done."""
     if status == DONE:
@@ -51,14 +48,14 @@ def finish(desk: int, status: int) -> int:
     return status
 
 
-@njit
+@inner
 def move(target: int, source: int, nbytes: int) -> None:
     """Copy, unless it is there."""
     if target != source:
         copy(target, source, nbytes)
 
 
-@njit
+@inner
 def combine(desk: int, plan: int, num_sources: int, num_targets: int, count: int) -> None:
     """Combine what the tables name."""
     sources = entry(desk, SOURCES, 0)
@@ -66,14 +63,14 @@ def combine(desk: int, plan: int, num_sources: int, num_targets: int, count: int
     call_reducer(load(plan + REDUCER), sources, num_sources, targets, num_targets, count, load(desk + SCRATCH))
 
 
-@njit
+@inner
 def inline_place(desk: int) -> int:
     """Return where in the heaps small tensors lie in the meeting of this collective."""
     turn = (load(own(desk, COUNT)) - load(desk + ARRIVALS)) & 1
     return load(desk + INLINE) + turn * INLINE_BYTES
 
 
-@njit
+@inner
 def decide(desk: int, root: int) -> None:
     """Choose the way of all ranks, who see the same tickets; once, as they may be gone later."""
     if load(desk + WAY) != UNDECIDED:
@@ -86,13 +83,13 @@ def decide(desk: int, root: int) -> None:
     store(desk + WAY, way)
 
 
-@njit
+@inner
 def offered(desk: int, rank: int) -> int:
     """Return where in this process a rank's tensor lies, after the first meeting and before the second."""
     return heap(desk, rank) + load(ticket(desk, rank, load(own(desk, COUNT))) + 8)
 
 
-@njit
+@inner
 def block_bytes(num_pieces: int, nbytes: int) -> int:
     """Return how much of each piece goes through the stage in a round; small ones still take several."""
     most = min(BLOCK_BYTES, STAGE_BYTES // (num_pieces * LAG) // LINE_BYTES * LINE_BYTES)
@@ -100,20 +97,20 @@ def block_bytes(num_pieces: int, nbytes: int) -> int:
     return min(most, max(least, 8192))
 
 
-@njit
+@inner
 def staged(desk: int, rank: int, block: int, size: int, num_pieces: int, piece: int) -> int:
     """Return where a piece of a block lies in the stage of a rank."""
     slot = (block % (2 * LAG)) * num_pieces + piece
     return heap(desk, rank) + load(desk + STAGE) + slot * size
 
 
-@njit
+@inner
 def next_round(desk: int) -> int:
     """Wait until the next round may begin."""
     return wait_for_all(desk, PROGRESS, load(own(desk, PROGRESS)) - LAG + 1)
 
 
-@njit
+@inner
 def end_round(desk: int) -> None:
     """Count a round, here and for the others."""
     store(desk + ROUND, load(desk + ROUND) + 1)
