@@ -81,13 +81,19 @@ def _narrow(x, like):
 
 
 @inner
-def bfloat16_of(x):
-    """Return the bits of the bfloat16 next to a float32; ties go to the even one.
+def rounded(x):
+    """Return the bits of a float32 of which the upper half is the bfloat16 next to it; ties go to the even one.
 
     No NaN needs a case of its own: those that come of bfloat16 have zeros in their lower half, where nothing carries.
     """
     bits = bits_of(x)
-    return np.int16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    return np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+
+
+@inner
+def bfloat16_of(x):
+    """Return the bits of the bfloat16 next to a float32."""
+    return np.int16(rounded(x) >> np.uint32(16))
 
 
 @inner
@@ -102,19 +108,43 @@ def combined(op, a, b):
     return a if a >= b or a != a else b
 
 
+@inner
+def combined_pairs(op, a, b):
+    """Return two pairs of bfloat16, each in 32 bits, combined; this spares half of the shifts."""
+    low = rounded(combined(op, float_of(np.uint32(a << np.uint32(16))), float_of(np.uint32(b << np.uint32(16)))))
+    high = rounded(combined(op, float_of(a & np.uint32(0xFFFF0000)), float_of(b & np.uint32(0xFFFF0000))))
+    return np.uint32((high & np.uint32(0xFFFF0000)) | (low >> np.uint32(16)))
+
+
+@inner
+def reduce_pairs(mine, theirs, num_pairs, op):
+    """Combine pairs of bfloat16 in place on both sides; return how many elements that are."""
+    a = carray(at(mine), num_pairs, np.uint32)
+    b = carray(at(theirs), num_pairs, np.uint32)
+    for i in range(num_pairs):
+        x = combined_pairs(op, a[i], b[i])
+        a[i] = x
+        b[i] = x
+    return 2 * num_pairs
+
+
 def make_reducer(dtype: Any, op: int) -> Any:
     """Return the reducer of a dtype, as numpy calls it, and an operation; compiles it, or loads it from the cache."""
     itemsize = np.dtype(dtype).itemsize
     is_short = itemsize == 2
+    is_bfloat16 = dtype is BFLOAT16
     length = TILE_BYTES // itemsize
 
     def reduce(sources, num_sources, targets, num_targets, count, scratch):
         own = load(targets)
         is_own = own == load(sources)
         if is_own and num_sources == 2 and num_targets == 2 and load(targets + 8) == load(sources + 8):
+            num_done = 0
+            if is_bfloat16:
+                num_done = reduce_pairs(own, load(sources + 8), count // 2, op)
             a = carray(at(own), count, dtype)
             b = carray(at(load(sources + 8)), count, dtype)
-            for i in range(count):
+            for i in range(num_done, count):
                 x = narrow(combined(op, wide(a[i]), wide(b[i])), a[i])
                 a[i] = x
                 b[i] = x
