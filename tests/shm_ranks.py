@@ -19,7 +19,7 @@ from backends.ring import RingCommunicator
 from backends.shm.communicator import ShmCommunicator as AnyShmCommunicator
 from minidist.communicator import Communicator, ReduceOp
 from minidist.contract.checks import DTYPES
-from minidist.errors import CommError, MismatchError, PeerLostError
+from minidist.errors import BackendUnavailableError, CommError, MismatchError, PeerLostError
 
 NO_NAP_S = 20.0
 ShmCommunicator = functools.partial(AnyShmCommunicator, kernels=sys.argv[2])
@@ -212,6 +212,34 @@ def one_cannot_start() -> None:
         os._exit(0)
 
 
+def mix_paths() -> None:
+    """Each rank asks for a path of its own."""
+    try:
+        with AnyShmCommunicator(kernels=sys.argv[2 + int(os.environ["RANK"])], timeout_s=20) as comm:
+            tensor = torch.ones(3) + comm.rank
+            comm.all_reduce(tensor)
+            print(f"sum {tensor[0]:g}", flush=True)
+    except BackendUnavailableError:
+        print("refused", flush=True)
+    except PeerLostError:
+        print("lost", flush=True)
+
+
+def interrupted() -> None:
+    """Rank 0 waits for rank 1, and is interrupted as by Ctrl-C."""
+    with ShmCommunicator(timeout_s=60) as elsewhere:
+        comm = ShmCommunicator(timeout_s=60)
+        if comm.rank == 0:
+            signal.signal(signal.SIGALRM, signal.default_int_handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            try:
+                comm.all_reduce(comm.empty(30_000).fill_(1))
+            except KeyboardInterrupt:
+                print("interrupted", flush=True)
+        elsewhere.barrier()
+        comm.abort("enough")
+
+
 def same_bits() -> None:
     """Every collective on random numbers of every dtype: compiled kernels and torch's operations agree on each bit."""
     with AnyShmCommunicator(kernels="torch") as torch_comm, AnyShmCommunicator(kernels="compiled") as comm:
@@ -271,4 +299,6 @@ if __name__ == "__main__":
         "refuse": refuse,
         "never_nap": never_nap,
         "same_bits": same_bits,
+        "mix_paths": mix_paths,
+        "interrupted": interrupted,
     }[sys.argv[1]]()

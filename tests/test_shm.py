@@ -323,6 +323,11 @@ def test_no_message_waits_for_a_nap(world_size: int, kernels: str, tmp_path: Pat
 
 
 @on_both_paths
+def test_ctrl_c_ends_a_wait(kernels: str, tmp_path: Path) -> None:
+    assert "interrupted" in run_ranks("interrupted", kernels, tmp_path)
+
+
+@on_both_paths
 def test_what_was_sent_before_close_arrives(kernels: str, tmp_path: Path) -> None:
     assert "all of it came" in run_ranks("send_and_close", kernels, tmp_path)
 
