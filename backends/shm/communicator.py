@@ -6,7 +6,8 @@ in rounds. Ranks that meet (backends/shm/arena.py) compare what they mean to do,
 `MismatchError`. A small tensor is copied before the first meeting, which is then all that it needs.
 
 Cost of an all-reduce of M bytes on n ranks: 2 meetings in place, in which every rank reads and writes (n-1)/n M of
-the others' memory; about 2 + M / (n STAGE_BYTES / (n+1)) meetings, and twice the traffic, through the stage.
+the others' memory; through the stage twice the traffic, and a wait for each block of a rank's share. What does it is
+either a compiled kernel (backends/shm/compiled/), one call for all meetings, or torch's operations, with the same bits.
 Compare Li, Hoefler and Snir, "NUMA-aware shared-memory collective communication for MPI" (2013).
 """
 

@@ -34,6 +34,7 @@ from backends.shm.layout import COUNT, INLINE_BYTES, LINE_BYTES, NOWHERE, PROGRE
 
 LAG = 2
 BLOCK_BYTES = 2**16
+"""What goes through the stage at a time: so that the stage of two ranks stays in the second cache of a core."""
 MEETING = 0
 UNDECIDED, IN_PLACE, STAGED = range(3)
 
