@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from backends.shm.all_reduce import add_and_write
 from backends.shm.communicator import ShmCommunicator
 from experiments.drawing.pictures import LIMIT, draw_bandwidth
 from experiments.measuring.collectives import Repeated
@@ -104,8 +103,7 @@ def _shared_memory(comms: dict[str, Communicator]) -> ShmCommunicator | None:
 
 
 def _memory_limit(comm: ShmCommunicator, numel: int, dtype: torch.dtype) -> Action:
-    blocks = comm.shared_blocks(comm.empty(numel, dtype).zero_())
-    return lambda: add_and_write(blocks, ReduceOp.SUM)
+    return comm.without_meetings(comm.empty(numel, dtype).zero_())
 
 
 def check(cfg: DictConfig) -> None:

@@ -1,13 +1,14 @@
-"""One rank of a world in which test_shm.py tries something: ``python -m tests.shm_ranks disagree``."""
+"""One rank of a world in which test_shm.py tries something: ``python -m tests.shm_ranks disagree compiled``."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,11 +16,13 @@ import torch
 import backends.shm.doorbell
 import backends.shm.heap
 from backends.ring import RingCommunicator
-from backends.shm.communicator import ShmCommunicator
+from backends.shm.communicator import ShmCommunicator as AnyShmCommunicator
 from minidist.communicator import Communicator, ReduceOp
-from minidist.errors import CommError, MismatchError, PeerLostError
+from minidist.contract.checks import DTYPES
+from minidist.errors import BackendUnavailableError, CommError, MismatchError, PeerLostError
 
 NO_NAP_S = 20.0
+ShmCommunicator = functools.partial(AnyShmCommunicator, kernels=sys.argv[2])
 
 
 def disagree() -> None:
@@ -209,6 +212,81 @@ def one_cannot_start() -> None:
         os._exit(0)
 
 
+def mix_paths() -> None:
+    """Each rank asks for a path of its own."""
+    try:
+        with AnyShmCommunicator(kernels=sys.argv[2 + int(os.environ["RANK"])], timeout_s=20) as comm:
+            tensor = torch.ones(3) + comm.rank
+            comm.all_reduce(tensor)
+            print(f"sum {tensor[0]:g}", flush=True)
+    except BackendUnavailableError:
+        print("refused", flush=True)
+    except PeerLostError:
+        print("lost", flush=True)
+
+
+def interrupted() -> None:
+    """Rank 0 waits for rank 1, and is interrupted as by Ctrl-C."""
+    with ShmCommunicator(timeout_s=60) as elsewhere:
+        comm = ShmCommunicator(timeout_s=60)
+        if comm.rank == 0:
+            signal.signal(signal.SIGALRM, signal.default_int_handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            try:
+                comm.all_reduce(comm.empty(30_000).fill_(1))
+            except KeyboardInterrupt:
+                print("interrupted", flush=True)
+        elsewhere.barrier()
+        comm.abort("enough")
+
+
+def same_bits() -> None:
+    """Every collective on random numbers of every dtype: compiled kernels and torch's operations agree on each bit."""
+    with AnyShmCommunicator(kernels="torch") as torch_comm, AnyShmCommunicator(kernels="compiled") as comm:
+        for seed, (dtype, op) in enumerate((one, op) for one in DTYPES for op in combinable(one)):
+            for numel, shared in ((5 + seed, False), (2048, True), (40_003, seed % 2 == 0)):
+                expected, actual = (results(each, numel, dtype, op, shared, seed) for each in (torch_comm, comm))
+                differ = [name for name in expected if not torch.equal(expected[name], actual[name])]
+                assert not differ, f"{differ} differ: {dtype} {op} {numel} shared={shared}"
+                sums = comm.all_gather_object(actual["all_reduce"].numpy().tobytes())
+                assert len(set(sums)) == 1, f"ranks differ: {dtype} {op} {numel} shared={shared}"
+        print("the same", flush=True)
+
+
+def combinable(dtype: torch.dtype) -> Sequence[ReduceOp]:
+    if dtype.is_complex:
+        return (ReduceOp.SUM,)
+    of_all = (ReduceOp.SUM, ReduceOp.MIN, ReduceOp.MAX, ReduceOp.PRODUCT)
+    return of_all if dtype.is_floating_point else (*of_all, ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
+
+
+def results(
+    comm: Communicator, numel: int, dtype: torch.dtype, op: ReduceOp, shared: bool, seed: int
+) -> dict[str, torch.Tensor]:
+    """Return what each collective makes of random numbers, as bytes."""
+    n, me, root = comm.world_size, comm.rank, seed % comm.world_size
+    generator = torch.Generator().manual_seed(n * seed + me)
+
+    def new(size: int) -> torch.Tensor:
+        tensor = comm.empty(size, dtype=dtype) if shared else torch.empty(size, dtype=dtype)
+        values = torch.randn(2 * size, generator=generator, dtype=torch.float64)[: size * (1 + dtype.is_complex)] * 3
+        if dtype.is_complex:
+            return tensor.copy_(torch.view_as_complex(values.view(-1, 2)))
+        return tensor.copy_(values > 0 if dtype == torch.bool else values)
+
+    done = {name: new(numel) for name in ("all_reduce", "reduce", "broadcast", "scatter", "reduce_scatter")}
+    done |= {name: new(n * numel) for name in ("all_gather", "gather", "all_to_all")}
+    comm.all_reduce(done["all_reduce"], op)
+    comm.reduce(done["reduce"], root, op)
+    comm.broadcast(done["broadcast"], root)
+    comm.scatter(done["scatter"], new(n * numel) if me == root else None, root)
+    comm.reduce_scatter(done["reduce_scatter"], new(n * numel), op)
+    comm.all_gather(done["all_gather"], new(numel))
+    comm.gather(done["gather"] if me == root else None, new(numel), root)
+    comm.all_to_all(done["all_to_all"], new(n * numel))
+    return {name: tensor.view(-1).view(torch.uint8).clone() for name, tensor in done.items()}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {
@@ -221,4 +299,7 @@ if __name__ == "__main__":
         "one_dies": one_dies,
         "refuse": refuse,
         "never_nap": never_nap,
+        "same_bits": same_bits,
+        "mix_paths": mix_paths,
+        "interrupted": interrupted,
     }[sys.argv[1]]()

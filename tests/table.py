@@ -9,6 +9,7 @@ from functools import partial
 from types import ModuleType
 
 from backends.ring import RingCommunicator
+from backends.shm import ShmCommunicator
 from backends.thread import ThreadCommunicator
 from minidist.communicator import Communicator
 from tests import (
@@ -82,6 +83,7 @@ ROWS = (
     Row("mpi", "backends.mpi.MpiCommunicator", "mpirun"),
     Row("ring-mpi", "tests.table.ring_over_mpi", "mpirun"),
     Row("shm", "backends.shm.ShmCommunicator", "torchrun"),
+    Row("shm-torch", "tests.table.shm_by_torch", "torchrun"),
     Row("ring-shm", "tests.table.ring_over_shm", "torchrun"),
     *(
         Row(f"{name}-{transport}", f"{name}/{transport}", launcher, lacks, (*zoo.collectives(name), "random_program"))
@@ -116,6 +118,10 @@ def ring_over_mpi() -> Communicator:
 
 def ring_over_shm() -> Communicator:
     return RingCommunicator(made_by("backends.shm.ShmCommunicator")())
+
+
+def shm_by_torch() -> Communicator:
+    return ShmCommunicator(kernels="torch")
 
 
 def group_of_thread() -> Communicator:

@@ -60,8 +60,12 @@ class ProcessCommunicator(ScheduledCommunicator):
                     host=hosts[ranks[0]][0],
                     num_here=sum(hosts[rank][1] == mine[1] for rank in ranks),
                 )
-                return type(self)(self.timeout_s, self.segment_bytes, place)
+                return self._made_at(place)
         return None
+
+    def _made_at(self, place: Place) -> Communicator:
+        """Return a communicator like this one for a part of its ranks."""
+        return type(self)(self.timeout_s, self.segment_bytes, place)
 
     def _close(self) -> None:
         self._lifeline.leave()

@@ -94,8 +94,9 @@ class Doorbell:
         self._addresses = addresses
         self._others = [peer for peer in range(len(bells)) if peer != rank]
         self._spin_s = cores.SPIN_S if spin else 0.0
-        # No two rings write the same value, so that every ring changes the bell, whoever else rings.
-        self._values = itertools.count(rank, len(bells))
+        # No two rings write the same value, so that every ring changes the bell, whoever else rings; the odd ones are
+        # those of compiled kernels.
+        self._values = itertools.count(2 * rank, 2 * len(bells))
         # Two threads of this rank may sleep at once, and the one that wakes must not say that nobody does.
         self._num_sleepers = 0
         self._lock = threading.Lock()
@@ -119,10 +120,10 @@ class Doorbell:
         for peer in self._others:
             self.ring(peer)
 
-    def wait(self, ready: Callable[[], bool], before_sleep: Callable[[], Exception | None]) -> None:
+    def wait(self, ready: Callable[[], bool], before_sleep: Callable[[], Exception | None], spins: bool = True) -> None:
         """Return once ``ready()``; raise what ``before_sleep()`` returns, which is called before each sleep."""
         # Only with a core for each rank: one that spins on a shared core keeps the rank from it that it waits for.
-        spin_until = time.perf_counter() + self._spin_s
+        spin_until = time.perf_counter() + self._spin_s * spins
         while time.perf_counter() < spin_until:
             if ready():
                 return

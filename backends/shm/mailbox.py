@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from backends.shm.layout import LINE
 from minidist.contract.checks import DTYPES
 from minidist.contract.envelope import received, to
 from minidist.contract.forks import Living
@@ -30,8 +31,6 @@ from minidist.errors import MismatchError
 
 NUM_SLOTS = 4
 SLOT_BYTES = 2**17
-LINE = 8
-"""Words in a cache line; a word that is waited for has one of its own."""
 NUM_LINES = 3 + NUM_SLOTS
 """Lines that a rank has for every peer: two counts, what it refused, and the headers of the slots."""
 Kind = tuple[int, torch.dtype]
