@@ -79,6 +79,7 @@ class Arena:
         why_hopeless: called with a rank that is waited for and a deadline; returns why that is hopeless, if it is.
         deadline: for all ranks to come.
         local_world_size: how many ranks of the whole job share this host.
+        is_beside: whether the thread that asks runs beside another one of its rank, which computes.
         compiles: whether this rank has compiled kernels.
 
     Attributes:
@@ -97,11 +98,13 @@ class Arena:
         why_hopeless: WhyHopeless,
         deadline: Deadline,
         local_world_size: int,
+        is_beside: Callable[[], bool],
         compiles: bool = False,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self._why_hopeless = why_hopeless
+        self._is_beside = is_beside
         self.compiled = compiles
         self.heap = OwnHeap()
         self.places = places = _Places.reserved_in(self.heap, world_size)
@@ -113,7 +116,7 @@ class Arena:
         self._others = [(peer, words[peer]) for peer in range(world_size) if peer != rank]
         bells = [word[BELL : BELL + 2] for word in words]
         addresses = [heap.base + places.words + 8 * BELL for heap in self.heaps]
-        self._bell = Doorbell(rank, bells, addresses, self.cores_per_rank > 0)
+        self._bell = Doorbell(rank, bells, addresses)
         self.mail = self._make_mailbox()
         self._bell.expects_mail = self.mail.has_open
         # A heap is mapped by an address that holds while its rank has its file open, so nobody may close before all
@@ -149,6 +152,11 @@ class Arena:
         nbytes = mailbox.num_bytes(self.world_size)
         slots = [heap.tensor(self.places.slots, nbytes, torch.uint8) for heap in self.heaps]
         return Mailbox(self.rank, words, slots, self._bell.ring)
+
+    @property
+    def has_core(self) -> bool:
+        """Whether the thread that asks may keep a core busy while it waits: nobody else has anything to do on it."""
+        return self.cores_per_rank > 1 or (self.cores_per_rank == 1 and not self._is_beside())
 
     @property
     def turn(self) -> int:
@@ -220,7 +228,6 @@ class Arena:
         ready: Callable[[], bool],
         peer: int,
         deadline: Deadline,
-        why_hopeless: WhyHopeless | None = None,
         spins: bool = True,
     ) -> None:
         """Wait for something that ``peer`` has to do; meanwhile, move messages that can be moved."""
@@ -228,9 +235,9 @@ class Arena:
         def before_sleep() -> Exception | None:
             # All of this process: the peer may wait for a message on another communicator before it comes here.
             mailbox.advance_all()
-            return (why_hopeless or self._why_hopeless)(peer, deadline)
+            return self._why_hopeless(peer, deadline)
 
-        self._bell.wait(ready, before_sleep, spins)
+        self._bell.wait(ready, before_sleep, spins and self.has_core)
 
     def close(self) -> None:
         """Give back the address of the heap; its memory goes when nothing in it is used any more."""

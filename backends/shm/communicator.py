@@ -75,9 +75,16 @@ class ShmCommunicator(ProcessCommunicator):
         place = self._place
         ensure_one_host(place.num_here, place.world_size)
         deadline = Deadline(self.timeout_s)
-        compiles = self._compiled is not None
+        progress = self._progress
         return Arena(
-            self.rank, self.world_size, self._store, self.why_hopeless, deadline, place.local_world_size, compiles
+            self.rank,
+            self.world_size,
+            self._store,
+            self.why_hopeless,
+            deadline,
+            place.local_world_size,
+            lambda: progress.serving,
+            self._compiled is not None,
         )
 
     @classmethod

@@ -24,6 +24,12 @@ SPINS = 2000
 """Looks before the first clock; some 50 us."""
 CROWDED_S = 1e-3
 """How long ranks without a core each pass theirs on before they sleep."""
+Patience = tuple[int, int]
+"""How often a kernel looks, and how many ns it then passes its core on, before it returns to Python."""
+ALONE: Patience = SPINS, int(SPIN_S * 1e9)
+CROWDED: Patience = 0, int(CROWDED_S * 1e9)
+BESIDE: Patience = 0, 0
+"""Who passes its core on to its own rank's computation gets it back late; who sleeps is woken."""
 
 
 class _Words:
@@ -48,6 +54,7 @@ class CompiledCollectives:
         self._kernels = kernels
         self._scratch = (ctypes.c_char * kernels.scratch_bytes)()
         self._desk = self._make_desk()
+        self._patience = ALONE
         # A function, not a method, is cached; a method would hold this object, and so all heaps, in a circle.
         self._plan = functools.lru_cache(4096)(functools.partial(_make_plan, kernels, arena.rank, arena.world_size))
         self._barrier = _Words([0])
@@ -55,13 +62,12 @@ class CompiledCollectives:
     def _make_desk(self) -> _Words:
         arena = self._arena
         n = arena.world_size
-        has_core = arena.cores_per_rank > 0
         fields = {
             desk.RANK: arena.rank,
             desk.WORLD_SIZE: n,
             desk.SIZE: arena.heap.size,
-            desk.SPINS: SPINS if has_core else 0,
-            desk.PATIENCE_NS: int((SPIN_S if has_core else CROWDED_S) * 1e9),
+            desk.SPINS: ALONE[0],
+            desk.PATIENCE_NS: ALONE[1],
             desk.INLINE: arena.places.inline,
             desk.STAGE: arena.places.stage,
             desk.SCRATCH: ctypes.addressof(self._scratch),
@@ -120,6 +126,7 @@ class CompiledCollectives:
 
     def _run(self, kernel: Kernel, plan: _Words, source: int, target: int, timeout_s: float) -> None:
         """Call a kernel until it is done; in between, look after what else keeps a rank from coming."""
+        self._be_patient()
         if kernel(self._desk.address, plan.address, source, target) == desk.DONE:
             return
         deadline = Deadline(timeout_s)
@@ -127,6 +134,13 @@ class CompiledCollectives:
             self._wait_as_told(deadline)
             if kernel(self._desk.address, plan.address, source, target) == desk.DONE:
                 return
+
+    def _be_patient(self) -> None:
+        """Tell kernels how long they may wait on the core of the thread that calls them."""
+        patience = ALONE if self._arena.has_core else CROWDED if self._arena.cores_per_rank == 0 else BESIDE
+        if patience is not self._patience:
+            self._patience = patience
+            self._desk.view[desk.SPINS // 8], self._desk.view[desk.PATIENCE_NS // 8] = patience
 
     def _wait_as_told(self, deadline: Deadline) -> None:
         """Wait for the rank that the kernel was waiting for, or raise why it need not be waited for."""
