@@ -118,7 +118,7 @@ class Communicator(Membership):
     def all_reduce(self, tensor: Tensor, op: ReduceOp = SUM, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Combine ``tensor`` over all ranks, in place; every rank ends with identical bits."""
         op = checks.reduction(self, "all_reduce", op, tensor=tensor)
-        return self._run("all_reduce", (tensor,), None, op, async_op, timeout_s)
+        return self._run("all_reduce", (tensor,), (op,), async_op, timeout_s)
 
     @final
     def reduce(
@@ -127,14 +127,14 @@ class Communicator(Membership):
         """Combine ``tensor`` over all ranks into rank ``dst``'s; the others keep theirs."""
         op = checks.reduction(self, "reduce", op, tensor=tensor)
         checks.peer(self, "reduce", "dst", dst)
-        return self._run("reduce", (tensor,), dst, op, async_op, timeout_s, keep=self.rank != dst)
+        return self._run("reduce", (tensor,), (dst, op), async_op, timeout_s, keep=self.rank != dst)
 
     @final
     def broadcast(self, tensor: Tensor, src: int, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Overwrite ``tensor`` on every rank with that of rank ``src``."""
         checks.tensors(self, "broadcast", tensor=tensor)
         checks.peer(self, "broadcast", "src", src)
-        return self._run("broadcast", (tensor,), src, None, async_op, timeout_s)
+        return self._run("broadcast", (tensor,), (src,), async_op, timeout_s)
 
     @final
     def all_gather(
@@ -153,7 +153,7 @@ class Communicator(Membership):
             checks.uneven_blocks(self, "all_gather", "output", sizes, output=output, input=input)
             return self.in_order(lambda: uneven.all_gather(self, output, input, sizes, timeout_s), async_op)
         checks.blocks(self, "all_gather", "output", output=output, input=input)
-        return self._run("all_gather", (output, input), None, None, async_op, timeout_s)
+        return self._run("all_gather", (output, input), (), async_op, timeout_s)
 
     @final
     def reduce_scatter(
@@ -175,7 +175,7 @@ class Communicator(Membership):
             checks.uneven_blocks(self, "reduce_scatter", "input", sizes, output=output, input=input)
             return self.in_order(lambda: uneven.reduce_scatter(self, output, input, op, sizes, timeout_s), async_op)
         checks.blocks(self, "reduce_scatter", "input", output=output, input=input)
-        return self._run("reduce_scatter", (output, input), None, op, async_op, timeout_s)
+        return self._run("reduce_scatter", (output, input), (op,), async_op, timeout_s)
 
     @final
     def gather(
@@ -183,7 +183,7 @@ class Communicator(Membership):
     ) -> Work:
         """Write every rank's ``input`` into rank ``dst``'s ``output``; None on the other ranks."""
         checks.rooted(self, "gather", ("dst", dst), "output", output=output, input=input)
-        return self._run("gather", (output, input), dst, None, async_op, timeout_s)
+        return self._run("gather", (output, input), (dst,), async_op, timeout_s)
 
     @final
     def scatter(
@@ -191,7 +191,7 @@ class Communicator(Membership):
     ) -> Work:
         """Write block r of rank ``src``'s ``input`` into rank r's ``output``; None elsewhere."""
         checks.rooted(self, "scatter", ("src", src), "input", output=output, input=input)
-        return self._run("scatter", (output, input), src, None, async_op, timeout_s)
+        return self._run("scatter", (output, input), (src,), async_op, timeout_s)
 
     @final
     def all_to_all(
@@ -212,12 +212,12 @@ class Communicator(Membership):
             sizes = checks.uneven_all_to_all(self, output, input, output_sizes, input_sizes)
             return self.in_order(lambda: uneven.all_to_all(self, output, input, *sizes, timeout_s), async_op)
         checks.equal_blocks(self, "all_to_all", output, input)
-        return self._run("all_to_all", (output, input), None, None, async_op, timeout_s)
+        return self._run("all_to_all", (output, input), (), async_op, timeout_s)
 
     @final
     def barrier(self, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Finish once every rank has started it."""
-        return self._run("barrier", (), None, None, async_op, timeout_s)
+        return self._run("barrier", (), (), async_op, timeout_s)
 
     @final
     def all_gather_object(self, obj: Any, timeout_s: Seconds = None) -> list[Any]:

@@ -161,14 +161,14 @@ def reduction(comm: Rank, operation: str, op: ReduceOp, **named: Tensor) -> Redu
     if not isinstance(op, ReduceOp):
         raise TypeError(f"{comm.who(operation)}: op must be a ReduceOp, got {op!r}; use ReduceOp.SUM")
     tensors(comm, operation, **named)
-    dtype = next(iter(named.values())).dtype
-    if dtype not in _FLOATS or op not in _OF_FLOATS:
-        _ensure_defined(comm, operation, op, dtype)
-    return _OF_BOOL.get(op, op) if dtype is torch.bool else op
+    for tensor in named.values():
+        if tensor.dtype not in _FLOATS or op not in _OF_FLOATS:
+            return _defined(comm, operation, op, tensor.dtype)
+    return op
 
 
-def _ensure_defined(comm: Rank, operation: str, op: ReduceOp, dtype: torch.dtype) -> None:
-    """Raise unless ``op`` has a meaning for elements of ``dtype``."""
+def _defined(comm: Rank, operation: str, op: ReduceOp, dtype: torch.dtype) -> ReduceOp:
+    """Return what ``op`` is for elements of ``dtype``; raise if it has no meaning for them."""
     if dtype in ONLY_MOVED:
         raise TypeError(f"{comm.who(operation)}: {spell(dtype)} is moved, but not combined; use another dtype")
     if dtype.is_complex:
@@ -178,6 +178,7 @@ def _ensure_defined(comm: Rank, operation: str, op: ReduceOp, dtype: torch.dtype
     if op not in defined:
         names = ", ".join(op.name for op in ReduceOp if op in defined)
         raise TypeError(f"{comm.who(operation)}: op {op.name} is not defined for {spell(dtype)}; use one of {names}")
+    return _OF_BOOL.get(op, op) if dtype is torch.bool else op
 
 
 def blocks(comm: Rank, operation: str, many: str, **named: Tensor) -> None:

@@ -169,20 +169,21 @@ class Membership(ABC):
         self,
         operation: str,
         tensors: Sequence[Tensor | None],
-        root: int | None,
-        op: ReduceOp | None,
+        args: tuple[int | ReduceOp, ...],
         async_op: bool,
         timeout_s: float | None,
         keep: bool = False,
     ) -> Work:
-        """Run a collective on ``tensors``, of which it only reads the first with ``keep``."""
+        """Run a collective on ``tensors``, of which it only reads the first with ``keep``.
+
+        ``args`` is what its hook takes besides: a root, an op, or the one and then the other.
+        """
         self.ensure_usable(operation)
         seconds = self.timeout_s if timeout_s is None else checks.timeout(self, operation, timeout_s)
-        divisor = 0 if op is None else 1
-        if op is ReduceOp.AVG:
+        divisor = 1 if args and isinstance(args[-1], ReduceOp) else 0
+        if ReduceOp.AVG in args:
             divisor = self.world_size  # before the sum, which could overflow float16
-            op = ReduceOp.SUM
-        args = [arg for arg in (root, op) if arg is not None]
+            args = (*args[:-1], ReduceOp.SUM)
         own_block = self.rank if operation == "all_gather" else None
         job = staged(self._collective(operation), tensors, self.device_type, divisor, keep, own_block)
         if job is None:
