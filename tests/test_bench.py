@@ -14,7 +14,7 @@ from backends.thread import ThreadCommunicator, run_threads
 from experiments.bench import check
 from experiments.drawing.pictures import draw_bandwidth, draw_steps
 from experiments.measuring.collectives import Repeated
-from experiments.measuring.compare import communicators, sizes
+from experiments.measuring.compare import communicators, interleaved, sizes
 from experiments.running.choices import at_least, several
 from experiments.running.tables import table, write_csv, write_json
 from minidist.collective import COLLECTIVES
@@ -52,6 +52,27 @@ def test_every_op_has_a_closed_form(collective: str, op: ReduceOp) -> None:
 def test_all_gather_in_place() -> None:
     cfg = config(collective="all_gather", in_place=True)
     assert run_threads(lambda comm: Repeated(cfg, comm, 50).num_wrong(), 2) == [0, 0]
+
+
+def test_fresh_input_is_written_before_each_call() -> None:
+    def job(comm: Communicator) -> tuple[list[str], bool]:
+        collective = Repeated(config(), comm, 50)
+        collective.run()
+        calls: list[str] = []
+
+        def renew() -> None:
+            collective.renew()
+            calls.append("renew")
+
+        def run() -> None:
+            collective.run()
+            calls.append("run")
+
+        interleaved({"all_reduce": run}, comm, warmup=1, iterations=1, burst=2, before={"all_reduce": renew})
+        return calls, collective.num_wrong() == 0
+
+    one_turn = ["run", "renew", "run", "renew", "run"]
+    assert run_threads(job, 2) == [(2 * one_turn, True)] * 2
 
 
 class _Wrong(ThreadCommunicator):
