@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from minidist.contract.rank import ANY_SOURCE
 from minidist.errors import CommTimeoutError
 
 LEAST_S = 1e-3
@@ -29,13 +30,15 @@ class Deadline:
         return max(self._at - time.monotonic(), LEAST_S)
 
     def missed_by(self, peer: int | None) -> CommTimeoutError | None:
-        """Return what to tell the caller about ``peer``, None if any rank may be late, once no time is left."""
+        """Return what to tell the caller about ``peer``, once no time is left; see `timed_out`."""
         return timed_out(self.timeout_s, peer) if time.monotonic() > self._at else None
 
 
 def timed_out(timeout_s: float, peer: int | None = None) -> CommTimeoutError:
-    """Return what to tell who has waited for ``peer``, or for all ranks."""
+    """Return what to tell who has waited for ``peer``, with ANY_SOURCE for any other rank, with None for all ranks."""
     within = f"within the timeout of {timeout_s:.3g} s"
     if peer is None:
         return CommTimeoutError(f"no answer {within}; a rank did not take part")
+    if peer == ANY_SOURCE:
+        return CommTimeoutError(f"no message from any rank {within}; no rank has sent one with this tag")
     return CommTimeoutError(f"no answer from rank {peer} {within}; it did not take part")

@@ -17,16 +17,17 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
-from backends.contact import LEFT, ContactLostError
+from backends.contact import LEFT, ContactLostError, contact_lost
 from backends.deadline import Deadline
 from backends.scheduled import ScheduledCommunicator
 from minidist.communicator import Work
 from minidist.contract.envelope import received, to
+from minidist.contract.rank import ANY_SOURCE
 from minidist.errors import BackendUnavailableError, CommError, MismatchError, PeerLostError
 from minidist.launch import detect
 
@@ -49,7 +50,7 @@ class ThreadWorld:
             index = self._num_made[rank]
             self._num_made[rank] += 1
             if index == len(self._boards):
-                self._boards.append(_Board())
+                self._boards.append(_Board(self.world_size))
             return self._boards[index]
 
     def leave(self, rank: int, why: str | None) -> None:
@@ -68,11 +69,13 @@ class _Board:
         lost: those of them that failed and why, the first one first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world_size: int) -> None:
+        self._ranks = range(world_size)
         self.changed = threading.Condition()
         self.left: set[int] = set()
         self.lost: dict[int, str] = {}
         self._waiting: dict[tuple[int, int, int, bool], deque[_Half]] = defaultdict(deque)
+        self._num_waited = 0
 
     def leave(self, rank: int, why: str | None) -> None:
         with self.changed:
@@ -85,20 +88,27 @@ class _Board:
     def post(self, half: _Half, src: int, dst: int, tag: int, is_send: bool) -> None:
         """Copy if the other half is there already, else leave this one to be found."""
         with self.changed:
-            others = self._waiting[src, dst, tag, not is_send]
-            if not others:
+            sources = (src, ANY_SOURCE) if is_send else self._ranks if src == ANY_SOURCE else (src,)
+            other = self._take_first([(source, dst, tag, not is_send) for source in sources])
+            if other is None:
+                half.number = self._num_waited = self._num_waited + 1
                 self._waiting[src, dst, tag, is_send].append(half)
                 return
-            other = others.popleft()
         # Both halves are in nobody else's hands now, so the copy needs no lock: other messages go on beside it.
         send, recv = (half, other) if is_send else (other, half)
         if send.tensor.numel() == recv.tensor.numel() and send.tensor.dtype == recv.tensor.dtype:
             recv.tensor.view(-1).copy_(send.tensor.view(-1))
         else:
-            send.error, recv.error = _mismatch(send.tensor, recv.tensor, src, dst)
+            send.error, recv.error = _mismatch(send.tensor, recv.tensor, send.rank, dst)
+        recv.peer = send.rank
         with self.changed:  # the copy, or the error, is there before either of them is done
             half.done = other.done = True
             self.changed.notify_all()
+
+    def _take_first(self, keys: Iterable[tuple[int, int, int, bool]]) -> _Half | None:
+        """Take what has waited longest under one of the keys, if anything has."""
+        queues = [queue for key in keys if (queue := self._waiting.get(key))]
+        return min(queues, key=lambda queue: queue[0].number).popleft() if queues else None
 
 
 def _mismatch(source: Tensor, target: Tensor, src: int, dst: int) -> tuple[MismatchError, MismatchError]:
@@ -112,6 +122,8 @@ class _Half(Work):
 
     def __init__(self, comm: ThreadCommunicator, tensor: Tensor, peer: int, timeout_s: float) -> None:
         self._comm = comm
+        self.rank = comm.rank
+        self.number = 0
         self.tensor = tensor
         self._peer = peer
         self._deadline = Deadline(timeout_s)
@@ -143,7 +155,7 @@ class ThreadCommunicator(ScheduledCommunicator):
     """
 
     launcher: ClassVar[str] = "thread"
-    checks_sizes = checks_dtypes = True
+    checks_sizes = checks_dtypes = receives_from_any = True
     tag_bits = 31
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22) -> None:
@@ -177,9 +189,7 @@ class ThreadCommunicator(ScheduledCommunicator):
         """Return why to wait for ``peer`` any longer is hopeless, if it is."""
         if self.board.lost:
             return self._lost()
-        if peer in self.board.left:
-            return ContactLostError(peer)
-        return deadline.missed_by(peer)
+        return contact_lost(peer, self.board.left, self.world_size) or deadline.missed_by(peer)
 
     def _close(self) -> None:
         self.board.leave(self.rank, None)

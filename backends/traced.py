@@ -54,7 +54,11 @@ class TracedCommunicator(Wrapper):
         return self._logged(False, src, tensor.nbytes, posted, super()._irecv(tensor, src, tag, timeout_s))
 
     def _logged(self, sends: bool, peer: int, nbytes: int, posted: float, work: Work) -> Work:
-        return work.then(lambda: self.log.append(Entry(sends, peer, nbytes, posted, time.perf_counter())))
+        def log() -> None:
+            known = peer if work.peer is None else work.peer
+            self.log.append(Entry(sends, known, nbytes, posted, time.perf_counter()))
+
+        return work.then(log)
 
 
 def timed(plan: Iterable[Message], logs: list[list[Entry]]) -> list[Message]:

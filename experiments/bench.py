@@ -4,7 +4,8 @@ busbw is the bandwidth that the wires carry under the best algorithm, as nccl-te
 time of the first communicator over this one's; ``volume`` is what all ranks send, where that is counted, in parts of
 the least that the collective can do with; ``wrong`` counts elements that differ from the closed form. The row ``limit``
 is what the memory of this host allows: the additions and copies of the shared-memory all-reduce, on the same memory,
-without waiting for anybody.
+without waiting for anybody. With ``fresh=true`` each rank writes its input before each call, outside of the time that
+counts: repeated calls flatter, as what a rank combines stays in the cache of its core.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import hydra
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
-from backends.shm.all_reduce import add_and_write
 from backends.shm.communicator import ShmCommunicator
 from experiments.drawing.pictures import LIMIT, draw_bandwidth
 from experiments.measuring.collectives import Repeated
@@ -55,10 +56,14 @@ def measure(cfg: DictConfig, comms: dict[str, Communicator], nbytes: int) -> lis
     first = next(iter(comms.values()))
     collectives = {name: Repeated(cfg, comm, numel) for name, comm in comms.items()}
     actions: dict[str, Action] = {name: collective.run for name, collective in collectives.items()}
+    before: dict[str, Action] = {name: collective.renew for name, collective in collectives.items() if cfg.fresh}
     if cfg.collective == "all_reduce" and (shm := _shared_memory(comms)):
-        actions[LIMIT] = _memory_limit(shm, numel, dtype)
+        tensor = shm.empty(numel, dtype).zero_()
+        actions[LIMIT] = shm.without_meetings(tensor)
+        if cfg.fresh:
+            before[LIMIT] = lambda: _renew(shm, tensor)
     burst = max(2, min(cfg.burst, MAX_BURST_BYTES // nbytes))
-    seconds = interleaved(actions, first, cfg.warmup, cfg.iterations, burst)
+    seconds = interleaved(actions, first, cfg.warmup, cfg.iterations, burst, before)
     volume = {name: _volume(cfg.collective, one, comms[name], first) for name, one in collectives.items()}
     wrong = {name: sum(first.all_gather_object(collective.num_wrong())) for name, collective in collectives.items()}
     reference = median(next(iter(seconds.values())))
@@ -103,9 +108,9 @@ def _shared_memory(comms: dict[str, Communicator]) -> ShmCommunicator | None:
     return next((comm for comm in comms.values() if isinstance(comm, ShmCommunicator)), None)
 
 
-def _memory_limit(comm: ShmCommunicator, numel: int, dtype: torch.dtype) -> Action:
-    blocks = comm.shared_blocks(comm.empty(numel, dtype).zero_())
-    return lambda: add_and_write(blocks, ReduceOp.SUM)
+def _renew(comm: Communicator, tensor: Tensor) -> None:
+    tensor.fill_(1)
+    comm.barrier()
 
 
 def check(cfg: DictConfig) -> None:

@@ -77,13 +77,19 @@ class Communicator(Membership):
         self.isend(tensor, dst, tag, timeout_s).wait()
 
     @final
-    def recv(self, tensor: Tensor, src: int, tag: int = 0, timeout_s: Seconds = None) -> None:
-        """Receive into ``tensor`` what rank ``src`` sent with the same ``tag``.
+    def recv(self, tensor: Tensor, src: int | None, tag: int = 0, timeout_s: Seconds = None) -> int:
+        """Receive into ``tensor`` what rank ``src`` sent with the same ``tag``; return the rank that it came from.
+
+        None for ``src`` takes the message of whoever's comes first; see `irecv`.
 
         Raises:
             MismatchError: it has another size or dtype; what is in ``tensor`` then means nothing.
+            ValueError: ``src`` is None, and `receives_from_any` is not; among other wrong arguments.
         """
-        self.irecv(tensor, src, tag, timeout_s).wait()
+        work = self.irecv(tensor, src, tag, timeout_s)
+        work.wait()
+        assert work.peer is not None  # a message has come, and from somebody
+        return work.peer
 
     @final
     def isend(self, tensor: Tensor, dst: int, tag: int = 0, timeout_s: Seconds = None) -> Work:
@@ -96,10 +102,15 @@ class Communicator(Membership):
         return self._transfer("isend", self._isend, tensor, dst, tag, timeout_s)
 
     @final
-    def irecv(self, tensor: Tensor, src: int, tag: int = 0, timeout_s: Seconds = None) -> Work:
-        """Start to receive into ``tensor``, which holds the message once ``wait()`` returned; see `recv`."""
-        checks.message(self, "irecv", tensor, "src", src, tag)
-        return self._transfer("irecv", self._irecv, tensor, src, tag, timeout_s)
+    def irecv(self, tensor: Tensor, src: int | None, tag: int = 0, timeout_s: Seconds = None) -> Work:
+        """Start to receive into ``tensor``, which holds the message once ``wait()`` returned; see `recv`.
+
+        With None for ``src``, where `receives_from_any`, the Work's ``peer`` then is the rank that it came from. A
+        receive of the same tag that names its source may go before one that does not. While one that does not is open,
+        large messages to it, and to those of its tag after it, may move only while this rank waits for them.
+        """
+        source = checks.source(self, "irecv", tensor, src, tag)
+        return self._transfer("irecv", self._irecv, tensor, source, tag, timeout_s)
 
     # Collectives ------------------------------------------------------------------------------
 
@@ -107,7 +118,7 @@ class Communicator(Membership):
     def all_reduce(self, tensor: Tensor, op: ReduceOp = SUM, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Combine ``tensor`` over all ranks, in place; every rank ends with identical bits."""
         op = checks.reduction(self, "all_reduce", op, tensor=tensor)
-        return self._run("all_reduce", (tensor,), None, op, async_op, timeout_s)
+        return self._run("all_reduce", (tensor,), (op,), async_op, timeout_s)
 
     @final
     def reduce(
@@ -116,14 +127,14 @@ class Communicator(Membership):
         """Combine ``tensor`` over all ranks into rank ``dst``'s; the others keep theirs."""
         op = checks.reduction(self, "reduce", op, tensor=tensor)
         checks.peer(self, "reduce", "dst", dst)
-        return self._run("reduce", (tensor,), dst, op, async_op, timeout_s, keep=self.rank != dst)
+        return self._run("reduce", (tensor,), (dst, op), async_op, timeout_s, keep=self.rank != dst)
 
     @final
     def broadcast(self, tensor: Tensor, src: int, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Overwrite ``tensor`` on every rank with that of rank ``src``."""
         checks.tensors(self, "broadcast", tensor=tensor)
         checks.peer(self, "broadcast", "src", src)
-        return self._run("broadcast", (tensor,), src, None, async_op, timeout_s)
+        return self._run("broadcast", (tensor,), (src,), async_op, timeout_s)
 
     @final
     def all_gather(
@@ -139,10 +150,10 @@ class Communicator(Membership):
         Where the inputs differ in size, ``sizes`` gives the number of elements of each, the same on all ranks.
         """
         if sizes is not None:
-            checks.uneven(self, "all_gather", output=(output, sizes), input=(input, [sizes[self.rank]]))
+            checks.uneven_blocks(self, "all_gather", "output", sizes, output=output, input=input)
             return self.in_order(lambda: uneven.all_gather(self, output, input, sizes, timeout_s), async_op)
         checks.blocks(self, "all_gather", "output", output=output, input=input)
-        return self._run("all_gather", (output, input), None, None, async_op, timeout_s)
+        return self._run("all_gather", (output, input), (), async_op, timeout_s)
 
     @final
     def reduce_scatter(
@@ -159,13 +170,12 @@ class Communicator(Membership):
         ``input`` keeps its values, but for those in the memory of ``output``. Where the outputs differ in size,
         ``sizes`` gives the number of elements of each, the same on all ranks.
         """
-        if sizes is not None:
-            checks.reduction(self, "reduce_scatter", op, output=output)
-            checks.uneven(self, "reduce_scatter", output=(output, [sizes[self.rank]]), input=(input, sizes))
-            return self.in_order(lambda: uneven.reduce_scatter(self, output, input, op, sizes, timeout_s), async_op)
         op = checks.reduction(self, "reduce_scatter", op, output=output)
+        if sizes is not None:
+            checks.uneven_blocks(self, "reduce_scatter", "input", sizes, output=output, input=input)
+            return self.in_order(lambda: uneven.reduce_scatter(self, output, input, op, sizes, timeout_s), async_op)
         checks.blocks(self, "reduce_scatter", "input", output=output, input=input)
-        return self._run("reduce_scatter", (output, input), None, op, async_op, timeout_s)
+        return self._run("reduce_scatter", (output, input), (op,), async_op, timeout_s)
 
     @final
     def gather(
@@ -173,7 +183,7 @@ class Communicator(Membership):
     ) -> Work:
         """Write every rank's ``input`` into rank ``dst``'s ``output``; None on the other ranks."""
         checks.rooted(self, "gather", ("dst", dst), "output", output=output, input=input)
-        return self._run("gather", (output, input), dst, None, async_op, timeout_s)
+        return self._run("gather", (output, input), (dst,), async_op, timeout_s)
 
     @final
     def scatter(
@@ -181,7 +191,7 @@ class Communicator(Membership):
     ) -> Work:
         """Write block r of rank ``src``'s ``input`` into rank r's ``output``; None elsewhere."""
         checks.rooted(self, "scatter", ("src", src), "input", output=output, input=input)
-        return self._run("scatter", (output, input), src, None, async_op, timeout_s)
+        return self._run("scatter", (output, input), (src,), async_op, timeout_s)
 
     @final
     def all_to_all(
@@ -198,17 +208,16 @@ class Communicator(Membership):
         Where blocks differ in size, all ranks give both sizes: the number of elements of each block. What a rank sends
         to another one has to be as large as what that one expects.
         """
-        if output_sizes is not None and input_sizes is not None:
-            sizes = (output_sizes, input_sizes)
-            checks.uneven(self, "all_to_all", output=(output, output_sizes), input=(input, input_sizes))
+        if output_sizes is not None or input_sizes is not None:
+            sizes = checks.uneven_all_to_all(self, output, input, output_sizes, input_sizes)
             return self.in_order(lambda: uneven.all_to_all(self, output, input, *sizes, timeout_s), async_op)
         checks.equal_blocks(self, "all_to_all", output, input)
-        return self._run("all_to_all", (output, input), None, None, async_op, timeout_s)
+        return self._run("all_to_all", (output, input), (), async_op, timeout_s)
 
     @final
     def barrier(self, async_op: bool = False, timeout_s: Seconds = None) -> Work:
         """Finish once every rank has started it."""
-        return self._run("barrier", (), None, None, async_op, timeout_s)
+        return self._run("barrier", (), (), async_op, timeout_s)
 
     @final
     def all_gather_object(self, obj: Any, timeout_s: Seconds = None) -> list[Any]:
@@ -266,7 +275,10 @@ class Communicator(Membership):
 
     @abstractmethod
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        """Start a receive. What comes is as large as ``tensor``, unless ``checks_sizes`` makes others errors."""
+        """Start a receive. What comes is as large as ``tensor``, unless ``checks_sizes`` makes others errors.
+
+        ``src`` is another rank; or, only if ``receives_from_any``, ANY_SOURCE: then the Work's ``peer`` has to tell.
+        """
 
     @abstractmethod
     def _collective(self, name: str) -> Callable[..., None]:

@@ -11,7 +11,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -86,13 +86,34 @@ def check_close_waits_for_what_is_received(comm: Communicator, meet: Meet) -> No
 
 @needs(fresh=True, ranks=2)
 def check_close_names_what_nobody_receives(comm: Communicator, meet: Meet) -> None:
+    """A transport that keeps a message itself is done with it at once, and has nothing to name."""
     comm.timeout_s = 1.0
-    if comm.rank == 0:
-        comm.isend(torch.ones(2**20), 1, 7)
+    if comm.rank == 0 and not comm.isend(torch.ones(2**20), 1, 7).is_done():
         with pytest.warns(UserWarning, match=r"close: not received within 1 s.* 1048576 float32 to rank 1 with tag 7"):
             comm.close()
     meet()
     comm.close()
+
+
+@needs(fresh=True, ranks=3)
+def check_close_waits_for_no_leaving_rank(comm: Communicator, meet: Meet) -> None:
+    """Rank 1 leaves without what rank 0 has sent it; rank 2, which needs neither, hears no alarm."""
+    sent = comm.rank == 0 and not comm.isend(torch.ones(2**20), 1, 7).is_done()
+    meet()
+    if comm.rank == 1:
+        comm.close()
+    meet()
+    if comm.rank == 0:
+        started = time.monotonic()
+        with pytest.warns(UserWarning, match="not received") if sent else nullcontext():
+            comm.close()
+        assert time.monotonic() - started < LIMIT_S
+    meet()
+    if comm.rank > 1:
+        for _ in range(50):  # an alarm may take a moment
+            comm.ensure_usable("send")
+            time.sleep(0.01)
+    meet()
 
 
 # A fork of a rank ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One rank of a world in which test_shm.py tries something: ``python -m tests.shm_ranks disagree``."""
+"""One rank of a world in which test_shm.py tries something: ``python -m tests.shm_ranks disagree compiled``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,9 +17,15 @@ import backends.shm.heap
 from backends.ring import RingCommunicator
 from backends.shm.communicator import ShmCommunicator
 from minidist.communicator import Communicator, ReduceOp
-from minidist.errors import CommError, MismatchError, PeerLostError
+from minidist.contract.checks import DTYPES
+from minidist.errors import BackendUnavailableError, CommError, MismatchError, PeerLostError
 
 NO_NAP_S = 20.0
+
+
+def on_shm(timeout_s: float = 300.0) -> ShmCommunicator:
+    """Return a communicator on the path that the command asks for."""
+    return ShmCommunicator(timeout_s, kernels=sys.argv[2])
 
 
 def disagree() -> None:
@@ -52,7 +58,7 @@ def disagree() -> None:
         ),
     ]
     for usual, other, spelt in calls:
-        comm = ShmCommunicator(timeout_s=20)
+        comm = on_shm(timeout_s=20)
         try:
             (other if comm.rank == 1 else usual)(comm)
             print("no error")
@@ -66,8 +72,8 @@ def disagree() -> None:
 def disagree_before_all_came() -> None:
     """Rank 2 calls something else and fails before rank 1 has come: rank 0, which waits for that one, hears why."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with ShmCommunicator() as elsewhere:
-        comm = ShmCommunicator(timeout_s=20)
+    with on_shm() as elsewhere:
+        comm = on_shm(timeout_s=20)
         if comm.rank != 1:
             try:
                 with comm:
@@ -80,7 +86,7 @@ def disagree_before_all_came() -> None:
 
 def leave_nothing() -> None:
     """Much use of one communicator, then many communicators: files, mappings and memory are as before."""
-    with ShmCommunicator() as comm:
+    with on_shm() as comm:
         work(comm, 100)
         before = footprint()
         work(comm, 10_000)
@@ -90,7 +96,7 @@ def leave_nothing() -> None:
         for _ in range(100):
             comm.empty(2**24).fill_(1)
         for _ in range(100):
-            with ShmCommunicator() as another:
+            with on_shm() as another:
                 work(another, 1)
         del another
         until = time.monotonic() + 10  # the other rank hangs up a moment later
@@ -121,7 +127,7 @@ def footprint() -> tuple[int, int, int]:
 
 def die_together() -> None:
     """Hold memory, then die on all ranks at once."""
-    comm = ShmCommunicator()
+    comm = on_shm()
     held = comm.empty(2**24).fill_(1)
     comm.barrier()
     print(f"holds {held.nbytes >> 20} MiB", flush=True)
@@ -131,7 +137,7 @@ def die_together() -> None:
 def one_dies() -> None:
     """Rank 1 is killed in the middle of an all-reduce; the others say who is gone, and how long that took."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun asks the others to end when one has died
-    comm = ShmCommunicator()
+    comm = on_shm()
     tensor = comm.empty(2**22).fill_(1)
     comm.all_reduce(tensor)
     if comm.rank == 1:
@@ -150,7 +156,7 @@ def one_dies() -> None:
 def send_and_close() -> None:
     """Rank 0 sends more than fits into the slots, and leaves; rank 1 gets all of it."""
     sent = torch.arange(500_000)
-    with ShmCommunicator(timeout_s=20) as comm:
+    with on_shm(timeout_s=20) as comm:
         if comm.rank == 0:
             comm.isend(sent, 1)
             return
@@ -161,8 +167,8 @@ def send_and_close() -> None:
 
 def refuse() -> None:
     """Rank 1 refuses a large message and waits elsewhere; rank 0, which still holds most of it, is told."""
-    with ShmCommunicator() as elsewhere:
-        comm = ShmCommunicator(timeout_s=20)
+    with on_shm() as elsewhere:
+        comm = on_shm(timeout_s=20)
         try:
             comm.send(torch.ones(10**6), 1) if comm.rank == 0 else comm.recv(torch.ones(3), 0)
         except MismatchError as error:
@@ -174,7 +180,7 @@ def refuse() -> None:
 def never_nap() -> None:
     """Messages on two communicators, with naps so long that one would be seen."""
     backends.shm.doorbell.NAP_S = 2 * NO_NAP_S
-    with ShmCommunicator(timeout_s=4 * NO_NAP_S) as comm:
+    with on_shm(timeout_s=4 * NO_NAP_S) as comm:
         child = comm.split(0)
         assert child is not None
         n, me, small, large = comm.world_size, comm.rank, torch.ones(10), torch.ones(2**20)
@@ -203,10 +209,85 @@ def one_cannot_start() -> None:
         backends.shm.heap.available_bytes = lambda: 0
     started = time.monotonic()
     try:
-        ShmCommunicator(timeout_s=60)
+        on_shm(timeout_s=60)
     except PeerLostError as error:
         print(error if time.monotonic() - started < 30 else "it took too long", flush=True)
         os._exit(0)
+
+
+def mix_paths() -> None:
+    """Each rank asks for a path of its own."""
+    try:
+        with ShmCommunicator(kernels=sys.argv[2 + int(os.environ["RANK"])], timeout_s=20) as comm:
+            tensor = torch.ones(3) + comm.rank
+            comm.all_reduce(tensor)
+            print(f"sum {tensor[0]:g}", flush=True)
+    except BackendUnavailableError:
+        print("refused", flush=True)
+    except PeerLostError:
+        print("lost", flush=True)
+
+
+def interrupted() -> None:
+    """Rank 0 waits for rank 1, and is interrupted as by Ctrl-C."""
+    with on_shm(timeout_s=60) as elsewhere:
+        comm = on_shm(timeout_s=60)
+        if comm.rank == 0:
+            signal.signal(signal.SIGALRM, signal.default_int_handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            try:
+                comm.all_reduce(comm.empty(30_000).fill_(1))
+            except KeyboardInterrupt:
+                print("interrupted", flush=True)
+        elsewhere.barrier()
+        comm.abort("enough")
+
+
+def same_bits() -> None:
+    """Every collective on random numbers of every dtype: compiled kernels and torch's operations agree on each bit."""
+    with ShmCommunicator(kernels="torch") as torch_comm, ShmCommunicator(kernels="compiled") as comm:
+        for seed, (dtype, op) in enumerate((one, op) for one in DTYPES for op in combinable(one)):
+            for numel, shared in ((5 + seed, False), (2048, True), (40_003, seed % 2 == 0)):
+                expected, actual = (results(each, numel, dtype, op, shared, seed) for each in (torch_comm, comm))
+                differ = [name for name in expected if not torch.equal(expected[name], actual[name])]
+                assert not differ, f"{differ} differ: {dtype} {op} {numel} shared={shared}"
+                sums = comm.all_gather_object(actual["all_reduce"].numpy().tobytes())
+                assert len(set(sums)) == 1, f"ranks differ: {dtype} {op} {numel} shared={shared}"
+        print("the same", flush=True)
+
+
+def combinable(dtype: torch.dtype) -> Sequence[ReduceOp]:
+    if dtype.is_complex:
+        return (ReduceOp.SUM,)
+    of_all = (ReduceOp.SUM, ReduceOp.MIN, ReduceOp.MAX, ReduceOp.PRODUCT)
+    return of_all if dtype.is_floating_point else (*of_all, ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
+
+
+def results(
+    comm: Communicator, numel: int, dtype: torch.dtype, op: ReduceOp, shared: bool, seed: int
+) -> dict[str, torch.Tensor]:
+    """Return what each collective makes of random numbers, as bytes."""
+    n, me, root = comm.world_size, comm.rank, seed % comm.world_size
+    generator = torch.Generator().manual_seed(n * seed + me)
+
+    def new(size: int) -> torch.Tensor:
+        tensor = comm.empty(size, dtype=dtype) if shared else torch.empty(size, dtype=dtype)
+        values = torch.randn(2 * size, generator=generator, dtype=torch.float64)[: size * (1 + dtype.is_complex)] * 3
+        if dtype.is_complex:
+            return tensor.copy_(torch.view_as_complex(values.view(-1, 2)))
+        return tensor.copy_(values > 0 if dtype == torch.bool else values)
+
+    done = {name: new(numel) for name in ("all_reduce", "reduce", "broadcast", "scatter", "reduce_scatter")}
+    done |= {name: new(n * numel) for name in ("all_gather", "gather", "all_to_all")}
+    comm.all_reduce(done["all_reduce"], op)
+    comm.reduce(done["reduce"], root, op)
+    comm.broadcast(done["broadcast"], root)
+    comm.scatter(done["scatter"], new(n * numel) if me == root else None, root)
+    comm.reduce_scatter(done["reduce_scatter"], new(n * numel), op)
+    comm.all_gather(done["all_gather"], new(numel))
+    comm.gather(done["gather"] if me == root else None, new(numel), root)
+    comm.all_to_all(done["all_to_all"], new(n * numel))
+    return {name: tensor.view(-1).view(torch.uint8).clone() for name, tensor in done.items()}
 
 
 if __name__ == "__main__":
@@ -221,4 +302,7 @@ if __name__ == "__main__":
         "one_dies": one_dies,
         "refuse": refuse,
         "never_nap": never_nap,
+        "same_bits": same_bits,
+        "mix_paths": mix_paths,
+        "interrupted": interrupted,
     }[sys.argv[1]]()

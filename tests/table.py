@@ -10,12 +10,26 @@ from types import ModuleType
 
 from backends.hierarchical import HierarchicalCommunicator
 from backends.ring import RingCommunicator
+from backends.shm import ShmCommunicator
 from backends.thread import ThreadCommunicator
 from minidist.communicator import Communicator
-from tests import conformance, conformance_faults, conformance_order, conformance_training, zoo
+from tests import (
+    conformance,
+    conformance_faults,
+    conformance_order,
+    conformance_sources,
+    conformance_training,
+    zoo,
+)
 from tests.inputs import Needs
 
-MODULES: tuple[ModuleType, ...] = (conformance, conformance_order, conformance_training, conformance_faults)
+MODULES: tuple[ModuleType, ...] = (
+    conformance,
+    conformance_order,
+    conformance_sources,
+    conformance_training,
+    conformance_faults,
+)
 CHECKS: dict[str, Callable[..., None]] = {
     name: check for module in MODULES for name, check in vars(module).items() if name.startswith("check_")
 }
@@ -72,6 +86,7 @@ ROWS = (
     Row("mpi", "backends.mpi.MpiCommunicator", "mpirun"),
     Row("ring-mpi", "tests.table.ring_over_mpi", "mpirun"),
     Row("shm", "backends.shm.ShmCommunicator", "torchrun"),
+    Row("shm-torch", "tests.table.shm_by_torch", "torchrun"),
     Row("ring-shm", "tests.table.ring_over_shm", "torchrun"),
     *(
         Row(f"{name}-{transport}", f"{name}/{transport}", launcher, lacks, (*zoo.collectives(name), "random_program"))
@@ -117,6 +132,10 @@ def hierarchical_over_thread() -> Communicator:
 def hierarchical_over_shm_and_ring() -> Communicator:
     inter = ring_over_gloo()
     return HierarchicalCommunicator(made_by("backends.shm.ShmCommunicator"), inter, host=str(inter.rank // 2))
+
+
+def shm_by_torch() -> Communicator:
+    return ShmCommunicator(kernels="torch")
 
 
 def group_of_thread() -> Communicator:

@@ -14,12 +14,13 @@ from backends.thread import ThreadCommunicator, run_threads
 from experiments.bench import check
 from experiments.drawing.pictures import draw_bandwidth, draw_steps
 from experiments.measuring.collectives import Repeated
-from experiments.measuring.compare import communicators, sizes
+from experiments.measuring.compare import communicators, interleaved, sizes
 from experiments.running.choices import at_least, several
 from experiments.running.tables import table, write_csv, write_json
 from minidist.collective import COLLECTIVES
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
+from tests.inputs import BITWISE
 from tests.test_commands import ROOT, only_run, run, run_python
 
 CONF = ROOT / "conf" / "bench.yaml"
@@ -43,13 +44,35 @@ def test_every_collective_has_a_closed_form(collective: str, world_size: int, is
 @pytest.mark.parametrize("op", ReduceOp)
 @pytest.mark.parametrize("collective", ["all_reduce", "reduce", "reduce_scatter"])
 def test_every_op_has_a_closed_form(collective: str, op: ReduceOp) -> None:
-    cfg = config(collective=collective, op=op.value, dtype="float64")
+    dtype = "int64" if op in BITWISE else "float64"
+    cfg = config(collective=collective, op=op.value, dtype=dtype)
     assert run_threads(lambda comm: Repeated(cfg, comm, 50).num_wrong(), 2) == [0, 0]
 
 
 def test_all_gather_in_place() -> None:
     cfg = config(collective="all_gather", in_place=True)
     assert run_threads(lambda comm: Repeated(cfg, comm, 50).num_wrong(), 2) == [0, 0]
+
+
+def test_fresh_input_is_written_before_each_call() -> None:
+    def job(comm: Communicator) -> tuple[list[str], bool]:
+        collective = Repeated(config(), comm, 50)
+        collective.run()
+        calls: list[str] = []
+
+        def renew() -> None:
+            collective.renew()
+            calls.append("renew")
+
+        def run() -> None:
+            collective.run()
+            calls.append("run")
+
+        interleaved({"all_reduce": run}, comm, warmup=1, iterations=1, burst=2, before={"all_reduce": renew})
+        return calls, collective.num_wrong() == 0
+
+    one_turn = ["run", "renew", "run", "renew", "run"]
+    assert run_threads(job, 2) == [(2 * one_turn, True)] * 2
 
 
 class _Wrong(ThreadCommunicator):
@@ -72,7 +95,7 @@ def test_wrong_elements_are_counted() -> None:
     ("changes", "message"),
     [
         ({"collective": "all_recuce"}, "collective must be one of all_reduce, reduce, .*, got all_recuce"),
-        ({"op": "add"}, "op must be one of sum, avg, min, max, product, got add"),
+        ({"op": "add"}, "op must be one of sum, avg, min, max, product, band, bor, bxor, got add"),
         ({"memory": "gpu"}, "memory must be one of empty, ordinary, got gpu"),
         ({"dtype": "float8"}, "dtype must be one of float64, .*, got float8"),
         ({"iterations": 0}, "iterations must be at least 1, got 0"),

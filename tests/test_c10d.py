@@ -93,6 +93,23 @@ def test_our_own_ddp_trains_inside_of_a_program_that_runs_on_gloo(world: World) 
     assert same(world("training.borrowed_ddp", "torch"), world("training.stock_ddp", "torch"))
 
 
+def test_a_borrowed_group_can_be_destroyed(world: World) -> None:
+    """What borrows it must not keep its threads, which would meet the end of the interpreter."""
+    for threads, said in world("training.borrowed_and_destroyed", "torch"):
+        assert threads == []
+        assert "its process group was destroyed; call from_process_group on a new one" in said
+
+
+def test_a_borrowed_group_has_the_bitwise_operations(world: World) -> None:
+    for found in world("training.borrowed_bitwise", "torch"):
+        assert [each.tolist() for each in found[:3]] == [[12, 5, 0], [12, 5, 7], [0, 0, 7]]
+        assert [each.tolist() for each in found[3:]] == [
+            [True, False, False],
+            [True, True, False],
+            [False, True, False],
+        ]
+
+
 @pytest.mark.parametrize("spec", ["shm", pytest.param("ring/gloo", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("program", OF_2_RANKS)
 def test_a_stock_program_computes_as_over_gloo(world: World, program: str, spec: str) -> None:
@@ -103,6 +120,15 @@ def test_a_stock_program_computes_as_over_gloo(world: World, program: str, spec:
 @pytest.mark.parametrize("program", OF_4_RANKS)
 def test_a_stock_program_of_4_ranks_computes_as_over_gloo(world: World, program: str, spec: str) -> None:
     assert same(world(program, spec, 4), world(program, "torch", 4))
+
+
+def test_a_receive_without_src_takes_what_comes(world: World) -> None:
+    assert same(world("messages.from_any", "ring/shm", 3), world("messages.from_any", "torch", 3))
+
+
+def test_a_receive_without_src_is_refused_by_a_sentence_where_none_can(world: World) -> None:
+    for answer in world("messages.from_any_where_none_can", "ring/gloo"):
+        assert "irecv: src is None, but RingCommunicator cannot receive from any source; name the rank" in answer
 
 
 @pytest.mark.slow
@@ -146,9 +172,9 @@ LEFT_OUT = {
     "test_isend": "is_completed",
     "test_isend_autograd_profiler": "is_completed",
     "test_isend_torch_profiler": "is_completed",
-    "test_send_recv_any_source": "any source",
-    "test_send_recv_any_source_autograd_profiler": "any source",
-    "test_send_recv_any_source_torch_profiler": "any source",
+    "test_send_recv_any_source": "dist.recv asks the C++ half for the source",
+    "test_send_recv_any_source_autograd_profiler": "dist.recv asks the C++ half for the source",
+    "test_send_recv_any_source_torch_profiler": "dist.recv asks the C++ half for the source",
     "test_ddp_logging_data_cpu": "the logged name is custom",
 }
 """What passes over native Gloo and not here, with the reason."""

@@ -57,6 +57,9 @@ def _refused(call: Callable[[Communicator], object]) -> tuple[type[Exception], s
         (lambda c: c.send(ONES, 0, tag=2**31 - 2), ValueError, "got 2147483646"),
         (lambda c: c.all_reduce([1.0]), TypeError, "tensor must be a torch.Tensor, got list"),
         (lambda c: c.broadcast(torch.empty(2, dtype=torch.bits8), 0), TypeError, "dtype torch.bits8"),
+        (lambda c: c.all_gather(ONES, ONES, sizes=[4, 0, 0]), ValueError, "a size for each of the 2 ranks, got 3"),
+        (lambda c: c.all_gather(ONES, ONES, sizes=[]), ValueError, "a size for each of the 2 ranks, got 0"),
+        (lambda c: c.all_to_all(ONES, ONES, input_sizes=[2, 2]), ValueError, "give both output_sizes and input_sizes"),
         (lambda c: c.all_reduce(torch.ones(2, dtype=torch.uint64)), TypeError, "uint64 is moved, but not combined"),
         (
             lambda c: c.all_reduce(torch.ones(2), ReduceOp.BAND),

@@ -112,7 +112,7 @@ with MpiCommunicator(timeout_s=20) as first:
         with MpiCommunicator(timeout_s=20) as comm:
             comm.barrier()
     first.barrier()
-    first._notices.needed(first._key, None, 0)  # hears what is still on its way
+    first._notices.needed(first._key, None, 1, 0)  # hears what is still on its way
     first.barrier()
     sys.stdout.write(f"known {len(notices()._news)}\\n")
 """

@@ -26,6 +26,7 @@ from backends.scheduled import ScheduledCommunicator
 from minidist import launch
 from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.contract.place import Place
+from minidist.contract.rank import ANY_SOURCE
 from minidist.errors import BackendUnavailableError, CommError, MismatchError, PeerLostError
 
 MAX_COUNT = 2**31 - 1
@@ -52,7 +53,7 @@ class MpiCommunicator(ScheduledCommunicator):
     """
 
     launcher: ClassVar[str] = "mpirun"
-    checks_sizes = True
+    checks_sizes = receives_from_any = True
 
     def __init__(
         self, timeout_s: float = 300.0, segment_bytes: int = 2**22, mpi_comm: Any = None, place: Place | None = None
@@ -192,10 +193,10 @@ class MpiCommunicator(ScheduledCommunicator):
             time.sleep(PAUSE_S)
 
     def why_hopeless(self, peer: int | None, deadline: Deadline) -> CommError | None:
-        """Return why to wait for ``peer``, None for all ranks, any longer is hopeless, if it is."""
+        """Return why to wait for ``peer``, see `Notices.needed`, any longer is hopeless, if it is."""
         if self._closed:
             return CommError(self._closed)
-        if gone := self._notices.needed(self._key, peer, GRACE_S):
+        if gone := self._notices.needed(self._key, peer, self.world_size - 1, GRACE_S):
             # A rank that only left told nobody that it was needed, and this rank is about to fail because of it. Who
             # waits for this one shall hear of that cause, and hears it first: MPI keeps the order between two ranks.
             self._tell(*gone)
@@ -244,9 +245,15 @@ class _Receive:
         self._numel = tensor.numel()
         self._src = src
         self._buffer = comm._moved(tensor)
-        self._request = comm._comm.Irecv(self._buffer, src, tag)
+        self._request = comm._comm.Irecv(self._buffer, comm._MPI.ANY_SOURCE if src == ANY_SOURCE else src, tag)
         self._status = comm._MPI.Status()
         self._is_done = False
+
+    @property
+    def source(self) -> int:
+        """Whom it has come from, once it has."""
+        source: int = self._status.Get_source()
+        return source
 
     def Test(self) -> bool:
         """Return whether it has come."""
@@ -281,6 +288,8 @@ class _MpiMessage(Work):
             raise self._error
         for request in self._requests:
             self._comm._wait(request, self._deadline, self._peer)
+        if self._peer == ANY_SOURCE and self._requests:
+            self.peer = self._requests[0].source  # the only one: what is large comes from who is known by then
         self._requests = []
 
     def is_done(self) -> bool:

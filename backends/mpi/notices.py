@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backends.contact import LEFT
+from minidist.contract.rank import ANY_SOURCE
 
 
 class Notices:
@@ -49,12 +50,13 @@ class Notices:
             news = self._news.get(key)
             return {} if news is None else {rank: why for rank, why in news.gone.items() if why}
 
-    def needed(self, key: str, peer: int | None, grace_s: float) -> tuple[int, str] | None:
+    def needed(self, key: str, peer: int | None, num_others: int, grace_s: float) -> tuple[int, str] | None:
         """Return a rank without which an operation cannot end: one that failed, or that left and is needed.
 
         Args:
             key: whose operation it is.
-            peer: the one rank that it needs; None for all of them.
+            peer: the one rank that it needs; ANY_SOURCE for any other rank; None for all of them.
+            num_others: how many other ranks there are.
             grace_s: how long an operation may go on after news: it may have got all that it needs.
         """
         with self._lock:
@@ -63,7 +65,8 @@ class Notices:
             # Any news starts the grace again: a farewell is often followed by the failure that was the cause of it.
             if news is None or time.monotonic() < news.heard_at + grace_s:
                 return None
-            needed = ((rank, why or LEFT) for rank, why in news.gone.items() if why or peer in (None, rank))
+            needs_all = peer is None or (peer == ANY_SOURCE and len(news.gone) == num_others)
+            needed = ((rank, why or LEFT) for rank, why in news.gone.items() if why or needs_all or rank == peer)
             return next(needed, None)
 
     def forget(self, key: str) -> None:

@@ -64,8 +64,12 @@ class ProcessCommunicator(ScheduledCommunicator):
                     host=LOOPBACK if num_here == len(ranks) else everyone[ranks[0]][0],
                     num_here=num_here,
                 )
-                return type(self)(self.timeout_s, self.segment_bytes, place)
+                return self._made_at(place)
         return None
+
+    def _made_at(self, place: Place) -> Communicator:
+        """Return a communicator like this one for a part of its ranks."""
+        return type(self)(self.timeout_s, self.segment_bytes, place)
 
     def _close(self) -> None:
         self._lifeline.leave()

@@ -15,7 +15,8 @@ from torch import Tensor
 from backends.deadline import Deadline
 from backends.executor.reductions import combine
 from backends.processes.signature import MEETING, signature
-from backends.shm.arena import BLOCK_BYTES, INLINE_BYTES, NOWHERE, Arena
+from backends.shm.arena import BLOCK_BYTES, Arena
+from backends.shm.layout import INLINE_BYTES, NOWHERE, share
 from backends.shm.stage import Stage, run_rounds
 from minidist.communicator import ReduceOp
 
@@ -64,7 +65,7 @@ class AllReduce:
         me = self._arena.rank
         others = [rank for rank in range(n) if rank != me]
         stage = Stage(self._arena, n + 1, flat.dtype)  # the last piece holds the result
-        pieces = [stage.pieces_of(chunk) for chunk in torch.tensor_split(flat, n)]
+        pieces = [stage.pieces_of(_share(flat, n, rank)) for rank in range(n)]
 
         def stage_chunks(k: int) -> None:
             for rank in others:
@@ -106,6 +107,12 @@ def _make_blocks(arena: Arena, offsets: tuple[int, ...], numel: int, dtype: torc
     """Return this rank's chunk of the tensors at ``offsets`` in blocks, each with the other ranks' copies of it."""
     size = BLOCK_BYTES // dtype.itemsize
     tensors = [heap.tensor(offset, numel, dtype) for heap, offset in zip(arena.heaps, offsets, strict=True)]
-    chunks = [torch.split(torch.tensor_split(tensor, arena.world_size)[arena.rank], size) for tensor in tensors]
+    chunks = [torch.split(_share(tensor, arena.world_size, arena.rank), size) for tensor in tensors]
     own = chunks.pop(arena.rank)
     return [(block, [other[k] for other in chunks]) for k, block in enumerate(own)]
+
+
+def _share(flat: Tensor, world_size: int, rank: int) -> Tensor:
+    """Return the elements that a rank owns."""
+    begin, end = share(flat.numel(), flat.element_size(), world_size, rank)
+    return flat[begin:end]

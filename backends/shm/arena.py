@@ -34,23 +34,12 @@ from backends.processes.signature import MEETING, difference
 from backends.shm import mailbox
 from backends.shm.doorbell import Doorbell
 from backends.shm.heap import Heap, OwnHeap, attach, unreachable
-from backends.shm.mailbox import LINE, Mailbox
+from backends.shm.layout import BELL, COUNT, INLINE_BYTES, NOWHERE, NUM_WORDS, SECRET, STAGE_BYTES, TICKET
+from backends.shm.mailbox import Mailbox
 from minidist.errors import BackendUnavailableError, MismatchError
 
 BLOCK_BYTES = 2**17
 """What is added at a time: two or three such blocks stay in a core's cache."""
-INLINE_BYTES = 2**14
-"""What is so small that copying it costs less than a second meeting."""
-STAGE_BYTES = 2**22
-"""Twice as much per rank: in smaller ones ranks spend more time on meetings, larger ones gained nothing."""
-BELL = 0
-COUNT = LINE
-TICKET = 2 * LINE
-SECRET = 3 * LINE
-"""Words of a rank: its bell, its counter, two tickets, and a number that shows whose heap it is."""
-NUM_WORDS = 4 * LINE
-NOWHERE = -1
-"""The offset of a tensor that is not in shared memory."""
 POLL_S = 0.002
 WhyHopeless = Callable[[int, Deadline], Exception | None]
 
@@ -90,11 +79,15 @@ class Arena:
         why_hopeless: called with a rank that is waited for and a deadline; returns why that is hopeless, if it is.
         deadline: for all ranks to come.
         local_world_size: how many ranks of the whole job share this host.
+        is_beside: whether the thread that asks runs beside another one of its rank, which computes.
+        compiles: whether this rank has compiled kernels.
 
     Attributes:
         heap: where this rank takes memory from.
+        places: where in every heap is what all share.
         mail: its messages.
         cores_per_rank: how many cores there are for each rank of the host.
+        compiled: whether all ranks have compiled kernels.
     """
 
     def __init__(
@@ -105,22 +98,25 @@ class Arena:
         why_hopeless: WhyHopeless,
         deadline: Deadline,
         local_world_size: int,
+        is_beside: Callable[[], bool],
+        compiles: bool = False,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self._why_hopeless = why_hopeless
+        self._is_beside = is_beside
+        self.compiled = compiles
         self.heap = OwnHeap()
-        self._places = places = _Places.reserved_in(self.heap, world_size)
+        self.places = places = _Places.reserved_in(self.heap, world_size)
         self.heaps, hosts = self._map_heaps(store, deadline)
         self.cores_per_rank = cores.per_rank(hosts, rank, local_world_size)
         self.view = functools.lru_cache(4096)(functools.partial(_view, self.heaps))
-        words = [heap.words(places.words, NUM_WORDS) for heap in self.heaps]
+        self._words = words = [heap.words(places.words, NUM_WORDS) for heap in self.heaps]
         self._own = words[rank]
         self._others = [(peer, words[peer]) for peer in range(world_size) if peer != rank]
-        self._count = 0
         bells = [word[BELL : BELL + 2] for word in words]
         addresses = [heap.base + places.words + 8 * BELL for heap in self.heaps]
-        self._bell = Doorbell(rank, bells, addresses, self.cores_per_rank > 0)
+        self._bell = Doorbell(rank, bells, addresses)
         self.mail = self._make_mailbox()
         self._bell.expects_mail = self.mail.has_open
         # A heap is mapped by an address that holds while its rank has its file open, so nobody may close before all
@@ -132,8 +128,8 @@ class Arena:
         # The address names a process by its number, which another process, or one in another container, may have too.
         # What is at the address has to know the secret, or ranks would write into memory of a stranger.
         secret = secrets.randbits(62)
-        self.heap.words(self._places.words, NUM_WORDS)[SECRET] = secret
-        store.set(f"shm{self.rank}", json.dumps((self.heap.address, secret, cores.here())))
+        self.heap.words(self.places.words, NUM_WORDS)[SECRET] = secret
+        store.set(f"shm{self.rank}", json.dumps((self.heap.address, secret, cores.here(), self.compiled)))
         heaps = list[Heap]()
         hosts = list[cores.Cores]()
         for rank in range(self.world_size):
@@ -141,33 +137,39 @@ class Arena:
                 if error := self._why_hopeless(rank, deadline):
                     raise error
                 time.sleep(POLL_S)
-            address, expected, host = json.loads(store.get(f"shm{rank}"))
+            address, expected, host, compiles = json.loads(store.get(f"shm{rank}"))
             heap = self.heap if rank == self.rank else attach(address)
-            if heap.words(self._places.words, NUM_WORDS)[SECRET] != expected:
+            if heap.words(self.places.words, NUM_WORDS)[SECRET] != expected:
                 raise unreachable("it belongs to somebody else")
             heaps.append(heap)
             hosts.append(host)
+            self.compiled &= compiles
         return heaps, hosts
 
     def _make_mailbox(self) -> Mailbox:
         size = mailbox.num_words(self.world_size)
-        words = [heap.words(self._places.mail_words, size) for heap in self.heaps]
+        words = [heap.words(self.places.mail_words, size) for heap in self.heaps]
         nbytes = mailbox.num_bytes(self.world_size)
-        slots = [heap.tensor(self._places.slots, nbytes, torch.uint8) for heap in self.heaps]
+        slots = [heap.tensor(self.places.slots, nbytes, torch.uint8) for heap in self.heaps]
         return Mailbox(self.rank, words, slots, self._bell.ring)
+
+    @property
+    def has_core(self) -> bool:
+        """Whether the thread that asks may keep a core busy while it waits: nobody else has anything to do on it."""
+        return self.cores_per_rank > 1 or (self.cores_per_rank == 1 and not self._is_beside())
 
     @property
     def turn(self) -> int:
         """0 or 1, changing with every meeting."""
-        return self._count & 1
+        return self._own[COUNT] & 1
 
     def inline(self, turn: int) -> int:
         """Return the offset of the memory, INLINE_BYTES, that a rank fills before the meeting of this turn."""
-        return self._places.inline + turn * INLINE_BYTES
+        return self.places.inline + turn * INLINE_BYTES
 
     def stage(self, turn: int) -> int:
         """Return the offset of one of the two stages, STAGE_BYTES each."""
-        return self._places.stage + turn * STAGE_BYTES
+        return self.places.stage + turn * STAGE_BYTES
 
     def meet(self, signature: int, offset: int, deadline: Deadline) -> None:
         """Wait until every rank has come here as often; what it wrote before is then visible.
@@ -179,26 +181,36 @@ class Arena:
         ticket = TICKET + 2 * self.turn
         own[ticket] = signature
         own[ticket + 1] = offset
-        own[COUNT] = self._count = count = self._count + 1  # after the ticket, and before the bells
+        own[COUNT] = count = own[COUNT] + 1  # after the ticket, and before the bells
         self._bell.ring_all()
         for peer, words in self._others:
             if words[COUNT] < count:
-                try:
-                    self.wait_until(functools.partial(_has_come, words, count), peer, deadline)
-                except Exception:
-                    # A rank that came, disagreed with another one and failed has left its ticket here: that is the
-                    # cause, and to have waited in vain for a third one is not.
-                    self._ensure_agreed(signature, ticket, count)
-                    raise
-            # Read only now: before its rank had come it was the ticket of two meetings ago.
-            if words[ticket] != signature:
-                raise self._mismatch(signature, peer, words[ticket])
+                self.wait_for_word(peer, COUNT, count, deadline, spins=True)
+        self._ensure_agreed()
 
-    def _ensure_agreed(self, signature: int, ticket: int, count: int) -> None:
-        """Raise MismatchError if a rank that has come to this meeting came with another signature."""
+    def wait_for_word(self, peer: int, word: int, goal: int, deadline: Deadline, spins: bool = False) -> None:
+        """Wait in the middle of a collective until a word of ``peer`` is as high as ``goal``.
+
+        Raises:
+            MismatchError: a rank has come to the latest meeting with another signature. That comes first: it is the
+                cause, and to have waited in vain for a third rank is not.
+        """
+        self._ensure_agreed()
+        ready = functools.partial(_has_reached, self._words[peer], word, goal)
+        try:
+            self.wait_until(ready, peer, deadline, spins=spins)
+        except Exception:
+            self._ensure_agreed()
+            raise
+
+    def _ensure_agreed(self) -> None:
+        """Raise MismatchError if a rank that has come to this rank's latest meeting came with another signature."""
+        count = self._own[COUNT]
+        ticket = TICKET + 2 * (1 - self.turn)
         for peer, words in self._others:
-            if _has_come(words, count) and words[ticket] != signature:
-                raise self._mismatch(signature, peer, words[ticket])
+            # In this order: before its rank had come it was the ticket of two meetings ago.
+            if words[COUNT] >= count and words[ticket] != self._own[ticket]:
+                raise self._mismatch(self._own[ticket], peer, words[ticket])
 
     def _mismatch(self, signature: int, peer: int, theirs: int) -> MismatchError:
         return MismatchError(difference(self.rank, signature, peer, theirs))
@@ -212,16 +224,20 @@ class Arena:
         return tuple(offsets)
 
     def wait_until(
-        self, ready: Callable[[], bool], peer: int, deadline: Deadline, why_hopeless: WhyHopeless | None = None
+        self,
+        ready: Callable[[], bool],
+        peer: int,
+        deadline: Deadline,
+        spins: bool = True,
     ) -> None:
         """Wait for something that ``peer`` has to do; meanwhile, move messages that can be moved."""
 
         def before_sleep() -> Exception | None:
             # All of this process: the peer may wait for a message on another communicator before it comes here.
             mailbox.advance_all()
-            return (why_hopeless or self._why_hopeless)(peer, deadline)
+            return self._why_hopeless(peer, deadline)
 
-        self._bell.wait(ready, before_sleep)
+        self._bell.wait(ready, before_sleep, spins and self.has_core)
 
     def close(self) -> None:
         """Give back the address of the heap; its memory goes when nothing in it is used any more."""
@@ -242,5 +258,5 @@ def _view(heaps: list[Heap], rank: int, offset: int, numel: int, dtype: torch.dt
     return heaps[rank].tensor(offset, numel, dtype)
 
 
-def _has_come(words: memoryview, count: int) -> bool:
-    return words[COUNT] >= count
+def _has_reached(words: memoryview, word: int, goal: int) -> bool:
+    return words[word] >= goal

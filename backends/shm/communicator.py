@@ -6,27 +6,26 @@ in rounds. Ranks that meet (backends/shm/arena.py) compare what they mean to do,
 `MismatchError`. A small tensor is copied before the first meeting, which is then all that it needs.
 
 Cost of an all-reduce of M bytes on n ranks: 2 meetings in place, in which every rank reads and writes (n-1)/n M of
-the others' memory; about 2 + M / (n STAGE_BYTES / (n+1)) meetings, and twice the traffic, through the stage.
+the others' memory; through the stage twice the traffic, and a wait for each block of a rank's share. What does it is
+either a compiled kernel (backends/shm/compiled/), one call for all meetings, or torch's operations, with the same bits.
 Compare Li, Hoefler and Snir, "NUMA-aware shared-memory collective communication for MPI" (2013).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from backends.contact import ContactLostError
+from backends.contact import ContactLostError, contact_lost
 from backends.deadline import Deadline
 from backends.processes.communicator import ProcessCommunicator
-from backends.processes.offer import Offer, Read
-from backends.processes.signature import MEETING
-from backends.shm import doorbell
-from backends.shm.all_reduce import AllReduce, Blocks
-from backends.shm.arena import NOWHERE, Arena, ensure_one_host
+from backends.shm import choice, doorbell
+from backends.shm.arena import Arena, ensure_one_host
+from backends.shm.choice import Collectives
+from backends.shm.layout import NOWHERE
 from backends.shm.mailbox import Message
-from backends.shm.sharing import share
 from minidist import launch
 from minidist.communicator import Device, ReduceOp, Shape, Work
 from minidist.contract.carriers import bytes_of
@@ -39,12 +38,28 @@ class ShmCommunicator(ProcessCommunicator):
 
     Messages move while their sender or their receiver waits for something on shared memory, whatever it is; a
     large one does not move while both compute.
+
+    Args:
+        timeout_s, segment_bytes, place: see `ProcessCommunicator`.
+        kernels: what does the arithmetic and the copies: ``compiled`` kernels, which take numba; ``torch``'s
+            operations; or ``auto``, the first where all ranks can.
+
+    Raises:
+        BackendUnavailableError: ``kernels`` is compiled, and not all ranks have numba and are to use it.
     """
 
-    checks_sizes = checks_dtypes = True
+    checks_sizes = checks_dtypes = receives_from_any = True
     tag_bits = 31
 
-    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
+    def __init__(
+        self,
+        timeout_s: float = 300.0,
+        segment_bytes: int = 2**22,
+        place: Place | None = None,
+        kernels: str = "auto",
+    ) -> None:
+        self.kernels = kernels
+        self._compiled = choice.chosen(kernels)  # before ranks wait for each other: the first of a machine compiles
         super().__init__(timeout_s, segment_bytes, place)
         self._open_arena: Arena | None = None  # abort() looks for it
         try:
@@ -52,7 +67,7 @@ class ShmCommunicator(ProcessCommunicator):
         except BaseException as error:  # the other ranks wait for this one
             self.abort(f"{type(error).__name__}: {error}")
             raise
-        self._all_reduces: AllReduce | None = AllReduce(arena)
+        self._open_collectives: Collectives | None = choice.collectives(arena, self._compiled, kernels)
         # A helper thread on the core of its rank made steps 2 to 8 % slower than to communicate in between.
         self.overlaps = arena.cores_per_rank > 1
 
@@ -60,7 +75,17 @@ class ShmCommunicator(ProcessCommunicator):
         place = self._place
         ensure_one_host(place.num_here, place.world_size)
         deadline = Deadline(self.timeout_s)
-        return Arena(self.rank, self.world_size, self._store, self.why_hopeless, deadline, place.local_world_size)
+        progress = self._progress
+        return Arena(
+            self.rank,
+            self.world_size,
+            self._store,
+            self.why_hopeless,
+            deadline,
+            place.local_world_size,
+            lambda: progress.serving,
+            self._compiled is not None,
+        )
 
     @classmethod
     def check_available(cls) -> None:
@@ -81,67 +106,61 @@ class ShmCommunicator(ProcessCommunicator):
     # Collectives ------------------------------------------------------------------------------
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:
-        assert self._all_reduces is not None  # as the arena
         self.traffic.count(tensor.nbytes)
-        self._all_reduces.run(tensor if tensor.dim() == 1 else tensor.view(-1), op, Deadline(timeout_s))
+        self._collectives.all_reduce(tensor if tensor.dim() == 1 else tensor.view(-1), op, timeout_s)
 
     def _reduce(self, tensor: Tensor, dst: int, op: ReduceOp, timeout_s: float) -> None:
-        flat = tensor.view(-1)
-        reads = [(flat, [(rank, 0) for rank in self._own_rank_first()])] if self.rank == dst else []
-        self._share(Offer("reduce", flat, flat, op=op, root=dst), reads, timeout_s)
+        self._share("reduce", tensor, tensor, tensor if self.rank == dst else None, timeout_s, op, dst)
 
     def _broadcast(self, tensor: Tensor, src: int, timeout_s: float) -> None:
-        flat = tensor.view(-1)
         if self.rank == src:
-            self._share(Offer("broadcast", flat, flat, root=src), [], timeout_s)
+            self._share("broadcast", tensor, tensor, None, timeout_s, root=src)
         else:
-            self._share(Offer("broadcast", flat, None, root=src), [(flat, [(src, 0)])], timeout_s)
+            self._share("broadcast", tensor, None, tensor, timeout_s, root=src)
 
     def _all_gather(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        reads = [(chunk, [(rank, 0)]) for rank, chunk in enumerate(self._executor.blocks(output))]
-        self._share(Offer("all_gather", input, input.view(-1)), reads, timeout_s)
+        self._share("all_gather", input, input, output, timeout_s)
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, op: ReduceOp, timeout_s: float) -> None:
-        reads = [(output.view(-1), [(rank, self.rank) for rank in self._own_rank_first()])]
-        self._share(Offer("reduce_scatter", output, input.view(-1), self.world_size, op), reads, timeout_s)
+        self._share("reduce_scatter", output, input, output, timeout_s, op)
 
     def _gather(self, output: Tensor | None, input: Tensor, dst: int, timeout_s: float) -> None:
-        chunks = [] if output is None else self._executor.blocks(output)
-        reads = [(chunk, [(rank, 0)]) for rank, chunk in enumerate(chunks)]
-        self._share(Offer("gather", input, input.view(-1), root=dst), reads, timeout_s)
+        self._share("gather", input, input, output, timeout_s, root=dst)
 
     def _scatter(self, output: Tensor, input: Tensor | None, src: int, timeout_s: float) -> None:
-        source = None if input is None else input.view(-1)
-        reads = [(output.view(-1), [(src, self.rank)])]
-        self._share(Offer("scatter", output, source, self.world_size, root=src), reads, timeout_s)
+        self._share("scatter", output, input, output, timeout_s, root=src)
 
     def _all_to_all(self, output: Tensor, input: Tensor, timeout_s: float) -> None:
-        chunks = self._executor.blocks(output)
-        reads = [(chunk, [(rank, self.rank)]) for rank, chunk in enumerate(chunks)]
-        self._share(Offer("all_to_all", chunks[0], input.view(-1), self.world_size), reads, timeout_s)
+        self._share("all_to_all", output.view(-1)[: output.numel() // self.world_size], input, output, timeout_s)
 
     def _barrier(self, timeout_s: float) -> None:
         self.traffic.count(0)
-        self._arena.meet(MEETING, NOWHERE, Deadline(timeout_s))
+        self._collectives.barrier(timeout_s)
 
-    def _share(self, offer: Offer, reads: Sequence[Read], timeout_s: float) -> None:
-        self.traffic.count(0 if offer.source is None else offer.source.nbytes)
-        share(self._arena, offer, reads, Deadline(timeout_s))
+    def _share(
+        self,
+        kind: str,
+        piece: Tensor,
+        source: Tensor | None,
+        target: Tensor | None,
+        timeout_s: float,
+        op: ReduceOp = ReduceOp.SUM,
+        root: int = 0,
+    ) -> None:
+        """Offer ``source``, of pieces as large as ``piece``, and read into ``target``."""
+        self.traffic.count(0 if source is None else source.nbytes)
+        flat_source, flat_target = (None if each is None else each.view(-1) for each in (source, target))
+        self._collectives.share(kind, piece.numel(), flat_source, flat_target, op, root, timeout_s)
 
-    def _own_rank_first(self) -> list[int]:
-        """Return all ranks; what is read from memory that is also the target has to be read first."""
-        return sorted(range(self.world_size), key=lambda rank: rank != self.rank)
+    def without_meetings(self, tensor: Tensor) -> Callable[[], None]:
+        """Return what this rank does in an all-reduce of ``tensor``, but for waiting; for measurements.
 
-    def shared_blocks(self, tensor: Tensor) -> Blocks:
-        """Return what this rank works on in an all-reduce of ``tensor``, which came from `empty` on every rank.
-
-        Every rank calls it. For measurements, and for collectives that others write.
+        Every rank calls it, with a tensor from `empty`.
         """
-        self.ensure_usable("shared_blocks")
-        assert self._all_reduces is not None
+        self.ensure_usable("without_meetings")
         if self._arena.heap.offset_of(tensor) == NOWHERE:
-            raise ValueError(f"{self.who('shared_blocks')}: tensor is not in shared memory; make it with empty()")
-        return self._all_reduces.blocks(tensor, Deadline(self.timeout_s))
+            raise ValueError(f"{self.who('without_meetings')}: tensor is not in shared memory; make it with empty()")
+        return self._collectives.without_meetings(tensor, self.timeout_s)
 
     # Point to point ---------------------------------------------------------------------------
 
@@ -160,15 +179,21 @@ class ShmCommunicator(ProcessCommunicator):
         assert self._open_arena is not None  # it is gone once the communicator is closed, and nothing runs then
         return self._open_arena
 
+    @property
+    def _collectives(self) -> Collectives:
+        assert self._open_collectives is not None  # as the arena
+        return self._open_collectives
+
+    def _made_at(self, place: Place) -> ShmCommunicator:
+        return ShmCommunicator(self.timeout_s, self.segment_bytes, place, self.kernels)
+
     def why_hopeless(self, peer: int, deadline: Deadline) -> Exception | None:
         """Return why to wait for ``peer`` any longer is hopeless, if it is."""
         if self._closed:
             return CommError(self._closed)
         if self._lifeline.lost:
             return self._lost()
-        if peer in self._lifeline.left:
-            return ContactLostError(peer)
-        return deadline.missed_by(peer)
+        return contact_lost(peer, self._lifeline.left, self.world_size) or deadline.missed_by(peer)
 
     def _translate(self, error: Exception) -> CommError:
         if isinstance(error, ContactLostError):
@@ -191,7 +216,7 @@ class ShmCommunicator(ProcessCommunicator):
         """Forget everything that keeps memory mapped; what still runs fails, as it should."""
         if self._open_arena is not None:
             self._open_arena.close()
-            self._open_arena = self._all_reduces = None
+            self._open_arena = self._open_collectives = None
 
 
 class _ShmWork(Work):
@@ -207,6 +232,7 @@ class _ShmWork(Work):
     def wait(self) -> None:
         if not self._has_ended():
             self._arena.wait_until(self._has_ended, self._peer, self._deadline)
+        self.peer = self._message.src
         if self._message.error is not None:
             raise self._message.error
 

@@ -81,21 +81,20 @@ class Doorbell:
         rank: the rank of this process.
         bells: per rank two words of shared memory: its bell, and how many of its threads sleep.
         addresses: of the bells, in this process.
-        spin: whether every rank has a core to spin on.
 
     Attributes:
         expects_mail: whether messages are under way that this rank moves, whatever it is that it waits for.
     """
 
-    def __init__(self, rank: int, bells: Sequence[memoryview], addresses: Sequence[int], spin: bool) -> None:
+    def __init__(self, rank: int, bells: Sequence[memoryview], addresses: Sequence[int]) -> None:
         self._own = bells[rank]
         self._address = addresses[rank]
         self._bells = bells
         self._addresses = addresses
         self._others = [peer for peer in range(len(bells)) if peer != rank]
-        self._spin_s = cores.SPIN_S if spin else 0.0
-        # No two rings write the same value, so that every ring changes the bell, whoever else rings.
-        self._values = itertools.count(rank, len(bells))
+        # No two rings write the same value, so that every ring changes the bell, whoever else rings; the odd ones are
+        # those of compiled kernels.
+        self._values = itertools.count(2 * rank, 2 * len(bells))
         # Two threads of this rank may sleep at once, and the one that wakes must not say that nobody does.
         self._num_sleepers = 0
         self._lock = threading.Lock()
@@ -119,10 +118,12 @@ class Doorbell:
         for peer in self._others:
             self.ring(peer)
 
-    def wait(self, ready: Callable[[], bool], before_sleep: Callable[[], Exception | None]) -> None:
-        """Return once ``ready()``; raise what ``before_sleep()`` returns, which is called before each sleep."""
-        # Only with a core for each rank: one that spins on a shared core keeps the rank from it that it waits for.
-        spin_until = time.perf_counter() + self._spin_s
+    def wait(self, ready: Callable[[], bool], before_sleep: Callable[[], Exception | None], spins: bool) -> None:
+        """Return once ``ready()``; raise what ``before_sleep()`` returns, which is called before each sleep.
+
+        ``spins`` only with a core to itself: who spins on a shared core keeps the one from it that it waits for.
+        """
+        spin_until = time.perf_counter() + cores.SPIN_S * spins
         while time.perf_counter() < spin_until:
             if ready():
                 return

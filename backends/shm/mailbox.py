@@ -22,15 +22,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from backends.shm.layout import LINE
 from minidist.contract.checks import DTYPES
 from minidist.contract.envelope import received, to
 from minidist.contract.forks import Living
+from minidist.contract.rank import ANY_SOURCE
 from minidist.errors import MismatchError
 
 NUM_SLOTS = 4
 SLOT_BYTES = 2**17
-LINE = 8
-"""Words in a cache line; a word that is waited for has one of its own."""
 NUM_LINES = 3 + NUM_SLOTS
 """Lines that a rank has for every peer: two counts, what it refused, and the headers of the slots."""
 Kind = tuple[int, torch.dtype]
@@ -63,6 +63,7 @@ class Message:
         memory: 1-d, bytes: what is sent, or where it goes.
         tag: as the user of the mailbox chose it.
         dtype: what the bytes are.
+        src: of a receive, whom it comes from, once its message has begun to.
         done: whether all of it has been copied out of, or into, its memory, or it was refused.
         error: what was wrong with it, once it is done.
     """
@@ -73,6 +74,7 @@ class Message:
         self.dtype = dtype
         self.nbytes = memory.numel()
         self.num_moved = 0
+        self.src: int | None = None
         self.done = False
         self.error: MismatchError | None = None
 
@@ -171,6 +173,10 @@ class Mailbox:
         self._refused = 2 * LINE * len(words)
         self._headers = 3 * LINE * len(words)
         self._pairs = [_Pair() for _ in words]
+        # Those whose message has not begun to come. Whoever gave the last one comes last for the next one.
+        self._from_any: dict[int, deque[Message]] = defaultdict(deque)
+        self._num_from_any = 0
+        self._turns = list(enumerate(self._pairs))
         # The thread that runs operations and the one that posts them may advance at once.
         self._lock = threading.Lock()
         self._num_open = 0
@@ -190,33 +196,57 @@ class Mailbox:
         return message
 
     def receive(self, memory: Tensor, src: int, tag: int, dtype: torch.dtype = torch.uint8) -> Message:
-        """Start to receive bytes, which are elements of ``dtype``."""
+        """Start to receive bytes, which are elements of ``dtype``; with ANY_SOURCE from whoever sends first."""
         receive = Message(memory, tag, dtype)
-        pair = self._pairs[src]
         with self._lock:
-            self._count_receives(pair, 1)
-            if not pair.unexpected[tag]:
-                pair.expected[tag].append(receive)
-                return receive
-            arrival = pair.unexpected[tag].popleft()
-            if arrival.kind != receive.kind:
-                self._refuse(arrival, receive, pair, src)
+            if src == ANY_SOURCE:
+                self._receive_from_any(receive)
             else:
-                arrival.receive = receive
-                self._finish_if_complete(arrival, pair)
+                self._receive_from(src, self._pairs[src], receive)
         return receive
+
+    def _receive_from(self, src: int, pair: _Pair, receive: Message) -> None:
+        self._count_receives(pair, 1)
+        if not pair.unexpected[receive.tag]:
+            pair.expected[receive.tag].append(receive)
+            return
+        receive.src = src
+        arrival = pair.unexpected[receive.tag].popleft()
+        if arrival.kind != receive.kind:
+            self._refuse(arrival, receive, pair, src)
+        else:
+            arrival.receive = receive
+            self._finish_if_complete(arrival, pair)
+
+    def _receive_from_any(self, receive: Message) -> None:
+        for src, pair in self._turns:
+            if pair.unexpected[receive.tag]:
+                self._receive_from(src, pair, receive)
+                self._serve_last(src)
+                return
+        self._from_any[receive.tag].append(receive)
+        self._num_from_any += 1
+        self._num_open += 1
+
+    def _serve_last(self, src: int) -> None:
+        """Let all others go before ``src`` where a receive does not name its source."""
+        behind = 1 + [peer for peer, _ in self._turns].index(src)
+        self._turns = [
+            *self._turns[behind:],
+            *self._turns[:behind],
+        ]  # a new list: advance() may be going through the old
 
     def advance(self) -> None:
         """Move what can be moved now."""
         if not self._num_open:
             return
         with self._lock:
-            for peer, pair in enumerate(self._pairs):
+            for peer, pair in self._turns:
                 while pair.outgoing and self._push(peer, pair):
                     pass
                 # Not without a receive: a rank that computes would fill its memory with what it may never ask for.
                 # So an unexpected message is taken in only on the way to one that is expected.
-                while pair.num_receives and self._pull(peer, pair):
+                while (pair.num_receives or self._num_from_any) and self._pull(peer, pair):
                     pass
 
     def _push(self, dst: int, pair: _Pair) -> bool:
@@ -291,7 +321,7 @@ class Mailbox:
     def _begin(self, pair: _Pair, src: int, tag: int, serial: int, kind: Kind) -> _Arrival:
         """Find out where the message goes of which the first piece has come."""
         numel, dtype = kind
-        receive = pair.expected[tag].popleft() if pair.expected[tag] else None
+        receive = self._take_receive(pair, src, tag)
         if receive is None:
             memory = torch.empty(numel * dtype.itemsize, dtype=torch.uint8, device="cpu")
             arrival = _Arrival(serial, kind, Message(memory, tag, dtype), None)
@@ -302,6 +332,21 @@ class Mailbox:
             arrival = _Arrival(serial, kind, None, None)
             self._refuse(arrival, receive, pair, src)
         return arrival
+
+    def _take_receive(self, pair: _Pair, src: int, tag: int) -> Message | None:
+        """Return the receive of a message that comes, if it is posted; one that names its source goes first."""
+        if pair.expected[tag]:
+            receive = pair.expected[tag].popleft()
+        elif self._from_any[tag]:
+            receive = self._from_any[tag].popleft()
+            self._num_from_any -= 1
+            self._num_open -= 1
+            self._count_receives(pair, 1)
+            self._serve_last(src)
+        else:
+            return None
+        receive.src = src
+        return receive
 
     def _refuse(self, arrival: _Arrival, receive: Message, pair: _Pair, src: int) -> None:
         """End a receive that names another kind of message, and tell the sender, which may still hold some of it."""

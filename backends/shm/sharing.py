@@ -18,7 +18,8 @@ from backends.deadline import Deadline
 from backends.executor.reductions import combine
 from backends.processes.offer import Offer, Read
 from backends.processes.signature import MEETING
-from backends.shm.arena import BLOCK_BYTES, INLINE_BYTES, NOWHERE, Arena
+from backends.shm.arena import BLOCK_BYTES, Arena
+from backends.shm.layout import INLINE_BYTES, NOWHERE
 from backends.shm.stage import Stage, run_rounds
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from backends.deadline import Deadline
 from backends.processes.signature import MEETING
-from backends.shm.arena import NOWHERE, STAGE_BYTES, Arena
+from backends.shm.arena import Arena
+from backends.shm.layout import NOWHERE, STAGE_BYTES
 
 
 class Stage:

@@ -42,6 +42,8 @@ OPS = {
     ReduceOp.PRODUCT: dist.ReduceOp.PRODUCT,
 }
 """What both libraries have; the others run as schedules."""
+LEFT_S = 0.5
+"""How long a message may go on after its receiver has left."""
 NEWS_S = 3.0
 """How long to wait for the name of the rank that is gone, after the data path broke."""
 GRACE_S = 1.0
@@ -165,10 +167,15 @@ class GlooCommunicator(TorchDistCommunicator):
         return gloo(store, self.rank, self.world_size, options)
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
-        return _GlooMessage(self, self._group.send([bytes_of(tensor)], dst, tag), tensor, dst, tag, timeout_s)
+        return _GlooSend(self, self._group.send([bytes_of(tensor)], dst, tag), tensor, dst, tag, timeout_s)
 
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
         return _GlooMessage(self, self._group.recv([bytes_of(tensor)], src, tag), tensor, src, tag, timeout_s)
+
+    @property
+    def left(self) -> set[int]:
+        """The ranks that have left in good order."""
+        return self._lifeline.left
 
     def _wait(self, work: Any, timeout_s: float) -> None:
         started = time.monotonic()
@@ -352,6 +359,26 @@ class _GlooMessage(Work):
 
     def exception(self) -> BaseException | None:
         return self._ended.exception() if self._ended is not None and self._ended.done() else None
+
+
+class _GlooSend(_GlooMessage):
+    """Gloo lets a sender wait for a receiver that has left; who polls is told so by the lifeline."""
+
+    _hopeless_from: float | None = None
+
+    def is_done(self) -> bool:
+        return super().is_done() or self._is_hopeless()
+
+    def exception(self) -> BaseException | None:
+        return ContactLostError(self._peer) if self._is_hopeless() else super().exception()
+
+    def _is_hopeless(self) -> bool:
+        """Whether the receiver left some time ago and this has not ended: the news may overtake the end of it."""
+        if self._done or self._peer not in self._comm.left or (self._ended is not None and self._ended.done()):
+            return False
+        if self._hopeless_from is None:
+            self._hopeless_from = time.monotonic() + LEFT_S
+        return time.monotonic() > self._hopeless_from
 
 
 def _later(seconds: float, action: Callable[[], None]) -> threading.Timer:

@@ -18,7 +18,7 @@ from backends.torch_dist.gloo import TorchDistCommunicator
 from minidist import launch
 from minidist.communicator import Work
 from minidist.contract.carriers import bytes_of
-from minidist.contract.envelope import SIZE_SHIFT
+from minidist.contract.envelope import is_piece
 from minidist.contract.place import Place
 from minidist.errors import BackendUnavailableError, CommError
 
@@ -90,10 +90,10 @@ class NcclCommunicator(TorchDistCommunicator):
             raise timed_out(timeout_s) from error
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
-        return self._batches[tag >> SIZE_SHIFT > 0].add(self._group.send, tensor, dst, tag, timeout_s)
+        return self._batches[is_piece(self, tag)].add(self._group.send, tensor, dst, tag, timeout_s)
 
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        return self._batches[tag >> SIZE_SHIFT > 0].add(self._group.recv, tensor, src, tag, timeout_s)
+        return self._batches[is_piece(self, tag)].add(self._group.recv, tensor, src, tag, timeout_s)
 
     def _interrupt(self) -> None:
         if self._group is not None:

@@ -43,6 +43,11 @@ class Repeated:
         if self._name in ("all_gather", "gather"):
             self._small.copy_(self._block(self._large))
 
+    def renew(self) -> None:
+        """Write the input as training would, into this core's cache, and line up."""
+        self.fill()
+        self._comm.barrier()
+
     @property
     def nbytes(self) -> int:
         """Of the larger tensor."""

@@ -71,13 +71,19 @@ def sizes(cfg: DictConfig) -> Iterator[int]:
 
 
 def interleaved(
-    actions: Mapping[str, Action], comm: Communicator, warmup: int, iterations: int, burst: int = 0
+    actions: Mapping[str, Action],
+    comm: Communicator,
+    warmup: int,
+    iterations: int,
+    burst: int = 0,
+    before: Mapping[str, Action] | None = None,
 ) -> dict[str, list[float]]:
     """Run every action in turn, again and again; return the seconds of the slowest rank, by action.
 
     ``comm`` lines the ranks up before each turn, and gathers what they measured. A barrier leaves some ranks
     earlier than others, which counts where an action is short: with a ``burst``, a turn is one action that is
-    not measured and then so many that are, each lined up by the one before it.
+    not measured and then so many that are, each lined up by the one before it. What is in ``before`` under an action's
+    name runs before each of its calls, and is not measured.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for iteration in range(warmup + iterations):
@@ -85,14 +91,16 @@ def interleaved(
             comm.barrier()
             if burst:
                 action()
-            measured = [_seconds(action) for _ in range(max(burst, 1))]
+            measured = [_seconds(action, (before or {}).get(name)) for _ in range(max(burst, 1))]
             if iteration >= warmup:
                 seconds[name] += measured
     by_rank = comm.all_gather_object(seconds)
     return {name: [max(times) for times in zip(*(rank[name] for rank in by_rank), strict=True)] for name in actions}
 
 
-def _seconds(action: Action) -> float:
+def _seconds(action: Action, before: Action | None) -> float:
+    if before is not None:
+        before()
     started = time.perf_counter()
     action()
     return time.perf_counter() - started

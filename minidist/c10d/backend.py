@@ -173,10 +173,7 @@ class MinidistBackend(Backend):
         return TorchWork(self.comm.irecv(tensors[0], src, tag), tensors)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> TorchWork:
-        raise CommError(
-            f"{self.comm.who('recv')}: a receive from any source is not supported: torch does not ask a backend "
-            "written in Python whom it came from; give src"
-        )
+        return TorchWork(self.comm.irecv(tensors[0], None, tag), tensors)
 
     # Barriers ---------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
@@ -15,20 +16,24 @@ from torch.distributed import distributed_c10d as c10d
 
 from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.contract.carriers import bytes_of
-from minidist.errors import CommError, CommTimeoutError
+from minidist.errors import CommClosedError, CommError, CommTimeoutError
 
 OPS = {
     ReduceOp.SUM: dist.ReduceOp.SUM,
     ReduceOp.MIN: dist.ReduceOp.MIN,
     ReduceOp.MAX: dist.ReduceOp.MAX,
     ReduceOp.PRODUCT: dist.ReduceOp.PRODUCT,
+    ReduceOp.BAND: dist.ReduceOp.BAND,
+    ReduceOp.BOR: dist.ReduceOp.BOR,
+    ReduceOp.BXOR: dist.ReduceOp.BXOR,
 }
 
 
 def from_process_group(group: dist.ProcessGroup | None = None, timeout_s: float | None = None) -> Communicator:
     """Return a communicator over a process group of torch.distributed, whatever its backend.
 
-    All ranks of the group call it. It borrows the group: closing it leaves the group open.
+    All ranks of the group call it. It borrows the group: closing it leaves the group open, and it ends with the
+    group when that is destroyed.
 
     Args:
         group: None for the default one.
@@ -53,7 +58,15 @@ class ProcessGroupCommunicator(Communicator):
         super().__init__(group.rank(), group.size(), own.total_seconds() if timeout_s is None else timeout_s)
         kinds = {device.type for device in group._device_types}
         self.device_type = "cpu" if "cpu" in kinds else next(iter(kinds))  # type: ignore[misc]  # the class's is only the default
-        self._group = group
+        # Not held: a group that torch has destroyed would live on, and its threads meet the end of the interpreter.
+        self._borrowed = weakref.ref(group)
+
+    @property
+    def _group(self) -> Any:
+        group = self._borrowed()
+        if group is None:
+            raise CommClosedError("its process group was destroyed; call from_process_group on a new one")
+        return group
 
     def _collective(self, name: str) -> Callable[..., None]:
         hook: Callable[..., None] = getattr(self, f"_{name}")

@@ -32,5 +32,4 @@ def as_carried(tensor: Tensor) -> Tensor:
 
 def bytes_of(tensor: Tensor) -> Tensor:
     """Return the memory of contiguous ``tensor``, as it is moved whatever its dtype is: 1-d, bytes."""
-    # Not view(-1): a single element counts as contiguous with any stride, and keeps it.
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    return tensor.view(-1).view(torch.uint8)

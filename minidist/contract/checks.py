@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minidist.contract.carriers import CARRIED, ONLY_MOVED
-from minidist.contract.rank import Rank
+from minidist.contract.rank import ANY_SOURCE, Rank
 from minidist.contract.reduce_op import ReduceOp
 
 DTYPES = (
@@ -131,6 +131,27 @@ def message(comm: Rank, operation: str, tensor: Tensor, name: str, rank: int, ta
     peer(comm, operation, name, rank)
     if rank == comm.rank:
         raise ValueError(f"{comm.who(operation)}: {name} is this rank itself; copy the tensor instead")
+    _tag(comm, operation, tag)
+
+
+def source(comm: Rank, operation: str, tensor: Tensor, src: int | None, tag: int) -> int:
+    """Check the arguments of a receive; return whom it comes from, ANY_SOURCE for None."""
+    if src is not None:
+        message(comm, operation, tensor, "src", src, tag)
+        return src
+    if not comm.receives_from_any:
+        raise ValueError(
+            f"{comm.who(operation)}: src is None, but {type(comm).__name__} cannot receive from any source; "
+            "name the rank, and start an irecv for each one that may send"
+        )
+    if comm.world_size == 1:
+        raise ValueError(f"{comm.who(operation)}: src is None, any other rank, but this rank is the only one")
+    tensors(comm, operation, tensor=tensor)
+    _tag(comm, operation, tag)
+    return ANY_SOURCE
+
+
+def _tag(comm: Rank, operation: str, tag: int) -> None:
     if not isinstance(tag, int) or not 0 <= tag <= comm.max_tag:
         raise ValueError(f"{comm.who(operation)}: tag must be an int from 0 to {comm.max_tag}, got {tag!r}")
 
@@ -140,14 +161,14 @@ def reduction(comm: Rank, operation: str, op: ReduceOp, **named: Tensor) -> Redu
     if not isinstance(op, ReduceOp):
         raise TypeError(f"{comm.who(operation)}: op must be a ReduceOp, got {op!r}; use ReduceOp.SUM")
     tensors(comm, operation, **named)
-    dtype = next(iter(named.values())).dtype
-    if dtype not in _FLOATS or op not in _OF_FLOATS:
-        _ensure_defined(comm, operation, op, dtype)
-    return _OF_BOOL.get(op, op) if dtype is torch.bool else op
+    for tensor in named.values():
+        if tensor.dtype not in _FLOATS or op not in _OF_FLOATS:
+            return _defined(comm, operation, op, tensor.dtype)
+    return op
 
 
-def _ensure_defined(comm: Rank, operation: str, op: ReduceOp, dtype: torch.dtype) -> None:
-    """Raise unless ``op`` has a meaning for elements of ``dtype``."""
+def _defined(comm: Rank, operation: str, op: ReduceOp, dtype: torch.dtype) -> ReduceOp:
+    """Return what ``op`` is for elements of ``dtype``; raise if it has no meaning for them."""
     if dtype in ONLY_MOVED:
         raise TypeError(f"{comm.who(operation)}: {spell(dtype)} is moved, but not combined; use another dtype")
     if dtype.is_complex:
@@ -157,6 +178,7 @@ def _ensure_defined(comm: Rank, operation: str, op: ReduceOp, dtype: torch.dtype
     if op not in defined:
         names = ", ".join(op.name for op in ReduceOp if op in defined)
         raise TypeError(f"{comm.who(operation)}: op {op.name} is not defined for {spell(dtype)}; use one of {names}")
+    return _OF_BOOL.get(op, op) if dtype is torch.bool else op
 
 
 def blocks(comm: Rank, operation: str, many: str, **named: Tensor) -> None:
@@ -171,18 +193,39 @@ def blocks(comm: Rank, operation: str, many: str, **named: Tensor) -> None:
         )
 
 
-def uneven(comm: Rank, operation: str, **named: tuple[Tensor, Sequence[int]]) -> None:
-    """Check tensors that consist of blocks of the given sizes."""
-    tensors(comm, operation, **{name: tensor for name, (tensor, _) in named.items()})
-    for name, (tensor, sizes) in named.items():
-        if len(sizes) not in (1, comm.world_size):
-            raise ValueError(
-                f"{comm.who(operation)}: there must be a size for each of the {comm.world_size} ranks, got {len(sizes)}"
-            )
-        if min(sizes) < 0 or sum(sizes) != tensor.numel():
-            raise ValueError(
-                f"{comm.who(operation)}: {name} has {tensor.numel()} elements, but its blocks have {list(sizes)}"
-            )
+def sized(comm: Rank, operation: str, name: str, tensor: Tensor, sizes: Sequence[int]) -> None:
+    """Check that a tensor consists of a block of the given size for each rank."""
+    if len(sizes) != comm.world_size:
+        raise ValueError(
+            f"{comm.who(operation)}: there must be a size for each of the {comm.world_size} ranks, got {len(sizes)}"
+        )
+    if min(sizes) < 0 or sum(sizes) != tensor.numel():
+        raise ValueError(
+            f"{comm.who(operation)}: {name} has {tensor.numel()} elements, but its blocks have {list(sizes)}"
+        )
+
+
+def uneven_blocks(comm: Rank, operation: str, many: str, sizes: Sequence[int], **named: Tensor) -> None:
+    """Check that the tensor called ``many`` holds a block per rank, and this rank's is as large as the other tensor."""
+    tensors(comm, operation, **named)
+    sized(comm, operation, many, named[many], sizes)
+    (one,) = (name for name in named if name != many)
+    if named[one].numel() != sizes[comm.rank]:
+        raise ValueError(
+            f"{comm.who(operation)}: {one} has {named[one].numel()} elements, but sizes says {sizes[comm.rank]}"
+        )
+
+
+def uneven_all_to_all(
+    comm: Rank, output: Tensor, input: Tensor, output_sizes: Sequence[int] | None, input_sizes: Sequence[int] | None
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Check the tensors of an all-to-all whose blocks differ in size; return both sizes."""
+    if output_sizes is None or input_sizes is None:
+        raise ValueError(f"{comm.who('all_to_all')}: give both output_sizes and input_sizes, or neither")
+    tensors(comm, "all_to_all", output=output, input=input)
+    sized(comm, "all_to_all", "output", output, output_sizes)
+    sized(comm, "all_to_all", "input", input, input_sizes)
+    return output_sizes, input_sizes
 
 
 def rooted(comm: Rank, operation: str, root: tuple[str, int], many: str, **named: Tensor | None) -> None:

@@ -9,12 +9,17 @@ a send never waits for its receiver to look::
 
 Some transports take it badly when a message is longer than its receive expects: Gloo ends the process. So pieces have
 few sizes, each with a tag of its own: on no tag a message can meet a receive of another size. A transport that reports
-the size gets one piece, on the tag of the envelope.
+the size gets one piece; that, too, has a tag of its own, or a receive from any source could take it for an envelope.
+
+Whom the pieces of such a receive come from only its envelope tells. They are *late*: posted once it has come, in the
+order of the envelopes. Pieces of receives that were posted behind it are late as well, or would take those of its
+message.
 """
 
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -23,6 +28,8 @@ from torch import Tensor
 
 from minidist.contract.carriers import bytes_of
 from minidist.contract.checks import DTYPES, spell
+from minidist.contract.enveloped import Enveloped, Late
+from minidist.contract.rank import ANY_SOURCE
 from minidist.contract.work import Work
 from minidist.errors import CommError, MismatchError
 
@@ -31,9 +38,12 @@ END_BYTES = 2**11
 ENVELOPE_BYTES = HEADER.size + END_BYTES
 SIZES = tuple(END_BYTES * 8**power for power in range(7))
 """The sizes of pieces, 2 KB to 512 MB."""
-SIZE_SHIFT = 28
-MAX_CHANNEL = 2**13
-"""Three bits of a tag name the size of a piece; 13 are left for the channel, and 15 for the user's tag."""
+CHANNEL_BITS = 12
+MAX_CHANNEL = 2**CHANNEL_BITS
+"""Three bits of a tag, above those of the channel, name the size of a piece; where there is one size, it is the first
+of them. With the 15 of the user's tag this one is the 28th, which is as long as a tag of MPICH may be."""
+LEAST_S = 1e-3
+"""What late pieces get when the time of their receive is up: they may have come all the same."""
 
 Hook = Callable[[Tensor, int, int, float], Work]
 
@@ -42,10 +52,17 @@ class Sender(Protocol):
     """What an envelope has to know of the communicator that sends it."""
 
     _channel: int
+    _late_receives: dict[int, Late]
+    tag_bits: int
 
     @property
     def checks_sizes(self) -> bool:
         """Whether its transport reports a message of another size."""
+        ...
+
+    @property
+    def receives_from_any(self) -> bool:
+        """Whether its receives may leave open whom they come from."""
         ...
 
     def _tag(self, tag: int) -> int: ...
@@ -60,7 +77,7 @@ def send(comm: Sender, hook: Hook, tensor: Tensor, dst: int, tag: int, timeout_s
     envelope[HEADER.size : HEADER.size + end.numel()].copy_(end)
     envelope = envelope.to(data.device)
     first = hook(envelope, dst, comm._tag(tag), timeout_s)
-    return _Enveloped(first, [hook(piece, dst, tag, timeout_s) for piece, tag in _pieces(comm, body, tag)], envelope)
+    return Enveloped(first, envelope, [hook(piece, dst, tag, timeout_s) for piece, tag in _pieces(comm, body, tag)])
 
 
 def receive(comm: Sender, hook: Hook, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
@@ -68,16 +85,43 @@ def receive(comm: Sender, hook: Hook, tensor: Tensor, src: int, tag: int, timeou
     data = bytes_of(tensor)
     body, end = _cut(data)
     envelope = torch.empty(ENVELOPE_BYTES, dtype=torch.uint8, device=data.device)
+    give_up = time.monotonic() + timeout_s
+    late = _late(comm, src, tag)
+
+    def post_pieces(source: int) -> None:
+        left_s = max(give_up - time.monotonic(), LEAST_S)
+        rest.extend(hook(piece, source, tag, left_s) for piece, tag in _pieces(comm, body, tag))
 
     def unpack() -> None:
         code, numel = HEADER.unpack_from(envelope.cpu().numpy().data)
+        source = _source(first, src)
         if (numel, DTYPES[code]) != (tensor.numel(), tensor.dtype):
-            raise MismatchError(received(src, numel, DTYPES[code], tensor.numel(), tensor.dtype))
+            raise MismatchError(received(source, numel, DTYPES[code], tensor.numel(), tensor.dtype))
         end.copy_(envelope[HEADER.size : HEADER.size + end.numel()])
+        if late is not None:
+            post_pieces(source)
 
     first = hook(envelope, src, comm._tag(tag), timeout_s)
-    rest = [hook(piece, src, tag, timeout_s) for piece, tag in _pieces(comm, body, tag)]
-    return _Enveloped(first, rest, envelope, unpack)
+    rest: list[Work] = []
+    if late is None:
+        post_pieces(src)
+    return Enveloped(first, envelope, rest, unpack, late)
+
+
+def _late(comm: Sender, src: int, tag: int) -> Late | None:
+    """Return where a receive has to wait until its pieces are posted, if it has to."""
+    if src == ANY_SOURCE:
+        return comm._late_receives.setdefault(tag, Late())
+    late = comm._late_receives.get(tag)
+    return None if late is None or late.is_empty else late
+
+
+def _source(envelope: Work, src: int) -> int:
+    """Return whom an envelope has come from."""
+    if src != ANY_SOURCE:
+        return src
+    assert envelope.peer is not None, "the transport receives from any source, so it has to tell the source"
+    return envelope.peer
 
 
 def received(peer: int, sent: int, sent_as: torch.dtype, numel: int, dtype: torch.dtype) -> str:
@@ -106,61 +150,24 @@ def _cut(data: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pieces(comm: Sender, body: Tensor, tag: int) -> Iterator[tuple[Tensor, int]]:
     """Yield the pieces with their tags; the same on both ends where the sizes are."""
-    if comm.checks_sizes:
+    if comm.checks_sizes and not comm.receives_from_any:
         if body.numel():
             yield body, comm._tag(tag)
         return
-    if body.numel() and comm._channel >= MAX_CHANNEL:
-        raise CommError(f"messages of more than {END_BYTES} bytes need one of the first {MAX_CHANNEL} channels")
-    start = 0
-    for index, size in reversed(list(enumerate(SIZES, start=1))):
-        while body.numel() - start >= size:
-            yield body[start : start + size], comm._tag(tag) + (index << SIZE_SHIFT)
+    if comm._channel >= MAX_CHANNEL:
+        raise CommError(f"messages need one of the first {MAX_CHANNEL} channels, this communicator has a later one")
+    start, shift = 0, _size_shift(comm)
+    sizes = (body.numel(),) if comm.checks_sizes else SIZES
+    for index, size in reversed(list(enumerate(sizes, start=1))):
+        while size and body.numel() - start >= size:
+            yield body[start : start + size], comm._tag(tag) + (index << shift)
             start += size
 
 
-class _Enveloped(Work):
-    """An envelope and its pieces on their way."""
+def is_piece(comm: Sender, tag: int) -> bool:
+    """Whether a message with this tag, as the hooks get it, is a piece of one size of several."""
+    return tag >> _size_shift(comm) > 0
 
-    def __init__(
-        self, first: Work, rest: list[Work], envelope: Tensor, unpack: Callable[[], None] | None = None
-    ) -> None:
-        self._first = first
-        self._rest = rest
-        self._envelope = envelope
-        self._unpack = unpack
-        self._is_open = False
-        self._error: Exception | None = None
 
-    def wait(self) -> None:
-        self._open()
-        for work in self._rest:
-            work.wait()
-
-    def _open(self) -> None:
-        """Wait for the envelope, and look what is in it."""
-        if self._error is not None:
-            raise self._error
-        if self._is_open:
-            return
-        try:
-            self._first.wait()
-            if self._unpack is not None:
-                self._unpack()
-        except Exception as error:
-            self._error = error
-            raise
-        self._is_open = True
-
-    def is_done(self) -> bool:
-        if not self._is_open and self._error is None:
-            if not self._first.is_done():
-                return False
-            try:
-                self._open()
-            except Exception:  # kept for who waits
-                return True
-        return self._error is not None or all(work.is_done() for work in self._rest)
-
-    def exception(self) -> BaseException | None:
-        return self._error
+def _size_shift(comm: Sender) -> int:
+    return comm.tag_bits + CHANNEL_BITS

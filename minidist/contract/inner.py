@@ -47,6 +47,7 @@ class Inner:
         outer.overlaps = self.comm.overlaps
         outer.checks_sizes = self.comm.checks_sizes
         outer.checks_dtypes = self.comm.checks_dtypes
+        outer.receives_from_any = self.comm.receives_from_any
         self.put_on_channel(outer, self.comm._new_channel())
 
     def put_on_channel(self, outer: Communicator, channel: int) -> None:

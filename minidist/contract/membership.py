@@ -14,9 +14,11 @@ from torch import Tensor
 
 from minidist.contract import checks, envelope
 from minidist.contract.carriers import as_carried
+from minidist.contract.enveloped import Late
 from minidist.contract.forks import Maker
 from minidist.contract.opaque import opaque_methods
 from minidist.contract.open_sends import OpenSends
+from minidist.contract.rank import ANY_SOURCE
 from minidist.contract.reduce_op import ReduceOp
 from minidist.contract.staging import Staged, staged
 from minidist.contract.traffic import Traffic
@@ -37,6 +39,9 @@ class Membership(ABC):
     """Whether a message of another size than its receive expects makes the receive raise MismatchError."""
     checks_dtypes: bool = False
     """Whether that holds for a message of another dtype too. Where not, `minidist.contract.envelope` sees to both."""
+    receives_from_any: bool = False
+    """Whether a receive may leave open whom it comes from. Messages of a tag then have to go to their receives in the
+    order in which these were posted, whether they name a source or not, unless ``checks_dtypes``."""
     tag_bits: int = 15
     """How much of a transport's tag is the user's; a channel takes the bits above. The two largest are for collectives:
     one for the messages of schedules, one for collectives that are made of several others."""
@@ -53,6 +58,7 @@ class Membership(ABC):
         self._failure: CommError | None = None
         self._channel = self._num_channels = 0
         self._sends = OpenSends()
+        self._late_receives: dict[int, Late] = {}  # by tag
         self._root: Membership = self
 
     @classmethod
@@ -163,20 +169,21 @@ class Membership(ABC):
         self,
         operation: str,
         tensors: Sequence[Tensor | None],
-        root: int | None,
-        op: ReduceOp | None,
+        args: tuple[int | ReduceOp, ...],
         async_op: bool,
         timeout_s: float | None,
         keep: bool = False,
     ) -> Work:
-        """Run a collective on ``tensors``, of which it only reads the first with ``keep``."""
+        """Run a collective on ``tensors``, of which it only reads the first with ``keep``.
+
+        ``args`` is what its hook takes besides: a root, an op, or the one and then the other.
+        """
         self.ensure_usable(operation)
         seconds = self.timeout_s if timeout_s is None else checks.timeout(self, operation, timeout_s)
-        divisor = 0 if op is None else 1
-        if op is ReduceOp.AVG:
+        divisor = 1 if args and isinstance(args[-1], ReduceOp) else 0
+        if ReduceOp.AVG in args:
             divisor = self.world_size  # before the sum, which could overflow float16
-            op = ReduceOp.SUM
-        args = [arg for arg in (root, op) if arg is not None]
+            args = (*args[:-1], ReduceOp.SUM)
         own_block = self.rank if operation == "all_gather" else None
         job = staged(self._collective(operation), tensors, self.device_type, divisor, keep, own_block)
         if job is None:
@@ -296,7 +303,7 @@ class _Message(Work):
         self, comm: Membership, operation: str, work: Work, staged_tensor: Staged, peer: int, tag: int
     ) -> None:
         self._comm = comm
-        self._peer = peer
+        self.peer = None if peer == ANY_SOURCE else peer
         self._tag = tag
         self._operation = operation
         self._work = work
@@ -321,6 +328,8 @@ class _Message(Work):
         finally:
             self._comm.traffic.add_blocked(time.perf_counter() - started)
             self._comm._sends.remove(self)
+        if self.peer is None:
+            self.peer = self._work.peer
         if self._operation == "irecv":
             self._staged.store()
         self._staged = None
@@ -328,7 +337,18 @@ class _Message(Work):
     def __str__(self) -> str:
         assert self._staged is not None  # asked of what was not received
         tensor = self._staged.tensor
-        return f"{tensor.numel()} {checks.spell(tensor.dtype)} to rank {self._peer} with tag {self._tag}"
+        return f"{tensor.numel()} {checks.spell(tensor.dtype)} to rank {self.peer} with tag {self._tag}"
+
+    def failure(self) -> Exception | None:
+        """Return why a message that has ended failed; unlike `exception`, that leaves the communicator as it is."""
+        error = self._work.exception()
+        if isinstance(error, Exception):
+            return error
+        try:
+            self._work.wait()
+        except Exception as error:
+            return error
+        return None
 
     def is_done(self) -> bool:
         would_raise = not self._comm._maker.is_here or bool(self._comm._gone())

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+ANY_SOURCE = -1
+"""What stands for ``src`` beneath the public methods where a receive leaves open whom it comes from."""
+
 
 class Rank(Protocol):
     """What every communicator is to the code beneath it; see `minidist.contract.membership.Membership`."""
@@ -15,6 +18,11 @@ class Rank(Protocol):
     @property
     def device_type(self) -> str:
         """The kind of device whose tensors it takes."""
+        ...
+
+    @property
+    def receives_from_any(self) -> bool:
+        """Whether a receive may leave open whom it comes from."""
         ...
 
     @property

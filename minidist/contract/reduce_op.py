@@ -18,3 +18,5 @@ class ReduceOp(Enum):
     BAND = "band"
     BOR = "bor"
     BXOR = "bxor"
+
+    __hash__ = object.__hash__  # its own, as members are compared; Enum's, that of the name, takes longer than a check

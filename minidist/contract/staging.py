@@ -33,14 +33,22 @@ def staged(
         keep: the one tensor is only read; the hook writes into a copy.
         own_block: the hook takes an input that is this block of the output as it is.
     """
-    present = [tensor for tensor in tensors if tensor is not None]
-    if present and not any(tensor.numel() for tensor in present):
+    is_empty = is_ready = True
+    for tensor in tensors:
+        if tensor is not None:
+            is_empty = is_empty and tensor.numel() == 0
+            is_ready = is_ready and not tensor.requires_grad and is_native(tensor, device_type)
+    if is_empty and tensors:
         return None
-    detached = [tensor.detach() if tensor is not None and tensor.requires_grad else tensor for tensor in tensors]
-    apart = keep or (len(present) > 1 and (divisor > 1 or _overlap(present[0], present[1], own_block)))
-    if divisor < 2 and not apart and all(is_native(tensor, device_type) for tensor in present):
-        return functools.partial(hook, *detached)
-    return _on_copies(hook, detached, device_type, divisor, keep, apart)
+    apart = keep or (len(tensors) > 1 and _need_apart(tensors[0], tensors[1], divisor, own_block))
+    if is_ready and divisor < 2 and not apart:
+        return functools.partial(hook, *tensors)
+    return _on_copies(hook, tensors, device_type, divisor, keep, apart)
+
+
+def _need_apart(output: Tensor | None, input: Tensor | None, divisor: int, own_block: int | None) -> bool:
+    """Whether what is read needs memory of its own, so that it keeps its values, or is not written over too early."""
+    return output is not None and input is not None and (divisor > 1 or overlap(output, input, own_block))
 
 
 def _on_copies(
@@ -52,7 +60,7 @@ def _on_copies(
     apart: bool,
 ) -> Callable[..., None]:
     """Return ``hook`` bound to copies of ``tensors``, the input in memory of its own if ``apart``."""
-    copies = [tensor if tensor is None else Staged(tensor, device_type, divisor > 0) for tensor in tensors]
+    copies = [tensor if tensor is None else Staged(tensor.detach(), device_type, divisor > 0) for tensor in tensors]
     if apart and copies[-1] is not None:
         copies[-1].stand_apart()
 
@@ -76,10 +84,12 @@ def is_native(tensor: Tensor, device_type: str) -> bool:
 def _is_in_place(tensor: Tensor, device_type: str) -> bool:
     """Whether its memory is what a backend can work on."""
     on_device = tensor.is_cpu if device_type == "cpu" else tensor.device.type == device_type
-    return on_device and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    # A single element counts as contiguous with any stride, and could not be viewed as bytes.
+    is_whole = tensor.is_contiguous() and (tensor.numel() != 1 or tensor.stride()[-1:] in ((), (1,)))
+    return on_device and is_whole and not tensor.is_conj() and not tensor.is_neg()
 
 
-def _overlap(output: Tensor, input: Tensor, own_block: int | None) -> bool:
+def overlap(output: Tensor, input: Tensor, own_block: int | None = None) -> bool:
     """Whether two contiguous tensors have memory in common, and not as the hook takes it."""
     start = output.data_ptr()
     other = input.data_ptr()

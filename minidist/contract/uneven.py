@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minidist.contract.rank import Rank
 from minidist.contract.reduce_op import ReduceOp
-from minidist.contract.staging import Staged
+from minidist.contract.staging import Staged, overlap
 from minidist.contract.work import Work
 
 Seconds = float | None
@@ -45,7 +45,8 @@ def all_gather(comm: Whole, output: Tensor, input: Tensor, sizes: Sizes, timeout
 
 def reduce_scatter(comm: Whole, output: Tensor, input: Tensor, op: ReduceOp, sizes: Sizes, timeout_s: Seconds) -> None:
     """Combine ``input`` over all ranks; rank r's ``output`` is block r, of ``sizes[r]`` elements: a reduce to each."""
-    blocks = input.reshape(-1).clone().split_with_sizes(list(sizes))
+    blocks = list(input.reshape(-1).split_with_sizes(list(sizes)))
+    blocks[comm.rank] = blocks[comm.rank].clone()  # a reduce keeps what is sent to others
     for dst, block in enumerate(blocks):
         comm.reduce(block, dst, op, timeout_s=timeout_s)
     output.copy_(blocks[comm.rank].view(output.shape))
@@ -56,9 +57,10 @@ def all_to_all(
 ) -> None:
     """Send block r of ``input`` to rank r; block r of ``output`` comes from rank r: a message each."""
     whole = Staged(output, comm.device_type)
-    sources = input.reshape(-1).split_with_sizes(list(input_sizes))
-    if whole.memory is output:
-        sources = tuple(source.clone() for source in sources)  # they may lie where others are written
+    flat = input.reshape(-1)
+    if overlap(whole.memory, flat):
+        flat = flat.clone()
+    sources = flat.split_with_sizes(list(input_sizes))
     targets = whole.memory.view(-1).split_with_sizes(list(output_sizes))
     peers = [rank for rank in range(comm.world_size) if rank != comm.rank]
     works = [comm._start_receive(targets[rank], rank, timeout_s) for rank in peers if targets[rank].numel()]

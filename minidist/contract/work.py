@@ -22,7 +22,14 @@ EXIT_S = 1.0
 
 
 class Work(ABC):
-    """An operation that was started. It keeps its tensors alive until it is finished."""
+    """An operation that was started. It keeps its tensors alive until it is finished.
+
+    Attributes:
+        peer: the rank that a message goes to or comes from; where its receive left that open, None until ``wait()``
+            has returned; None for all that is no message.
+    """
+
+    peer: int | None = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -81,11 +88,13 @@ class _Then(Work):
     def __init__(self, work: Work, callback: Callable[[], None]) -> None:
         self._work = work
         self._callback = callback
+        self.peer = work.peer
         self._called = False
         self._error: BaseException | None = None
 
     def wait(self) -> None:
         self._work.wait()
+        self.peer = self._work.peer
         if self._error is not None:
             raise self._error
         if not self._called:
@@ -170,7 +179,7 @@ class Progress:
 
         It then runs at once, before the jobs behind, of which another rank may have fewer by now.
         """
-        return self._in_job and threading.current_thread() is self._thread
+        return self.serving and self._in_job
 
     def submit(self, job: Callable[[], None]) -> Pending:
         """Run ``job`` after all that was submitted before it."""

@@ -10,6 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 STEPS = 4
+HELD: list[object] = []
+"""The process group, to the end: where a callback of PowerSGD's is the last to hold it, native Gloo ends the process,
+as the callback's thread would have to wait for itself ("Resource deadlock avoided"; torch 2.14 and 2.15)."""
 
 
 def model() -> nn.Module:
@@ -69,6 +72,35 @@ def borrowed_ddp(folder: Path) -> Any:
     return parameters(wrapped.module)
 
 
+def borrowed_bitwise(folder: Path) -> Any:
+    from minidist.c10d import from_process_group
+    from minidist.communicator import ReduceOp
+
+    with from_process_group() as comm:
+        integers = [torch.tensor([12, 5, 7 * comm.rank]) for _ in range(3)]
+        flags = [torch.tensor([True, comm.rank == 0, False]) for _ in range(3)]
+        for op, integer, flag in zip((ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR), integers, flags, strict=True):
+            comm.all_reduce(integer, op)
+            comm.all_reduce(flag, op)
+    return [*integers, *flags]
+
+
+def borrowed_and_destroyed(folder: Path) -> Any:
+    """Return the names of torch's threads that are left, and what an operation says."""
+    from minidist.c10d import from_process_group
+    from minidist.errors import CommClosedError
+
+    comm = from_process_group()
+    comm.all_reduce(torch.ones(3), async_op=True).wait()
+    dist.destroy_process_group()
+    threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    try:
+        comm.all_reduce(torch.ones(3))
+    except CommClosedError as error:
+        return [name for name in threads if "gloo" in name], str(error)
+    return "nothing"
+
+
 def zero_redundancy(folder: Path) -> Any:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -79,6 +111,7 @@ def zero_redundancy(folder: Path) -> Any:
 
 def power_sgd(folder: Path) -> Any:
     """A hook that waits inside of a callback."""
+    HELD.append(dist.group.WORLD)
     from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
     wrapped = nn.parallel.DistributedDataParallel(model())

@@ -1,0 +1,54 @@
+"""The collectives of shared memory on torch's operations, for processes that have no numba to compile better ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from backends.deadline import Deadline
+from backends.processes.offer import Offer
+from backends.processes.signature import MEETING
+from backends.shm import roles
+from backends.shm.all_reduce import AllReduce, add_and_write
+from backends.shm.arena import Arena
+from backends.shm.layout import NOWHERE
+from backends.shm.sharing import share
+from minidist.communicator import ReduceOp
+
+
+class TorchCollectives:
+    """See `backends.shm.compiled.collectives.CompiledCollectives`, which does the same."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._all_reduces = AllReduce(arena)
+
+    def all_reduce(self, flat: Tensor, op: ReduceOp, timeout_s: float) -> None:
+        self._all_reduces.run(flat, op, Deadline(timeout_s))
+
+    def share(
+        self,
+        kind: str,
+        numel: int,
+        source: Tensor | None,
+        target: Tensor | None,
+        op: ReduceOp,
+        root: int,
+        timeout_s: float,
+    ) -> None:
+        arena = self._arena
+        blocks = () if target is None else torch.split(target, numel)
+        like = blocks[0] if blocks else source
+        assert like is not None
+        offer = Offer(kind, like[:numel], source, roles.num_pieces(kind, arena.world_size), op, root)
+        reads = [(blocks[block], parts) for block, parts in roles.reads(kind, arena.rank, arena.world_size, root)]
+        share(arena, offer, reads, Deadline(timeout_s))
+
+    def barrier(self, timeout_s: float) -> None:
+        self._arena.meet(MEETING, NOWHERE, Deadline(timeout_s))
+
+    def without_meetings(self, tensor: Tensor, timeout_s: float) -> Callable[[], None]:
+        blocks = self._all_reduces.blocks(tensor, Deadline(timeout_s))
+        return lambda: add_and_write(blocks, ReduceOp.SUM)
