@@ -75,19 +75,14 @@ def _marks(row: Row, world_size: int, check: str) -> list[pytest.MarkDecorator]:
 
 FATAL_BY_DEFAULT = {"gloo": "check_killed_rank_is_named", "ring-mpi": "check_exiting_rank_is_named"}
 OTHER_LAUNCHER = ("shm-mpirun", "ring-shm-mpirun")
-COMPOSED = (
-    "ring-thread",
-    "group-of-thread",
-    "hierarchical-thread",
-    "hierarchical",
-    "ring-gloo",
-    "ring-mpi",
-    "ring-shm",
+SIMILAR = (
+    *("ring-thread", "group-of-thread", "hierarchical-thread", "hierarchical"),
+    *("ring-gloo", "ring-mpi", "ring-shm", "shm-torch"),
 )
 
 
 def _is_slow(row: Row, world_size: int, check: str) -> bool:
-    """By default: processes in threes, rings over them too, shared memory also in twos, and training on two ranks."""
+    """By default: processes in threes, also those much like others, shared memory in twos too, and training."""
     if row.focus:
         in_focus = any(check.startswith(f"check_{part}") for part in row.focus)
         return not in_focus or world_size != 3 or (row.launcher == "torchrun" and needs_of(check).own_world)
@@ -101,12 +96,12 @@ def _is_slow(row: Row, world_size: int, check: str) -> bool:
         return True
     if needs_of(check).own_world:
         return FATAL_BY_DEFAULT.get(row.name) != check
-    if row.name in COMPOSED and (world_size == 4 or (row.launcher != "thread" and world_size != 3)):
+    if row.name in SIMILAR and (world_size == 4 or (row.launcher != "thread" and world_size != 3)):
         return True
     return (
         check.startswith("check_training")
         and check != "check_training_mlp"
-        and (world_size != 2 or row.name in COMPOSED)
+        and (world_size != 2 or row.name in SIMILAR)
     )
 
 
