@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -10,7 +11,9 @@ from collections.abc import Callable
 
 import torch
 
+from backends.hierarchical import HierarchicalCommunicator
 from backends.ring import RingCommunicator
+from backends.shm import ShmCommunicator
 from backends.torch_dist.gloo import GlooCommunicator
 from backends.two_level import TwoLevelCommunicator
 from minidist.communicator import Communicator
@@ -21,6 +24,9 @@ TIMEOUT_S = 60.0
 MAKE: dict[str, Callable[[], Communicator]] = {
     "gloo": lambda: GlooCommunicator(timeout_s=TIMEOUT_S),
     "ring": lambda: RingCommunicator(GlooCommunicator(timeout_s=TIMEOUT_S)),
+    "hierarchical": lambda: HierarchicalCommunicator(
+        functools.partial(ShmCommunicator, TIMEOUT_S), GlooCommunicator(timeout_s=TIMEOUT_S)
+    ),
     "two_level": lambda: TwoLevelCommunicator(GlooCommunicator(timeout_s=TIMEOUT_S)),
 }
 

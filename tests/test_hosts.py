@@ -15,6 +15,7 @@ from tests.fork_server import ROOT
 from tests.hosts import Names, Network, PortState, address, address6
 
 TWO_BY_TWO = (0, 0, 1, 1)
+KINDS = ("gloo", "ring", "two_level", "hierarchical")
 LOSE = ("tests.host_ranks", "lose")
 TRAIN = ("tests.host_ranks", "train")
 HOLD = """
@@ -65,7 +66,7 @@ def test_nothing_is_left_of_hosts_however_a_test_ends(how: signal.Signals) -> No
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("kind", ["gloo", "ring", "two_level"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_equals_that_of_one_process(kind: str) -> None:
     with (
         Network(2, mbit_per_s=1000) as network,
@@ -104,7 +105,7 @@ def test_the_interface_that_the_user_names_is_used() -> None:
 
 
 @pytest.mark.parametrize("how", ["lost", "down"])
-@pytest.mark.parametrize("kind", ["gloo", "ring", "two_level"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_host_that_vanishes_is_named_by_all(kind: str, how: PortState) -> None:
     with Network(2, mbit_per_s=200) as network, network.start(*LOSE, kind, str(2**20), on=TWO_BY_TWO) as ranks:
         ranks.wait_for("reduces", count=4)
@@ -130,7 +131,18 @@ def test_two_levels_take_ranks_in_any_order() -> None:
     assert output.count("trained") == 4
 
 
-@pytest.mark.parametrize("on", [(0, 0, 1, 2), (0, 0, 0, 1), (0, 0, 0, 0, 1, 1, 2, 2)])
+MIXED = [(0, 0, 1, 2), (0, 0, 0, 1), (0, 0, 0, 0, 1, 1, 2, 2)]
+
+
+@pytest.mark.parametrize("on", [*MIXED, (0, 1, 1, 0), (0, 1, 0)])
+def test_a_hierarchy_takes_any_mix_of_hosts(on: tuple[int, ...]) -> None:
+    with Network(3) as network, network.start(*TRAIN, "hierarchical", on=on) as ranks:
+        output = ranks.end(60)
+    assert ranks.status == 0, output
+    assert output.count("trained") == len(on)
+
+
+@pytest.mark.parametrize("on", MIXED)
 def test_two_levels_refuse_hosts_of_several_sizes_on_all_ranks(on: tuple[int, ...]) -> None:
     with Network(3) as network, network.start(*TRAIN, "two_level", on=on) as ranks:
         output = ranks.end(30)

@@ -61,7 +61,8 @@ def _check_name(name: object, key: str) -> None:
 
 
 def _overrides(name: str) -> list[str]:
-    groups = ("comm", "comm/transport", "comm/transport/transport")
+    beneath = "comm/inter" if name.startswith("hierarchical") else "comm/transport"
+    groups = ("comm", beneath, f"{beneath}/transport")
     return [f"{group}={choice}" for group, choice in zip(groups, name.split("/"), strict=False)]
 
 

@@ -71,12 +71,12 @@ def build(section: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _classes(node: Any, key: str) -> Iterator[tuple[type[Communicator], bool]]:
-    """Yield every communicator class, and whether it stands alone instead of on another one."""
+    """Yield every communicator class, and whether it joins all ranks by itself: on no other, and not some of them."""
     nested = [] if not isinstance(node, dict) else [(f"{key}.{name}", child) for name, child in node.items()]
     inner = [found for name, child in nested for found in _classes(child, name)]
     yield from inner
     if isinstance(node, dict) and "_target_" in node:
-        yield _class(node["_target_"], key), not inner
+        yield _class(node["_target_"], key), not inner and not node.get("_partial_", False)
 
 
 def _class(target: str, key: str) -> type[Communicator]:

@@ -1,11 +1,13 @@
 """Which communicator a process group runs on, and how it is made.
 
 A *spec* names it: ``shm``, ``ring/mpi``, ``halving_doubling/gloo``, ``my_package.MyComm``, ``my_package.MyComm/shm``.
-Names are those of the files in conf/comm, which are read as they are; what follows the slash is the transport.
+Names are those of the files in conf/comm, which are read as they are; what follows the slash is the transport, or what
+joins the hosts beneath ``hierarchical``.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pkgutil
 from collections.abc import Callable
@@ -22,6 +24,8 @@ from minidist.errors import BackendUnavailableError, ConfigError
 Factory = Callable[[Place], Communicator]
 Choice = str | Communicator | Factory
 """What a user may give: a spec, a communicator of this group, or what makes one of a `Place`."""
+BENEATH = {"transport", "intra", "inter"}
+"""Settings that are communicators themselves."""
 _ROOT = Path(__file__).parent.parent.parent
 
 
@@ -29,7 +33,7 @@ def made(choice: Choice | None, place: Place, timeout_s: float) -> Communicator:
     """Return the communicator of a group.
 
     Args:
-        choice: None for the fastest: shared memory on one host, and Gloo across hosts.
+        choice: None for the fastest: shared memory on one host, across hosts two levels, and Gloo where neither can be.
         place: this rank's in the group.
         timeout_s: the communicator's.
 
@@ -53,17 +57,18 @@ def made(choice: Choice | None, place: Place, timeout_s: float) -> Communicator:
 
 
 def _fastest(place: Place, timeout_s: float) -> str:
-    """Return shm where all ranks are on one host and can use it."""
-    if not place.one_host:
-        return "gloo"
+    """Return what is made of shared memory where all ranks can use it, and some of them share a host."""
     try:
         pkgutil.resolve_name(_section("shm")["_target_"]).check_available()
-    except BackendUnavailableError as error:
-        mine = str(error)
+    except BackendUnavailableError:
+        mine = 0
     else:
-        mine = ""
+        mine = place.num_here
     store = dist.PrefixStore("shm", place.store)
-    return "gloo" if any(from_everyone(store, place.rank, place.world_size, mine, timeout_s)) else "shm"
+    sharing = [int(num) for num in from_everyone(store, place.rank, place.world_size, str(mine), timeout_s)]
+    if 0 in sharing or max(sharing) == 1 < place.world_size:
+        return "gloo"
+    return "shm" if place.one_host else "hierarchical"
 
 
 def _section(spec: str) -> dict[str, Any]:
@@ -73,11 +78,15 @@ def _section(spec: str) -> dict[str, Any]:
         section: dict[str, Any] = {"_target_": name}
     else:
         section = _read(name)
-    for default in section.pop("defaults", []):
-        if isinstance(default, dict) and "transport" in default:
-            section["transport"] = _section(transport or default["transport"])
-            return section
-    if transport:
+    named = {
+        key: value
+        for default in section.pop("defaults", [])
+        if isinstance(default, dict)
+        for key, value in default.items()
+    }
+    for key in named.keys() & BENEATH:
+        section[key] = _section(transport if transport and key != "intra" else named[key])
+    if transport and not named.keys() & BENEATH:
         if "." not in name:
             raise ConfigError(f"{spec}: {name} takes no transport; leave out /{transport}")
         section["transport"] = _section(transport)
@@ -95,6 +104,10 @@ def _read(name: str) -> dict[str, Any]:
     return section
 
 
+def _build_at(section: dict[str, Any], timeout_s: float, place: Place) -> Communicator:
+    return _build(section, place, timeout_s)
+
+
 def _build(section: dict[str, Any], place: Place, timeout_s: float) -> Communicator:
     settings = {name: value for name, value in section.items() if name != "_target_"}
     target = section["_target_"]
@@ -105,6 +118,9 @@ def _build(section: dict[str, Any], place: Place, timeout_s: float) -> Communica
     if "transport" in settings:
         transport = _build(settings.pop("transport"), place, timeout_s)
         comm = kind(transport, **settings)
+    elif "inter" in settings:
+        intra = functools.partial(_build_at, settings.pop("intra"), timeout_s)
+        comm = kind(intra, _build(settings.pop("inter"), place, timeout_s), **settings)
     elif "place" in inspect.signature(kind).parameters:
         comm = kind(**settings | {"place": place, "timeout_s": timeout_s})
     elif place.world_size == 1:
