@@ -142,7 +142,7 @@ class Arena:
             if heap.words(self.places.words, NUM_WORDS)[SECRET] != expected:
                 raise unreachable("it belongs to somebody else")
             heaps.append(heap)
-            hosts.append(host)
+            hosts.append(cores.Cores(*host))
             self.compiled &= compiles
         return heaps, hosts
 

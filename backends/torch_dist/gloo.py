@@ -7,12 +7,10 @@ waiting for ranks that wait for the dead one; which rank is gone the lifeline of
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
 from datetime import timedelta
 from typing import Any
 
@@ -27,6 +25,7 @@ from backends.processes.agreement import Agreement
 from backends.processes.communicator import ProcessCommunicator
 from backends.processes.offer import Offer
 from backends.processes.signature import MEETING, pack
+from backends.torch_dist.gloo_messages import GlooMessage, GlooSend
 from minidist.collective import COLLECTIVES
 from minidist.communicator import ReduceOp, Work
 from minidist.contract.addresses import LOOPBACK
@@ -42,8 +41,6 @@ OPS = {
     ReduceOp.PRODUCT: dist.ReduceOp.PRODUCT,
 }
 """What both libraries have; the others run as schedules."""
-LEFT_S = 0.5
-"""How long a message may go on after its receiver has left."""
 NEWS_S = 3.0
 """How long to wait for the name of the rank that is gone, after the data path broke."""
 GRACE_S = 1.0
@@ -73,9 +70,10 @@ class TorchDistCommunicator(ProcessCommunicator):
     def _finish(self, work: Any, tensor: Tensor | None, timeout_s: float) -> None:
         """Wait for a collective to which this rank contributed ``tensor``."""
         self.traffic.count(0 if tensor is None else tensor.nbytes)
-        self._wait(work, timeout_s)
+        self.wait_for(work, timeout_s)
 
-    def _wait(self, work: Any, timeout_s: float) -> None:
+    def wait_for(self, work: Any, timeout_s: float) -> None:
+        """Wait for what the library has started, no longer than that."""
         raise NotImplementedError
 
     # Collectives ------------------------------------------------------------------------------
@@ -150,7 +148,7 @@ class GlooCommunicator(TorchDistCommunicator):
     """
 
     def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
-        self.waited_for: weakref.WeakSet[_GlooMessage] = weakref.WeakSet()
+        self.waited_for: weakref.WeakSet[GlooMessage] = weakref.WeakSet()
         self._is_interrupted = False
         super().__init__(timeout_s, segment_bytes, place)
         self._agreement = Agreement(self, self._schedule_tag)  # in one order with the messages of schedules
@@ -167,17 +165,17 @@ class GlooCommunicator(TorchDistCommunicator):
         return gloo(store, self.rank, self.world_size, options)
 
     def _isend(self, tensor: Tensor, dst: int, tag: int, timeout_s: float) -> Work:
-        return _GlooSend(self, self._group.send([bytes_of(tensor)], dst, tag), tensor, dst, tag, timeout_s)
+        return GlooSend(self, self._group.send([bytes_of(tensor)], dst, tag), tensor, dst, tag, timeout_s)
 
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
-        return _GlooMessage(self, self._group.recv([bytes_of(tensor)], src, tag), tensor, src, tag, timeout_s)
+        return GlooMessage(self, self._group.recv([bytes_of(tensor)], src, tag), tensor, src, tag, timeout_s)
 
     @property
     def left(self) -> set[int]:
         """The ranks that have left in good order."""
         return self._lifeline.left
 
-    def _wait(self, work: Any, timeout_s: float) -> None:
+    def wait_for(self, work: Any, timeout_s: float) -> None:
         started = time.monotonic()
         try:
             work.wait(timedelta(seconds=timeout_s))
@@ -295,90 +293,6 @@ class GlooCommunicator(TorchDistCommunicator):
             return CommTimeoutError(f"not every rank came within {self.timeout_s:g} s")
         lost = self._lost()
         return PeerLostError(f"{self.who('wait')}: {lost}", lost.peers)
-
-
-class _GlooMessage(Work):
-    """A send or receive.
-
-    Nothing tells from outside whether Gloo has ended it, and nothing interrupts one who waits. So a thread waits for a
-    user's message, which can be left behind; those of schedules are waited for in one that can.
-    """
-
-    def __init__(
-        self, comm: GlooCommunicator, work: Any, tensor: Tensor, peer: int, tag: int, timeout_s: float
-    ) -> None:
-        self._comm = comm
-        self._work = work
-        self._tensor = tensor
-        self._peer = peer
-        self._in_schedule = tag % 2**comm.tag_bits == comm.max_tag + 2
-        self._deadline = Deadline(timeout_s)
-        self._done = False
-        self._ended: Future[None] | None = None
-
-    def wait(self) -> None:
-        if self._in_schedule and self._ended is None:
-            if not self._done:
-                self._finish()
-        else:
-            self._awaited().result()
-
-    def give_up(self, error: Exception) -> None:
-        """Let whoever waits for it have ``error``."""
-        with contextlib.suppress(InvalidStateError):  # it has ended by itself
-            self._awaited().set_exception(error)
-
-    def _finish(self) -> None:
-        try:
-            self._comm._wait(self._work, self._deadline.left_s)
-        except CommError:
-            raise
-        except RuntimeError as error:
-            raise ContactLostError(self._peer) from error
-        self._done = True
-
-    def _awaited(self) -> Future[None]:
-        """Return its end, for which a thread waits from the first call on."""
-        if self._ended is None:
-            self._ended = Future()
-            self._comm.waited_for.add(self)
-            threading.Thread(target=self._await, args=(self._ended,), daemon=True).start()
-        return self._ended
-
-    def _await(self, ended: Future[None]) -> None:
-        error: BaseException | None = None
-        try:
-            self._finish()
-        except BaseException as caught:  # whatever it is belongs to the one who waits
-            error = caught
-        with contextlib.suppress(InvalidStateError):  # it was given up
-            ended.set_result(None) if error is None else ended.set_exception(error)
-
-    def is_done(self) -> bool:
-        return self._done or self._awaited().done()
-
-    def exception(self) -> BaseException | None:
-        return self._ended.exception() if self._ended is not None and self._ended.done() else None
-
-
-class _GlooSend(_GlooMessage):
-    """Gloo lets a sender wait for a receiver that has left; who polls is told so by the lifeline."""
-
-    _hopeless_from: float | None = None
-
-    def is_done(self) -> bool:
-        return super().is_done() or self._is_hopeless()
-
-    def exception(self) -> BaseException | None:
-        return ContactLostError(self._peer) if self._is_hopeless() else super().exception()
-
-    def _is_hopeless(self) -> bool:
-        """Whether the receiver left some time ago and this has not ended: the news may overtake the end of it."""
-        if self._done or self._peer not in self._comm.left or (self._ended is not None and self._ended.done()):
-            return False
-        if self._hopeless_from is None:
-            self._hopeless_from = time.monotonic() + LEFT_S
-        return time.monotonic() > self._hopeless_from
 
 
 def _later(seconds: float, action: Callable[[], None]) -> threading.Timer:

@@ -75,7 +75,7 @@ class NcclCommunicator(TorchDistCommunicator):
             work.wait()
         return work
 
-    def _wait(self, work: Any, timeout_s: float) -> None:
+    def wait_for(self, work: Any, timeout_s: float) -> None:
         work.wait()  # only the current stream waits
         self._running.append((work, timeout_s))
 

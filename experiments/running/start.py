@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from backends import cores
 from minidist.errors import BackendUnavailableError
 from minidist.launch import without_launcher
 
@@ -54,7 +55,7 @@ def environment(nproc: int) -> dict[str, str]:
 
 def threads_per_rank(local_world_size: int) -> int:
     """Return how many threads leave every rank of this machine a core of its own, where there are enough."""
-    return max(1, (os.cpu_count() or 1) // local_world_size)
+    return max(1, cores.usable() // local_world_size)
 
 
 def run_to_end(arguments: Sequence[str], env: dict[str, str]) -> int:

@@ -149,9 +149,10 @@ def _announce(comm: Communicator, chosen: data.Data, model: nn.Module) -> None:
 
 
 def comm_name() -> str:
-    """Return the choices of the groups comm, comm/transport and so on, as in ring/gloo."""
+    """Return the choices of the groups comm, comm/transport and so on, as in ring/gloo and hierarchical/ring/gloo."""
     choices = HydraConfig.get().runtime.choices
-    return "/".join(choices[group] for group in sorted(choices) if group.split("/")[0] == "comm")
+    groups = [group for group in sorted(choices) if group.split("/")[0] == "comm" and group != "comm/intra"]
+    return "/".join(choices[group] for group in groups)
 
 
 def _write_results(directory: Path, summary: Summary, world_size: int, data_name: str) -> None:
