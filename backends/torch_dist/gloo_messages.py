@@ -6,7 +6,8 @@ import contextlib
 import threading
 import time
 from concurrent.futures import Future, InvalidStateError
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 from torch import Tensor
 
@@ -15,11 +16,23 @@ from backends.deadline import Deadline
 from minidist.communicator import Work
 from minidist.errors import CommError
 
-if TYPE_CHECKING:
-    from backends.torch_dist.gloo import GlooCommunicator
-
 LEFT_S = 0.5
 """How long a message may go on after its receiver has left."""
+
+
+class Owner(Protocol):
+    """What a message has to know of its communicator."""
+
+    waited_for: WeakSet[GlooMessage]
+    tag_bits: int
+
+    @property
+    def max_tag(self) -> int: ...
+
+    @property
+    def left(self) -> set[int]: ...
+
+    def wait_for(self, work: Any, timeout_s: float) -> None: ...
 
 
 class GlooMessage(Work):
@@ -29,9 +42,7 @@ class GlooMessage(Work):
     user's message, which can be left behind; those of schedules are waited for in one that can.
     """
 
-    def __init__(
-        self, comm: GlooCommunicator, work: Any, tensor: Tensor, peer: int, tag: int, timeout_s: float
-    ) -> None:
+    def __init__(self, comm: Owner, work: Any, tensor: Tensor, peer: int, tag: int, timeout_s: float) -> None:
         self._comm = comm
         self._work = work
         self._tensor = tensor

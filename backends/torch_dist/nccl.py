@@ -185,7 +185,7 @@ class _Batch(Work):
     def wait(self) -> None:
         if self.work is None:
             self.post()
-            self._comm._wait(self.work, self._timeout_s)
+            self._comm.wait_for(self.work, self._timeout_s)
 
     def is_done(self) -> bool:
         self.post()
