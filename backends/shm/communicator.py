@@ -88,8 +88,12 @@ class ShmCommunicator(ProcessCommunicator):
         )
 
     @classmethod
-    def check_available(cls) -> None:
+    def check_machine(cls) -> None:
         doorbell.ensure_futex()
+
+    @classmethod
+    def check_available(cls) -> None:
+        super().check_available()
         world = launch.detect()
         if world.knows_host:
             ensure_one_host(world.local_world_size, world.world_size)

@@ -22,8 +22,8 @@ def check_available(comm: DictConfig) -> None:
         ConfigError: ``comm`` does not name communicators.
         BackendUnavailableError: one of them lacks something here.
     """
-    for kind, _ in _classes(OmegaConf.to_container(comm, resolve=True), "comm"):
-        kind.check_available()
+    for kind, joins_all in _classes(OmegaConf.to_container(comm, resolve=True), "comm"):
+        kind.check_available() if joins_all else kind.check_machine()
 
 
 def launcher(comm: DictConfig) -> str:

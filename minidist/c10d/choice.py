@@ -59,7 +59,7 @@ def made(choice: Choice | None, place: Place, timeout_s: float) -> Communicator:
 def _fastest(place: Place, timeout_s: float) -> str:
     """Return what is made of shared memory where all ranks can use it, and some of them share a host."""
     try:
-        pkgutil.resolve_name(_section("shm")["_target_"]).check_available()
+        pkgutil.resolve_name(_section("shm")["_target_"]).check_machine()
     except BackendUnavailableError:
         mine = 0
     else:

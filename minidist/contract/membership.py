@@ -63,10 +63,15 @@ class Membership(ABC):
 
     @classmethod
     def check_available(cls) -> None:
-        """Raise BackendUnavailableError if this machine or this launcher lacks what the backend needs.
+        """Raise BackendUnavailableError if this machine or this launcher lacks what the backend needs for all ranks.
 
         It starts nothing, so that a job can be refused before any rank runs.
         """
+        cls.check_machine()
+
+    @classmethod
+    def check_machine(cls) -> None:
+        """Raise BackendUnavailableError if this machine lacks what the backend needs, be it for its own ranks alone."""
         return
 
     @final
