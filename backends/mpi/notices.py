@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from backends.contact import LEFT
 from minidist.contract.rank import ANY_SOURCE
 
@@ -21,11 +23,17 @@ class Notices:
 
     Args:
         MPI: mpi4py's module, initialised; every process of the world makes this once.
+
+    Attributes:
+        num_told: how many notices this process has sent to each one.
     """
 
     def __init__(self, MPI: Any) -> None:
         self._any_source = MPI.ANY_SOURCE
+        self._status = MPI.Status()
         self._comm = MPI.COMM_WORLD.Dup()
+        self.num_told = np.zeros(self._comm.size, np.int64)
+        self._num_heard = np.zeros(self._comm.size, np.int64)
         self._lock = threading.Lock()
         self._news: dict[str, _News] = {}
         self._sending: list[Any] = []
@@ -42,7 +50,9 @@ class Notices:
             # Nobody waits for these: the other rank may never look again. They are kept until MPI is done with their
             # memory, which it says to who asks.
             self._sending = [request for request in self._sending if not request.test()[0]]
-            self._sending += [self._comm.isend((key, rank, why), other) for other in world_ranks if other != me]
+            others = [other for other in world_ranks if other != me]
+            self._sending += [self._comm.isend((key, rank, why), other) for other in others]
+            self.num_told[others] += 1
 
     def failed(self, key: str) -> dict[int, str]:
         """Return the ranks that are known to have failed and why, the first one first."""
@@ -74,8 +84,21 @@ class Notices:
         with self._lock:
             self._news.pop(key, None)
 
+    def hear_the_rest(self, num_told: Any, timeout_s: float) -> None:
+        """Hear what is still on its way: a message that nobody receives is a warning of MPI's at its end.
+
+        Args:
+            num_told: by each process to this one.
+            timeout_s: for all of it to come.
+        """
+        give_up = time.monotonic() + timeout_s
+        while (self._num_heard < num_told).any() and time.monotonic() < give_up:
+            with self._lock:
+                self._hear()
+
     def _hear(self) -> None:
-        while (message := self._comm.improbe(self._any_source)) is not None:
+        while (message := self._comm.improbe(self._any_source, status=self._status)) is not None:
+            self._num_heard[self._status.Get_source()] += 1
             key, rank, why = message.recv()
             # What is told of a communicator that is closed here concerns nobody any more.
             if (news := self._news.get(key)) is not None:

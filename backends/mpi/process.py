@@ -11,6 +11,8 @@ import sys
 import time
 from typing import Any, Protocol
 
+import numpy as np
+
 from backends.mpi.notices import Notices
 from minidist import launch
 from minidist.errors import BackendUnavailableError
@@ -118,7 +120,9 @@ def _end(pid: int, finalise: bool) -> None:
     failed = any(comm.failed for comm in open_communicators)
     for comm in open_communicators:
         comm.abort("it ended without closing its communicator")
-    together = MPI.COMM_WORLD.Ibarrier()
+    told = notices() if notices.cache_info().currsize else None
+    to_me = np.zeros(MPI.COMM_WORLD.size, np.int64)
+    together = MPI.COMM_WORLD.Ialltoall(to_me.copy() if told is None else told.num_told, to_me)
     # A rank that has not failed waits as long as it takes: others may have much left to do that does not need it.
     deadline = time.monotonic() + (LAST_WORDS_S if failed else math.inf)
     while not together.Test() and time.monotonic() < deadline:
@@ -130,6 +134,8 @@ def _end(pid: int, finalise: bool) -> None:
     if failed:  # what it left on its way may keep MPI_Finalize waiting; then the signal ends the process
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, LAST_WORDS_S)
+    elif told is not None:
+        told.hear_the_rest(to_me, LAST_WORDS_S)
     if not finalise:
         return
     MPI.Finalize()
