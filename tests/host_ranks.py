@@ -66,13 +66,25 @@ def lose(kind: str, numel: str) -> None:
     say("closed")
 
 
+def outlast(kind: str, seconds: str) -> None:
+    """Reduce for so long, whatever the network does meanwhile."""
+    with MAKE[kind]() as comm:
+        tensor = torch.ones(2**16)
+        until = time.monotonic() + float(seconds)
+        say("reduces")
+        while comm.broadcast_object(time.monotonic() < until, 0):
+            comm.all_reduce(tensor.fill_(1))
+            assert tensor.eq(comm.world_size).all()
+        say("outlasted")
+
+
 def wait() -> None:
     """Wait for the end of the host."""
     say("waits")
     signal.pause()
 
 
-FUNCTIONS: dict[str, Callable[..., None]] = {"train": train, "lose": lose, "wait": wait}
+FUNCTIONS: dict[str, Callable[..., None]] = {"train": train, "lose": lose, "outlast": outlast, "wait": wait}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -124,6 +124,20 @@ def test_a_host_that_vanishes_is_named_by_all(kind: str, how: PortState) -> None
     assert output.count("closed") == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["lost", "down"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_outage_of_three_seconds_is_survived(kind: str, how: PortState) -> None:
+    with Network(2) as network, network.start("tests.host_ranks", "outlast", kind, "12", on=TWO_BY_TWO) as ranks:
+        ranks.wait_for("reduces", count=4)
+        network.set_port(1, how)
+        time.sleep(3)
+        network.set_port(1, "up")
+        output = ranks.end(60)
+    assert ranks.status == 0, output
+    assert output.count("outlasted") == 4
+
+
 def test_two_levels_take_ranks_in_any_order() -> None:
     with Network(2) as network, network.start(*TRAIN, "two_level", on=(0, 1, 1, 0)) as ranks:
         output = ranks.end(30)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from backends.contact import LEFT
 from backends.deadline import Deadline
-from backends.processes.lifeline import Lifeline
+from backends.processes.lifeline import OUTAGE_S, Lifeline
 from backends.processes.rendezvous import meet
 from backends.scheduled import ScheduledCommunicator
 from minidist.communicator import Communicator
@@ -25,14 +25,24 @@ class ProcessCommunicator(ScheduledCommunicator):
     Args:
         timeout_s, segment_bytes: see `ScheduledCommunicator`.
         place: where it is, if that is known, as in a split; None for all processes of the world, which then meet.
+        outage_s: how long a host may be out of reach; one that still is 2 s later is lost.
 
     Raises:
         CommTimeoutError: not every rank came within ``timeout_s``.
         BackendUnavailableError: see `check_available`.
     """
 
-    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
+    def __init__(
+        self,
+        timeout_s: float = 300.0,
+        segment_bytes: int = 2**22,
+        place: Place | None = None,
+        outage_s: float = OUTAGE_S,
+    ) -> None:
         checks.group(0, 1, timeout_s)
+        if not outage_s > 0:
+            raise ValueError(f"outage_s must be greater than 0 seconds, got {outage_s}")
+        self.outage_s = outage_s
         self._start = Deadline(timeout_s)
         if place is None:
             self.check_available()
@@ -42,7 +52,7 @@ class ProcessCommunicator(ScheduledCommunicator):
         self._store = place.store
         self._num_splits = 0
         self._lifeline = Lifeline(
-            place.store, place.host, self.rank, self.world_size, self._interrupt, self._start.left_s
+            place.store, place.host, self.rank, self.world_size, self._interrupt, self._start.left_s, outage_s
         )
 
     def _interrupt(self) -> None:

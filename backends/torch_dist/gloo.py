@@ -23,11 +23,12 @@ from backends.contact import ContactLostError
 from backends.deadline import Deadline, timed_out
 from backends.processes.agreement import Agreement
 from backends.processes.communicator import ProcessCommunicator
+from backends.processes.lifeline import OUTAGE_S
 from backends.processes.offer import Offer
 from backends.processes.signature import MEETING, pack
 from backends.torch_dist.gloo_messages import GlooMessage, GlooSend
 from minidist.collective import COLLECTIVES
-from minidist.communicator import ReduceOp, Work
+from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.contract.addresses import LOOPBACK
 from minidist.contract.carriers import bytes_of
 from minidist.contract.forks import kept_in_forks, never_destroy
@@ -50,9 +51,15 @@ GRACE_S = 1.0
 class TorchDistCommunicator(ProcessCommunicator):
     """What the process groups of torch.distributed have in common."""
 
-    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
+    def __init__(
+        self,
+        timeout_s: float = 300.0,
+        segment_bytes: int = 2**22,
+        place: Place | None = None,
+        outage_s: float = OUTAGE_S,
+    ) -> None:
         self._group: Any = None  # a rank can be lost before it is made
-        super().__init__(timeout_s, segment_bytes, place)
+        super().__init__(timeout_s, segment_bytes, place, outage_s)
         try:
             self._connect()
         except RuntimeError as error:
@@ -125,6 +132,9 @@ class TorchDistCommunicator(ProcessCommunicator):
 
     # Life -------------------------------------------------------------------------------------
 
+    def _made_at(self, place: Place) -> Communicator:
+        return type(self)(self.timeout_s, self.segment_bytes, place, self.outage_s)
+
     def _close(self) -> None:
         super()._close()
         self._group = None
@@ -147,10 +157,16 @@ class GlooCommunicator(TorchDistCommunicator):
     Gloo ends the process where ranks disagree, so that they compare first what they mean to do; see `Agreement`.
     """
 
-    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
+    def __init__(
+        self,
+        timeout_s: float = 300.0,
+        segment_bytes: int = 2**22,
+        place: Place | None = None,
+        outage_s: float = OUTAGE_S,
+    ) -> None:
         self.waited_for: weakref.WeakSet[GlooMessage] = weakref.WeakSet()
         self._is_interrupted = False
-        super().__init__(timeout_s, segment_bytes, place)
+        super().__init__(timeout_s, segment_bytes, place, outage_s)
         self._agreement = Agreement(self, self._schedule_tag)  # in one order with the messages of schedules
         self._everyone = [(rank, 0) for rank in range(self.world_size)]
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from backends.deadline import timed_out
+from backends.processes.lifeline import OUTAGE_S
 from backends.processes.rendezvous import meet
 from backends.torch_dist.gloo import TorchDistCommunicator
 from minidist import launch
@@ -32,7 +33,13 @@ class NcclCommunicator(TorchDistCommunicator):
 
     device_type: ClassVar[str] = "cuda"
 
-    def __init__(self, timeout_s: float = 300.0, segment_bytes: int = 2**22, place: Place | None = None) -> None:
+    def __init__(
+        self,
+        timeout_s: float = 300.0,
+        segment_bytes: int = 2**22,
+        place: Place | None = None,
+        outage_s: float = OUTAGE_S,
+    ) -> None:
         if place is None:
             self.check_available()
             torch.cuda.set_device(meet(timeout_s).world.local_rank)
@@ -40,7 +47,7 @@ class NcclCommunicator(TorchDistCommunicator):
         self._running: list[Any] = []
         # The pieces of a message are posted after its envelope was seen: NCCL itself does not tell a wrong size.
         self._batches = [_Batch(self, 0), _Batch(self, 1)]
-        super().__init__(timeout_s, segment_bytes, place)
+        super().__init__(timeout_s, segment_bytes, place, outage_s)
 
     @classmethod
     def check_available(cls) -> None:
