@@ -46,8 +46,12 @@ def refusal(*overrides: str) -> str:
 def choice(path: Path) -> tuple[str, ...]:
     """The overrides that choose a file of conf/."""
     group = path.parent.as_posix()
-    needed = ("comm=ring",) if group == "comm/transport" else ()
-    return (*needed, f"{group}={path.stem}")
+    needed = {
+        "comm/transport": ("comm=ring",),
+        "comm/intra": ("comm=hierarchical",),
+        "comm/inter": ("comm=hierarchical",),
+    }
+    return (*needed.get(group, ()), f"{group}={path.stem}")
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name], ids=str)
