@@ -19,6 +19,7 @@ from backends.shm.communicator import ShmCommunicator
 from minidist.communicator import Communicator, ReduceOp
 from minidist.contract.checks import DTYPES
 from minidist.errors import BackendUnavailableError, CommError, MismatchError, PeerLostError
+from tests import zoo
 
 NO_NAP_S = 20.0
 
@@ -256,6 +257,37 @@ def same_bits() -> None:
         print("the same", flush=True)
 
 
+def same_schedules() -> None:
+    """Every algorithm on random numbers: as one compiled call it has the bits, and the traffic, of its messages."""
+    with ShmCommunicator(kernels="torch") as by_messages, ShmCommunicator(kernels="compiled") as transport:
+        num_channels = 0
+        for name in zoo.ALGORITHMS:
+            if name == "auto":
+                continue
+            pair = [zoo.around(name, each) for each in (by_messages, transport)]
+            num_channels += 1
+            for seed, (dtype, op) in enumerate(SOME):
+                for numel, shared in ((5 + seed, False), (2048, True), (40_003, seed % 2 == 0)):
+                    expected, actual = (results(each, numel, dtype, op, shared, seed) for each in pair)
+                    differ = [one for one in expected if not torch.equal(expected[one], actual[one])]
+                    assert not differ, f"{name}: {differ} differ: {dtype} {op} {numel} shared={shared}"
+            sent = [(each.traffic.messages, each.traffic.bytes) for each in pair]
+            print(sent)
+        print("the same", flush=True)
+
+
+SOME = (
+    (torch.float32, ReduceOp.SUM),
+    (torch.bfloat16, ReduceOp.SUM),
+    (torch.float16, ReduceOp.MAX),
+    (torch.float64, ReduceOp.PRODUCT),
+    (torch.int32, ReduceOp.BXOR),
+    (torch.complex64, ReduceOp.SUM),
+    (torch.bool, ReduceOp.MAX),
+)
+"""Enough of them for schedules, which combine what they are given as `same_bits` has seen it."""
+
+
 def combinable(dtype: torch.dtype) -> Sequence[ReduceOp]:
     if dtype.is_complex:
         return (ReduceOp.SUM,)
@@ -303,6 +335,7 @@ if __name__ == "__main__":
         "refuse": refuse,
         "never_nap": never_nap,
         "same_bits": same_bits,
+        "same_schedules": same_schedules,
         "mix_paths": mix_paths,
         "interrupted": interrupted,
     }[sys.argv[1]]()

@@ -12,6 +12,7 @@ from minidist.contract.checks import DTYPES, spell
 KINDS = ("barrier", *(name for name in COLLECTIVES if name != "barrier"))
 """A collective is its place here; a barrier, which is only a meeting, is 0."""
 OPS = tuple(ReduceOp)
+NUM_CHANNELS = 15
 MEETING = 0
 """The signature of a barrier, and of a meeting in the middle of something else."""
 _KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
@@ -24,9 +25,14 @@ def signature(kind: str, like: Tensor, op: ReduceOp, root: int) -> int:
     return pack(kind, like.numel(), like.dtype, op, root)
 
 
-def pack(kind: str, numel: int, dtype: torch.dtype, op: ReduceOp, root: int) -> int:
-    """Pack a collective: 4 bits of kind, 4 of dtype, 3 of op, 12 of root, 40 of ``numel``; 63 fit into a word."""
-    return _KIND_CODES[kind] << 59 | _DTYPE_CODES[dtype] << 55 | _OP_CODES[op] << 52 | root << 40 | numel
+def pack(kind: str, numel: int, dtype: torch.dtype, op: ReduceOp, root: int, channel: int | None = None) -> int:
+    """Pack a collective: 36 bits of ``numel``, 12 of root, 3 of op, 4 of dtype, 4 of kind, 4 of channel; 63 in all.
+
+    ``channel`` is that of a schedule, by which it is told from others on one transport; so are fifteen of them.
+    """
+    of_schedule = 0 if channel is None else 1 + channel % NUM_CHANNELS
+    kind_and_channel = of_schedule << 4 | _KIND_CODES[kind]
+    return kind_and_channel << 55 | _DTYPE_CODES[dtype] << 51 | _OP_CODES[op] << 48 | root << 36 | numel
 
 
 def difference(rank: int, mine: int, peer: int, theirs: int) -> str:
@@ -35,11 +41,13 @@ def difference(rank: int, mine: int, peer: int, theirs: int) -> str:
 
 
 def _spell(word: int) -> str:
-    kind = KINDS[word >> 59]
+    kind = KINDS[word >> 55 & 15]
+    of_schedule = word >> 59
+    how = f" by the schedule on channel {of_schedule - 1}" if of_schedule else ""
     if kind == "barrier":
-        return kind
-    dtype = DTYPES[word >> 55 & 15]
-    op = OPS[word >> 52 & 7]
-    root = word >> 40 & 0xFFF
-    numel = word & (1 << 40) - 1
-    return f"{kind} of {numel} {spell(dtype)} with op {op.name} and root {root}"
+        return f"{kind}{how}"
+    dtype = DTYPES[word >> 51 & 15]
+    op = OPS[word >> 48 & 7]
+    root = word >> 36 & 0xFFF
+    numel = word & (1 << 36) - 1
+    return f"{kind} of {numel} {spell(dtype)} with op {op.name} and root {root}{how}"

@@ -13,7 +13,8 @@ Compare Li, Hoefler and Snir, "NUMA-aware shared-memory collective communication
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,13 +25,16 @@ from backends.processes.communicator import ProcessCommunicator
 from backends.shm import choice, doorbell
 from backends.shm.arena import Arena, ensure_one_host
 from backends.shm.choice import Collectives
+from backends.shm.compiled.wholes import Whole
 from backends.shm.layout import NOWHERE
 from backends.shm.mailbox import Message
 from minidist import launch
+from minidist.collective import Run
 from minidist.communicator import Device, ReduceOp, Shape, Work
 from minidist.contract.carriers import bytes_of
 from minidist.contract.place import Place
 from minidist.errors import CommError
+from minidist.schedule import Schedule
 
 
 class ShmCommunicator(ProcessCommunicator):
@@ -161,6 +165,15 @@ class ShmCommunicator(ProcessCommunicator):
         if self._arena.heap.offset_of(tensor) == NOWHERE:
             raise ValueError(f"{self.who('without_meetings')}: tensor is not in shared memory; make it with empty()")
         return self._collectives.without_meetings(tensor, self.timeout_s)
+
+    def _whole(
+        self, schedule: Schedule, run: Run, numel: int, dtype: torch.dtype, tag: int
+    ) -> Callable[[Sequence[Tensor], ReduceOp, float], None] | None:
+        whole = self._collectives.whole(schedule, run, numel, dtype, tag >> self.tag_bits)
+        return None if whole is None else functools.partial(self._run_whole, whole)
+
+    def _run_whole(self, whole: Whole, regions: Sequence[Tensor], op: ReduceOp, timeout_s: float) -> None:
+        self._collectives.run_whole(whole, regions, op, timeout_s)
 
     # Point to point ---------------------------------------------------------------------------
 
