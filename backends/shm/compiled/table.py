@@ -9,26 +9,37 @@ from dataclasses import dataclass
 from backends.executor.layout import Range, layout
 from backends.shm.compiled import desk
 from backends.shm.layout import LINE_BYTES
-from backends.shm.script import Action, Place, Script, Stage, Take, Tell, Wait, scripts
+from backends.shm.script import Action, If, Place, Put, Script, Sent, Stage, Take, Tell, Wait, scripts
 from minidist.collective import Run
 from minidist.schedule import Schedule, chunks_of
 
-NOTHING = desk.ALWAYS_STAGED
+WORKING_BYTES = 2**18
+"""How much of all chunks is done at a time: that, and what others have of it, stays in the second cache of a core."""
+LEAST_BYTES = 2**13
+"""And how much of one chunk at least: less would take more time for the meetings."""
+Memory = tuple[int, int]
+"""A region of memory, and where in it."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a rank does.
+    """What a rank does; see backends/shm/compiled/desk.py.
 
     Attributes:
-        rows: see backends/shm/compiled/desk.py.
-        outbox_bytes: how large its outbox is.
+        slice_bytes: how much of each chunk is done at a time.
+        num_slices: how often that is done.
+        last: the count with which all ranks end a slice.
+        rows: what is done.
+        outbox_bytes: how large the outbox of this rank is.
         always_stages: whether it needs the outbox even where all of its memory is shared.
         sums_bytes: how large its sums are.
         reduces: whether it combines anything.
     """
 
-    rows: Sequence[int]
+    slice_bytes: int
+    num_slices: int
+    last: int
+    rows: Sequence[Sequence[int]]
     outbox_bytes: int
     always_stages: bool
     sums_bytes: int
@@ -44,118 +55,121 @@ def table(schedule: Schedule, run: Run, rank: int, numel: int, itemsize: int) ->
     if written is None:
         return None
     num_chunks = chunks_of(schedule, run.name, run.world_size)
-    maker = _Maker(run, num_chunks, numel, itemsize, written)
+    chunks = [layout(run, each, num_chunks, numel) for each in range(run.world_size)]
+    maker = _Maker(chunks, itemsize, *written)
     return maker.table(rank) if maker.is_even() else None
 
 
 class _Maker:
-    def __init__(self, run: Run, num_chunks: int, numel: int, itemsize: int, written: Sequence[Script]) -> None:
+    """Makes the table of a rank."""
+
+    def __init__(self, chunks: Sequence[Sequence[Range]], itemsize: int, written: Sequence[Script], last: int) -> None:
+        self._chunks = chunks
         self._itemsize = itemsize
         self._written = written
-        self._chunks = [layout(run, rank, num_chunks, numel) for rank in range(run.world_size)]
+        self._last = last
+        self._chunk_bytes = max(each.numel for some in chunks for each in some) * itemsize
+        share = WORKING_BYTES // len(chunks[0])
+        self._slice_bytes = _lines(min(self._chunk_bytes, max(share, LEAST_BYTES)))
         self._outbox = functools.cache(self._make_outbox)
-        self._rank = 0
-        self._sums: dict[int, int] = {}
-        self._sums_bytes = 0
+        self._sums: dict[Place, int] = {}
 
     def is_even(self) -> bool:
         """Whether every chunk is as large as the one that it becomes."""
         return all(
-            self._range(action.source).numel == self._chunks[rank][action.chunk].numel
-            for rank, script in enumerate(self._written)
+            self._range(action.sent.place).numel == self._range(action.into).numel
+            for script in self._written
             for action in script
-            if isinstance(action, Take) and action.source is not None
+            if isinstance(action, Take) and action.sent is not None
         )
 
     def table(self, rank: int) -> Table:
         """Return the table of a rank."""
-        self._rank = rank
         script = self._written[rank]
-        rows = [word for action in script for row in self._rows(action) for word in row]
-        places = [action.place for action in script if isinstance(action, Stage)]
-        reduces = any(isinstance(action, Take) and (action.how or action.in_sums) for action in script)
-        outbox_bytes = self._outbox(rank)[1]
-        return Table(rows, outbox_bytes, any(p.always_staged for p in places), self._sums_bytes, reduces)
+        return Table(
+            slice_bytes=self._slice_bytes,
+            num_slices=-(-self._chunk_bytes // self._slice_bytes),
+            last=self._last,
+            rows=[row for action in script for row in self._rows(action)],
+            outbox_bytes=self._outbox(rank)[1],
+            always_stages=any(isinstance(action, Stage) and action.sent.always_staged for action in script),
+            sums_bytes=len(self._sums) * self._slice_bytes,
+            reduces=any(isinstance(action, Take) and (action.how or action.in_sums) for action in script),
+        )
 
     def _rows(self, action: Action) -> Iterator[Sequence[int]]:
         """Yield the row of an action, unless it is about nothing."""
         match action:
             case Tell(far):
-                yield self._row(desk.TELL, goal=far)
-            case Wait(peer, goal, None):
-                yield self._row(desk.WAIT, peer, goal)
-            case Wait(peer, goal, Place() as place, in_place):
-                how = desk.WAIT_IF_SHARED if in_place else desk.WAIT_IF_STAGED
-                yield self._row(how, peer, goal, region=self._region(place))
-            case Stage(place):
-                if numel := self._range(place).numel:
-                    yield self._row(
-                        desk.PUT,
-                        region=self._region(place),
-                        place=self._start(place),
-                        staged_at=self._outbox(place.rank)[0][place],
-                        into=self._range(place).region,
-                        length=numel * self._itemsize,
-                    )
+                yield _row(desk.TELL, goal=far)
+            case Wait(peer, goal, conditions):
+                yield _row(desk.WAIT, peer, goal, conditions=self._conditions(conditions))
+            case _ if length := self._range(action.sent.place if action.sent else action.into).numel * self._itemsize:
+                yield self._move(action, length)
+
+    def _move(self, action: Stage | Put | Take, length: int) -> Sequence[int]:
+        conditions = self._conditions(action.conditions)
+        match action:
+            case Stage(sent):
+                memory = self._memory(sent.place)
+                return _row(desk.STAGE_IT, 0, 0, memory, self._staged_at(sent), (0, 0), length, conditions)
+            case Put(sent, into):
+                memory = self._memory(sent.place)
+                return _row(desk.PUT, into.rank, 0, memory, 0, self._memory(into), length, conditions)
             case Take():
-                if self._chunks[self._rank][action.chunk].numel:
-                    yield self._take(action)
+                return self._take(action, length, conditions)
 
-    def _take(self, action: Take) -> Sequence[int]:
-        target = self._chunks[self._rank][action.chunk]
-        length = target.numel * self._itemsize
-        sums = self._sums_of(action.chunk, length) if action.in_sums or action.source is None else 0
-        into, into_place = (
-            (desk.SUMS_OF_OWN, sums) if action.in_sums else (target.region, target.start * self._itemsize)
-        )
-        if action.source is None:
-            return self._row(action.how, 0, 0, desk.SUMS_OF_OWN, sums, 0, into, into_place, length)
-        place = action.source
-        staged_at = self._outbox(place.rank)[0][place]
-        region = self._region(place)
-        return self._row(action.how, place.rank, 0, region, self._start(place), staged_at, into, into_place, length)
+    def _take(self, take: Take, length: int, conditions: Sequence[int]) -> Sequence[int]:
+        into = self._memory_of_sums(take.into) if take.in_sums else self._memory(take.into)
+        sent = take.sent
+        if sent is None:
+            return _row(take.how, 0, 0, self._memory_of_sums(take.into), 0, into, length, conditions)
+        region, place = self._memory(sent.place)
+        memory = desk.ALWAYS_STAGED if sent.always_staged else region, place
+        return _row(take.how, sent.place.rank, 0, memory, self._staged_at(sent), into, length, conditions)
 
-    def _row(
-        self,
-        how: int,
-        peer: int = 0,
-        goal: int = 0,
-        region: int = NOTHING,
-        place: int = 0,
-        staged_at: int = 0,
-        into: int = 0,
-        into_place: int = 0,
-        length: int = 0,
-    ) -> Sequence[int]:
-        return how, peer, goal, region, place, staged_at, into, into_place, length
+    def _conditions(self, conditions: Sequence[If]) -> list[int]:
+        known = [(each.place.rank, self._range(each.place).region, int(each.is_shared)) for each in conditions]
+        none = [(desk.EVERYBODY, 0, 0)] * (2 - len(known))
+        return [word for condition in (*known, *none) for word in condition]
 
     def _range(self, place: Place) -> Range:
         return self._chunks[place.rank][place.chunk]
 
-    def _region(self, place: Place) -> int:
-        return desk.ALWAYS_STAGED if place.always_staged else self._range(place).region
+    def _memory(self, place: Place) -> Memory:
+        found = self._range(place)
+        return found.region, found.start * self._itemsize
 
-    def _start(self, place: Place) -> int:
-        return self._range(place).start * self._itemsize
+    def _memory_of_sums(self, place: Place) -> Memory:
+        return desk.SUMS_OF_OWN, self._sums.setdefault(place, len(self._sums) * self._slice_bytes)
 
-    def _sums_of(self, chunk: int, length: int) -> int:
-        """Return where the sums for a chunk lie."""
-        if chunk not in self._sums:
-            self._sums[chunk] = self._sums_bytes
-            self._sums_bytes += _lines(length)
-        return self._sums[chunk]
+    def _staged_at(self, sent: Sent) -> int:
+        return self._outbox(sent.place.rank)[0][sent]
 
-    def _make_outbox(self, rank: int) -> tuple[dict[Place, int], int]:
+    def _make_outbox(self, rank: int) -> tuple[dict[Sent, int], int]:
         """Return where in the outbox of a rank lies what it sends, and how large that is."""
-        steps: dict[int, int] = {}
-        offsets: dict[Place, int] = {}
+        places: dict[int, dict[Sent, int]] = {}
         for action in self._written[rank]:
             if isinstance(action, Stage):
-                place = action.place
-                offsets[place] = steps.setdefault(place.step, 0)
-                steps[place.step] += _lines(self._range(place).numel * self._itemsize)
-        half = max(steps.values(), default=0)
-        return {place: offset + place.step % 2 * half for place, offset in offsets.items()}, 2 * half
+                of_step = places.setdefault(action.sent.step, {})
+                of_step[action.sent] = len(of_step)
+        half = max(map(len, places.values()), default=0)
+        numbers = {sent: step % 2 * half + number for step, some in places.items() for sent, number in some.items()}
+        return {sent: number * self._slice_bytes for sent, number in numbers.items()}, 2 * half * self._slice_bytes
+
+
+def _row(
+    how: int,
+    peer: int = 0,
+    goal: int = 0,
+    source: Memory = (0, 0),
+    staged_at: int = 0,
+    into: Memory = (0, 0),
+    length: int = 0,
+    conditions: Sequence[int] = (),
+) -> Sequence[int]:
+    row = [how, peer, goal, *source, staged_at, *into, length, *conditions]
+    return row + [0] * (desk.ROW_BYTES // 8 - len(row))
 
 
 def _lines(nbytes: int) -> int:

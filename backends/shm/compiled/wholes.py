@@ -42,8 +42,10 @@ class Whole:
         table = self.table
         reducer = self._kernels.reducer(dtype, op) if table.reduces else 0
         itemsize = self._kernels.itemsize(dtype) if table.reduces else 1
-        num_rows = len(table.rows) // (desk.ROW_BYTES // 8)
-        return Words([pack(kind, numel, dtype, op, *self._where), reducer, 0, itemsize, 0, 0, num_rows, *table.rows])
+        signature = pack(kind, numel, dtype, op, *self._where)
+        rows = [word for row in table.rows for word in row]
+        head = (signature, reducer, table.slice_bytes, itemsize, table.num_slices, table.last, len(table.rows))
+        return Words([*head, *rows])
 
 
 class WholeMemory:
