@@ -65,7 +65,7 @@ class Executor:
         self._segment_bytes = segment_bytes
         self._rank = transport.comm.rank
         self._world_size = transport.comm.world_size
-        self.scratch = Scratch()
+        self.scratch = Scratch(transport.comm.empty)
         self.plan = functools.cache(self._make_plan)
         self._program = functools.lru_cache(MAX_PROGRAMS)(self._make_program)
 
