@@ -33,7 +33,7 @@ from minidist.contract.inner import Inner
 from minidist.schedule import Schedule
 
 SUM = ReduceOp.SUM
-MAX_PROGRAMS = 1024
+MAX_PROGRAMS = 256
 """How many shapes are kept."""
 
 
@@ -185,7 +185,5 @@ class Executor:
         self, program: Program, whole: Whole, regions: Sequence[Tensor], op: ReduceOp, timeout_s: float
     ) -> None:
         """Let the transport do all steps at once; what it sends counts as if it had sent it message by message."""
-        traffic = self._transport.comm.traffic
-        for message in program.sends:
-            traffic.count(message.numel * regions[0].element_size())
+        self._transport.comm.traffic.count(program.numel_sent * regions[0].element_size(), program.num_sent)
         whole(regions, op, timeout_s)

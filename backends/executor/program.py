@@ -75,7 +75,7 @@ class Program:
         ranges: all memory that a message is of or for.
         steps: what is done with it.
         whole: what does all of it at once, if the transport can.
-        num_messages, numel_sent: what this rank sends.
+        num_sent, numel_sent: how many messages this rank sends, of how many elements.
     """
 
     run: Run
@@ -83,11 +83,8 @@ class Program:
     ranges: Sequence[Range]
     steps: Sequence[ProgramStep]
     whole: Whole | None
-
-    @property
-    def sends(self) -> list[Message]:
-        """All messages that this rank sends."""
-        return [message for step in self.steps for message in step.sends]
+    num_sent: int
+    numel_sent: int
 
 
 def program(plan: Plan, rank: int, numel: int, segment: int, whole: Whole | None) -> Program:
@@ -115,7 +112,8 @@ def program(plan: Plan, rank: int, numel: int, segment: int, whole: Whole | None
         first = is_early or step.sends_first
         steps.append(ProgramStep(receives, sends, f"arriving{number % 2}", staged, first, step.in_order, next_one))
         following = step
-    return Program(plan.run, numel, list(places), steps[::-1], whole)
+    sent = [message.numel for step in steps for message in step.sends]
+    return Program(plan.run, numel, list(places), steps[::-1], whole, len(sent), sum(sent))
 
 
 def _message(move: Transfer, runs: Sequence[Range], places: dict[Range, int]) -> Message:

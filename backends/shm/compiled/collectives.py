@@ -20,9 +20,10 @@ from backends.shm.compiled.table import table
 from backends.shm.compiled.wholes import Whole, WholeMemory
 from backends.shm.compiled.words import Words
 from backends.shm.layout import share
+from backends.shm.script import scripts
 from minidist.collective import COLLECTIVES, Run
 from minidist.communicator import ReduceOp
-from minidist.schedule import Schedule
+from minidist.schedule import Schedule, chunks_of
 
 SPINS = 2000
 """Looks before the first clock; some 50 us."""
@@ -52,6 +53,7 @@ class CompiledCollectives:
         self._patience = ALONE
         # A function, not a method, is cached; a method would hold this object, and so all heaps, in a circle.
         self._plan = functools.lru_cache(4096)(functools.partial(_make_plan, kernels, arena.rank, arena.world_size))
+        self._scripts = functools.lru_cache(256)(scripts)
         self._barrier = Words([0])
         self._memory = WholeMemory(arena)
 
@@ -102,7 +104,11 @@ class CompiledCollectives:
 
     def whole(self, schedule: Schedule, run: Run, numel: int, dtype: torch.dtype, channel: int) -> Whole | None:
         """Return a schedule on tensors of a shape as what `run_whole` takes; None if it has to run over messages."""
-        made = table(schedule, run, self._arena.rank, numel, dtype.itemsize)
+        written = self._scripts(schedule, run)
+        if written is None:
+            return None
+        num_chunks = chunks_of(schedule, run.name, run.world_size)
+        made = table(*written, run, num_chunks, self._arena.rank, numel, dtype.itemsize)
         return None if made is None else Whole(made, run.name, numel, dtype, run.root, channel, self._kernels)
 
     def run_whole(self, whole: Whole, regions: Sequence[Tensor], op: ReduceOp, timeout_s: float) -> None:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from backends.executor.layout import Range, layout
 from backends.shm.compiled import desk
 from backends.shm.layout import LINE_BYTES
-from backends.shm.script import Action, If, Place, Put, Script, Sent, Stage, Take, Tell, Wait, scripts
+from backends.shm.script import Action, If, Place, Put, Script, Sent, Stage, Take, Tell, Wait
 from minidist.collective import Run
-from minidist.schedule import Schedule, chunks_of
 
 WORKING_BYTES = 2**22
 """How much of all chunks is done at a time. Smaller slices stayed in nearer caches, which gained up to a fifth on quiet
@@ -47,17 +46,24 @@ class Table:
     reduces: bool
 
 
-def table(schedule: Schedule, run: Run, rank: int, numel: int, itemsize: int) -> Table | None:
-    """Return what ``rank`` does on tensors, or blocks, of ``numel`` elements; None where messages have to do it.
+def table(
+    written: Sequence[Script], last: int, run: Run, num_chunks: int, rank: int, numel: int, itemsize: int
+) -> Table | None:
+    """Return what ``rank`` does on tensors, or blocks, of so many elements; None where messages have to do it.
 
     All ranks get a table, or none does.
+
+    Args:
+        written: the scripts of all ranks.
+        last: with which count they end.
+        run: what they do.
+        num_chunks: how many chunks there are.
+        rank: one of them.
+        numel: see `backends.executor.layout.layout`.
+        itemsize: bytes of an element.
     """
-    written = scripts(schedule, run)
-    if written is None:
-        return None
-    num_chunks = chunks_of(schedule, run.name, run.world_size)
     chunks = [layout(run, each, num_chunks, numel) for each in range(run.world_size)]
-    maker = _Maker(chunks, itemsize, *written)
+    maker = _Maker(chunks, itemsize, written, last)
     return maker.table(rank) if maker.is_even() else None
 
 
