@@ -8,6 +8,7 @@ in rounds. Ranks that meet (backends/shm/arena.py) compare what they mean to do,
 Cost of an all-reduce of M bytes on n ranks: 2 meetings in place, in which every rank reads and writes (n-1)/n M of
 the others' memory; through the stage twice the traffic, and a wait for each block of a rank's share. What does it is
 either a compiled kernel (backends/shm/compiled/), one call for all meetings, or torch's operations, with the same bits.
+Schedules over it are one call, too, where they are compiled (backends/shm/script.py), and else messages.
 Compare Li, Hoefler and Snir, "NUMA-aware shared-memory collective communication for MPI" (2013).
 """
 

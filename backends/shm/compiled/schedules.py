@@ -1,7 +1,6 @@
 """A whole schedule as one kernel: it does what the rows of its plan say, see backends/shm/compiled/table.py.
 
-It goes through all rows with the first slice of every chunk, then with the next one, and so on: what a rank takes of
-another one, adds up and puts elsewhere stays in its cache meanwhile.
+It goes through all rows with the first slice of every chunk, then with the next one, and so on.
 """
 
 from __future__ import annotations

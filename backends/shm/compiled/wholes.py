@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from backends.processes.signature import pack
+from backends.processes.signature import pack, schedule_on
 from backends.shm.arena import Arena
 from backends.shm.compiled import desk
 from backends.shm.compiled.loading import Kernels
@@ -32,7 +32,7 @@ class Whole:
     ) -> None:
         self.table = table
         self._what = kind, numel, dtype
-        self._where = root, channel
+        self._where = root, schedule_on(channel)
         self._kernels = kernels
         self.words = functools.cache(self._make_words)
 
