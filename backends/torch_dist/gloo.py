@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
@@ -25,7 +24,6 @@ from backends.processes.agreement import Agreement
 from backends.processes.communicator import ProcessCommunicator
 from backends.processes.offer import Offer
 from backends.processes.signature import MEETING, pack
-from minidist.collective import COLLECTIVES
 from minidist.communicator import ReduceOp, Work
 from minidist.contract.carriers import bytes_of
 from minidist.contract.forks import kept_in_forks
@@ -179,10 +177,11 @@ class GlooCommunicator(TorchDistCommunicator):
 
     # Collectives ------------------------------------------------------------------------------
 
-    def _agree(self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: int, timeout_s: float) -> float:
-        numel = sum(chunk.numel() for chunk in chunks) if COLLECTIVES[collective].is_cut else chunks[0].numel()
+    def _agree(
+        self, collective: str, numel: int, dtype: torch.dtype, op: ReduceOp, root: int, timeout_s: float
+    ) -> float:
         deadline = Deadline(timeout_s)
-        self._agreement.compare(pack(collective, numel, chunks[0].dtype, op, root), deadline)
+        self._agreement.compare(pack(collective, numel, dtype, op, root), deadline)
         return deadline.left_s
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:
