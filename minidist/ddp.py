@@ -22,7 +22,7 @@ from minidist.communicator import Communicator, Work
 from minidist.contract.opaque import opaque
 from minidist.gradients.backward import USE_HOOK, BackwardPass, call_hooks, listen
 from minidist.gradients.buckets import Bucket, make_buckets
-from minidist.gradients.hooks import AllReduce, Hook
+from minidist.gradients.hooks import AllReduce, Hook, ReduceScatter
 from minidist.gradients.join import Join
 from minidist.gradients.replicas import SharedBuffers, make_replicas, share_used
 from minidist.gradients.structure import Structure
@@ -114,7 +114,7 @@ class DistributedDataParallel(nn.Module):
     @opaque
     def _before_forward(self) -> None:
         if self._backward_pass.broke_off:  # as on the other ranks, that may have got further in it
-            self.reduce_gradients()
+            self.reduce_gradients(broke_off=True)
             self.module.zero_grad()  # what was in flight may have come after the user's own zero_grad()
         will_sync = self._sync_wanted and torch.is_grad_enabled()
         if will_sync and (change := self._structure.change(self.module, self.find_unused_parameters)):
@@ -144,6 +144,7 @@ class DistributedDataParallel(nn.Module):
     @contextmanager
     def join(self) -> Iterator[None]:
         """Allow ranks to have different numbers of batches inside; see `minidist.gradients.join`."""
+        self._refuse_if_sharded("join", "a rank without a batch takes no step; give all ranks equally many batches")
         self._join = join = Join(self)
         try:
             yield
@@ -163,14 +164,24 @@ class DistributedDataParallel(nn.Module):
         place for an optimizer per parameter, for statistics, for clipping by value. The hook may set
         ``parameter.grad`` to None. The parameters come in the same order on every rank.
         """
+        instead = "no parameter has its mean; use the optimizer's register_step_pre_hook and clip_grad_norm_"
+        self._refuse_if_sharded("register_reduced_grad_hook", instead)
         handle = RemovableHandle(self._reduced_grad_hooks)
         self._reduced_grad_hooks[handle.id] = hook
         return handle
 
-    def reduce_gradients(self) -> None:
+    @property
+    def has_reduced_grad_hooks(self) -> bool:
+        """Whether some hook will see the mean of each gradient."""
+        return len(self._reduced_grad_hooks) > 0
+
+    def reduce_gradients(self, broke_off: bool = False) -> None:
         """Communicate what this backward pass has not yet, with zeros for what is missing, and wait for all of it.
 
         Backward ends with it. Call it yourself only where the other ranks have a backward pass and this one has none.
+
+        Args:
+            broke_off: the pass ended in an exception; what it brought is shown to no hook.
         """
         for bucket in self.buckets:
             if bucket.missing:
@@ -181,7 +192,7 @@ class DistributedDataParallel(nn.Module):
         for work in self._works:
             work.wait()
         self._end_pass(reduced=True)
-        if self._reduced_grad_hooks:
+        if self._reduced_grad_hooks and not broke_off:
             call_hooks(self._reduced_grad_hooks, self.buckets)
 
     def _on_gradient(self, bucket: Bucket, slot: int) -> None:
@@ -231,6 +242,10 @@ class DistributedDataParallel(nn.Module):
         self._backward_pass.end(reduced)
         for bucket in self.buckets:
             bucket.reset()
+
+    def _refuse_if_sharded(self, operation: str, instead: str) -> None:
+        if isinstance(self.hook, ReduceScatter):
+            raise RuntimeError(f"{self.comm.who(operation)}: with a ShardedOptimizer {instead}")
 
     def _fail(self, message: str) -> NoReturn:
         raise RuntimeError(f"{self.comm.who('DistributedDataParallel')}: {message}")

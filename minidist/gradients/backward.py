@@ -114,6 +114,11 @@ class Listener:
         if (method := self._method()) is not None:
             method(self._bucket, self._slot)
 
+    @property
+    def listening(self) -> object | None:
+        """The object whose method is called, if it still lives."""
+        return None if (method := self._method()) is None else method.__self__
+
     def complaint(self, parameter: nn.Parameter) -> str | None:
         """Return what is wrong with the hooks of the parameter, if this is not its only one."""
         hooks = _hooks(parameter)
@@ -131,6 +136,12 @@ class Listener:
 
 def _hooks(parameter: Tensor) -> dict[int, Any]:
     return parameter._post_accumulate_grad_hooks or {}
+
+
+def listener_of(parameter: Tensor) -> object | None:
+    """Return the wrapper that a parameter sends its gradients to, if there is one."""
+    own = [hook.listening for hook in _hooks(parameter).values() if isinstance(hook, Listener)]
+    return own[0] if own else None
 
 
 def listen(buckets: Sequence[Bucket], method: Callable[[Bucket, int], None]) -> list[Listener]:

@@ -59,12 +59,21 @@ class Bucket:
 
     def __init__(self, index: int, flat: Tensor, named: Mapping[str, nn.Parameter]) -> None:
         self.index = index
-        self.flat = flat
         self.names = list(named)
         self.parameters = list(named.values())
-        places = torch.split(flat, [parameter.numel() for parameter in self.parameters])
-        self.views = [_shaped(place, parameter) for place, parameter in zip(places, self.parameters, strict=True)]
+        self.lay_out(flat)
         self.reset()
+
+    def lay_out(self, flat: Tensor) -> None:
+        """Let the gradients live in ``flat`` from now on, which may be longer; what was there before is not copied."""
+        self.flat = flat
+        self.views = self.places(flat)
+
+    def places(self, flat: Tensor) -> list[Tensor]:
+        """Return the place of each parameter in a ``flat`` that is laid out like this bucket's, in its shape."""
+        numels = [parameter.numel() for parameter in self.parameters]
+        places = torch.split(flat[: sum(numels)], numels)
+        return [shaped(place, parameter) for place, parameter in zip(places, self.parameters, strict=True)]
 
     def reset(self) -> None:
         """Begin the next backward pass."""
@@ -140,7 +149,8 @@ def layout(tensor: Tensor) -> tuple[int, ...] | None:
     return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _shaped(place: Tensor, parameter: Tensor) -> Tensor:
+def shaped(place: Tensor, parameter: Tensor) -> Tensor:
+    """Return ``place``, 1-d and as long as the parameter, in the parameter's shape and, if it is dense, its strides."""
     if _is_dense(parameter):
         return place.as_strided(parameter.shape, parameter.stride())
     return place.view(parameter.shape)

@@ -17,8 +17,9 @@ per ``bucket.index``, such as the error that a compression left behind; then eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,6 +36,33 @@ class AllReduce:
 
     def __call__(self, bucket: Bucket, comm: Communicator) -> Work:
         return comm.all_reduce(bucket.flat, async_op=comm.overlaps)
+
+
+class ReduceScatter:
+    """Sum the gradients, on each rank its share of the bucket alone; put into place by `minidist.ShardedOptimizer`.
+
+    Args:
+        shares: of each bucket, by its index, the part of its memory in which this rank wants the mean.
+
+    Attributes:
+        in_use: whether the shares hold a mean that the next backward pass would overwrite.
+    """
+
+    def __init__(self, shares: Sequence[Tensor]) -> None:
+        self.shares = shares
+        self.in_use = False
+
+    def __call__(self, bucket: Bucket, comm: Communicator) -> Work:
+        if self.in_use:
+            raise RuntimeError(
+                f"{comm.who('ShardedOptimizer')}: the gradients of the backward pass before are still there; call the "
+                "optimizer's zero_grad() between two passes, or add up gradients in the wrapper's no_sync()"
+            )
+        return comm.reduce_scatter(self.shares[bucket.index], bucket.flat, async_op=comm.overlaps)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AllReduce:
+        """Return the hook of a wrapper's copy: the sharded optimizer is the original's, and the copy has none."""
+        return AllReduce()
 
 
 class CastHook:
