@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -117,7 +118,8 @@ class Listener:
     @property
     def listening(self) -> object | None:
         """The object whose method is called, if it still lives."""
-        return None if (method := self._method()) is None else method.__self__
+        method = self._method()
+        return method.__self__ if isinstance(method, MethodType) else None
 
     def complaint(self, parameter: nn.Parameter) -> str | None:
         """Return what is wrong with the hooks of the parameter, if this is not its only one."""
