@@ -1,7 +1,8 @@
 """The cost of a training step: ``torchrun --nproc-per-node=2 experiments/bench_step.py comms=[gloo,ring]``.
 
 Alone, with torch's own DistributedDataParallel over Gloo and over communicators of minidist (``bridged``), and with
-minidist's over each communicator, with the optimizer on every rank and sharded, in turn.
+minidist's over each communicator, with the optimizer on every rank and sharded, and with
+gradients that are computed in the buckets, in turn.
 ``exposed`` is what a step takes longer than without communication; ``ratio`` is its time over that of torch's.
 """
 
@@ -82,9 +83,13 @@ def measure(name: str, cfg: DictConfig, comms: dict[str, Communicator]) -> list[
         models[f"torch DDP, {spec}"] = nn.parallel.DistributedDataParallel(copy.deepcopy(module), process_group=group)
     shared_out = {}
     for comm_name, comm in comms.items():
-        for variant in (comm_name, f"{comm_name}, sharded"):
-            models[variant] = DistributedDataParallel(copy.deepcopy(module), comm, cfg.bucket_cap_mb)
-        shared_out[variant] = comm
+        for variant in (comm_name, f"{comm_name}, sharded", f"{comm_name}, sharded, direct"):
+            direct = variant.endswith("direct")
+            models[variant] = DistributedDataParallel(
+                copy.deepcopy(module), comm, cfg.bucket_cap_mb, direct_gradients=direct
+            )
+            if variant != comm_name:
+                shared_out[variant] = comm
     steps = {
         variant: step(
             model, optimizer_of(model, cfg.optimizer, shared_out.get(variant)), list(section.shape), cfg.batch_size

@@ -55,7 +55,7 @@ def train_steps(cfg: DictConfig, checked: Config, comm: Communicator, trail: Tra
     ddp = checked.ddp
     hook = build(cfg.ddp.hook, "ddp.hook")
     model = DistributedDataParallel(
-        module, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook
+        module, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook, ddp.direct_gradients
     )
     optimizer = optim.optimizer(cfg, model)
     loss_fn = nn.CrossEntropyLoss()

@@ -22,6 +22,7 @@ from minidist.communicator import Communicator, Work
 from minidist.contract.opaque import opaque
 from minidist.gradients.backward import USE_HOOK, BackwardPass, call_hooks, listen
 from minidist.gradients.buckets import Bucket, make_buckets
+from minidist.gradients.direct import set_direct
 from minidist.gradients.hooks import AllReduce, Hook, ReduceScatter
 from minidist.gradients.join import Join
 from minidist.gradients.replicas import SharedBuffers, make_replicas, share_used
@@ -49,6 +50,8 @@ class DistributedDataParallel(nn.Module):
         find_unused_parameters: allow a backward pass to leave out parameters, not the same ones on every rank; costs
             one more small all-reduce per pass. A gradient stays None where no rank used the parameter.
         hook: what happens to a full bucket; see `minidist.gradients.hooks`.
+        direct_gradients: let linear and embedding layers compute their weight gradients in the buckets, instead of
+            copying them there; their forward is another one then, see `minidist.gradients.direct`.
 
     Raises:
         MismatchError: on every rank, if the models or the arguments differ between ranks.
@@ -66,6 +69,7 @@ class DistributedDataParallel(nn.Module):
         broadcast_buffers: bool = True,
         find_unused_parameters: bool = False,
         hook: Hook = AllReduce(),  # noqa: B008  (an AllReduce has no state)
+        direct_gradients: bool = False,
     ) -> None:
         super().__init__()
         self.module = module
@@ -74,6 +78,7 @@ class DistributedDataParallel(nn.Module):
         self.bucket_cap_mb = bucket_cap_mb
         self.broadcast_buffers = broadcast_buffers
         self.find_unused_parameters = find_unused_parameters
+        self.direct_gradients = direct_gradients
         arguments = bucket_cap_mb, broadcast_buffers, find_unused_parameters
         make_replicas(comm, module, arguments, DistributedDataParallel)
         self._prepare()
@@ -83,6 +88,7 @@ class DistributedDataParallel(nn.Module):
         self.buckets = make_buckets(self.module, int(self.bucket_cap_mb * 2**20), self.comm.empty)
         if not self.buckets:
             self._fail("no parameter requires a gradient; use the module without this wrapper")
+        set_direct(self.module, self.direct_gradients)
         self._works: list[Work] = []
         self._sync_wanted = True
         self._join: Join | None = None

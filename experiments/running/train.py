@@ -81,7 +81,7 @@ def _replica(cfg: DictConfig, checked: Config, comm: Communicator, model: nn.Mod
     ddp = checked.ddp
     hook = build(cfg.ddp.hook, "ddp.hook")
     return DistributedDataParallel(
-        model, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook
+        model, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook, ddp.direct_gradients
     )
 
 

@@ -63,6 +63,7 @@ class Bucket:
         self.parameters = list(named.values())
         self.lay_out(flat)
         self.reset()
+        self._claimed: tuple[set[int], set[int]] = (set(), set())
 
     def lay_out(self, flat: Tensor) -> None:
         """Let the gradients live in ``flat`` from now on, which may be longer; what was there before is not copied."""
@@ -78,6 +79,16 @@ class Bucket:
     def reset(self) -> None:
         """Begin the next backward pass."""
         self.missing = set(range(len(self.parameters)))
+
+    def claim(self, slot: int) -> Tensor | None:
+        """Return the place of ``parameters[slot]`` to compute its gradient in, once in each backward pass."""
+        missing, slots = self._claimed
+        if missing is not self.missing:  # which is another set in each pass
+            self._claimed = (self.missing, slots := set())
+        if slot in slots:
+            return None
+        slots.add(slot)
+        return self.views[slot].detach()
 
     def fits(self, slot: int) -> bool:
         """Whether the gradient that just came for ``parameters[slot]`` can be put into its place."""
