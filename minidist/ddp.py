@@ -53,6 +53,9 @@ class DistributedDataParallel(nn.Module):
         direct_gradients: let linear and embedding layers compute their weight gradients in the buckets, instead of
             copying them there; their forward is another one then, see `minidist.gradients.direct`.
 
+    Attributes:
+        divisor: what gradients are divided by on their way into the buckets; the hook adds up the results.
+
     Raises:
         MismatchError: on every rank, if the models or the arguments differ between ranks.
         ValueError: on every rank, if ``bucket_cap_mb`` is not positive, or the module has what cannot be trained
@@ -89,6 +92,7 @@ class DistributedDataParallel(nn.Module):
         if not self.buckets:
             self._fail("no parameter requires a gradient; use the module without this wrapper")
         set_direct(self.module, self.direct_gradients)
+        self.divisor = self.comm.world_size
         self._works: list[Work] = []
         self._sync_wanted = True
         self._join: Join | None = None
@@ -191,7 +195,7 @@ class DistributedDataParallel(nn.Module):
         """
         for bucket in self.buckets:
             if bucket.missing:
-                bucket.put_missing(self.comm.world_size)
+                bucket.put_missing(self.divisor)
         self._start_full_buckets()
         if self.find_unused_parameters:
             self._works.append(share_used(self.comm, self.buckets))
@@ -208,7 +212,7 @@ class DistributedDataParallel(nn.Module):
         self._backward_pass.begin()
         if not bucket.fits(slot):
             self._fail(bucket.complaint(slot))
-        bucket.put(slot, self.comm.world_size)
+        bucket.put(slot, self.divisor)
         self._start_full_buckets()
 
     def _start_full_buckets(self) -> None:

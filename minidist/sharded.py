@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
 from minidist.gradients.backward import listener_of
+from minidist.gradients.fused import can_fuse, fused_steps
 from minidist.gradients.hooks import AllReduce, ReduceScatter
 from minidist.gradients.sharded_state import consolidated, cut
 from minidist.gradients.sharding import Sharding
@@ -53,6 +54,9 @@ class ShardedOptimizer(Optimizer):
     what `no_sync` adds up. So `torch.nn.utils.clip_grad_norm_` finds nothing; use this one's. Call this one's
     `zero_grad` before each backward pass that communicates. A trained parameter that is in no group is not stepped by
     anybody.
+
+    With ``fused=True`` over `backends.shm` and its compiled kernels, SGD, Adam and AdamW on float32 reduce, step and
+    gather in one pass, all of it in `step`.
 
     Args:
         params: parameters of one wrapper, or groups of them, as for any optimizer.
@@ -86,11 +90,16 @@ class ShardedOptimizer(Optimizer):
         super().__init__(params, self.inner.defaults)
         wrapper = self._wrapper()
         self._sharding = Sharding(wrapper.buckets, comm)
-        self._reduce_scatter = ReduceScatter([each.gradient for each in self._sharding.buckets])
+        buckets = self._sharding.buckets
+        self._reduce_scatter = ReduceScatter([bucket.gradient for bucket in buckets])
         wrapper.register_reduced_grad_hook(self._take)
         wrapper.hook = self._reduce_scatter
         for group in self.param_groups:
             self._add_pieces(group)
+        fuses = all(comm.fuses_steps(bucket.values.dtype) for bucket in buckets)
+        if fuses and can_fuse(self.inner):
+            self._reduce_scatter.waits = True
+            wrapper.divisor = 1
         self._is_made = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -113,8 +122,12 @@ class ShardedOptimizer(Optimizer):
         self._ensure_in_place()
         for group, inner_group in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner_group.update(_options(group))
-        self.inner.step()
-        self._sharding.gather()
+        if self._reduce_scatter.all_wait and can_fuse(self.inner):
+            self._step_fused()
+        else:
+            self._reduce_scatter.reduce(self.comm)
+            self.inner.step()
+            self._sharding.gather()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -123,6 +136,7 @@ class ShardedOptimizer(Optimizer):
             self._fail("zero_grad: set_to_none=False would keep gradients of zero, which are in no parameter here")
         super().zero_grad()
         self.inner.zero_grad()
+        self._reduce_scatter.let_go()
         self._reduce_scatter.in_use = False
 
     @torch.no_grad()
@@ -132,6 +146,7 @@ class ShardedOptimizer(Optimizer):
         As `torch.nn.utils.clip_grad_norm_` on the means of all parameters in the groups, but for the rounding of the
         norm.
         """
+        self._reduce_scatter.reduce(self.comm)
         pieces = [tensor for group in self.inner.param_groups for tensor in group["params"]]
         gradients = [tensor.grad for tensor in pieces if tensor.grad is not None]
         own = torch.nn.utils.get_total_norm(gradients)
@@ -210,6 +225,12 @@ class ShardedOptimizer(Optimizer):
         self._ensure_known(trained, {id(parameter) for parameter in self._sharding.pieces})
         pieces = [piece.values for piece in map(self._sharding.pieces.__getitem__, trained) if piece is not None]
         self.inner.add_param_group({**_options(group), "params": pieces})
+
+    def _step_fused(self) -> None:
+        """Reduce, step and gather in one pass of the backend."""
+        for step in fused_steps(self.inner, self._sharding, self.comm.world_size):
+            self.comm.fused_step(step)
+        self._sharding.note_changes()
 
     def _take(self, parameter: nn.Parameter) -> None:
         """Take a gradient that was reduced, at the end of the backward pass."""

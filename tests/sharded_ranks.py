@@ -10,10 +10,12 @@ from backends.ring import RingCommunicator
 from backends.shm.communicator import ShmCommunicator
 from backends.torch_dist.gloo import GlooCommunicator
 from minidist.communicator import Communicator
-from tests import sharded_checks
+from tests import fused_checks, sharded_checks
 
 
 def make(name: str) -> Communicator:
+    if name == "fused":
+        return ShmCommunicator(kernels="compiled")
     if name == "shm":
         return ShmCommunicator()
     gloo = GlooCommunicator()
@@ -23,6 +25,7 @@ def make(name: str) -> Communicator:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with make(sys.argv[1]) as comm:
-        for check in sharded_checks.IN_PROCESSES:
+        checks = fused_checks.CHECKS if sys.argv[1] == "fused" else sharded_checks.IN_PROCESSES
+        for check in checks:
             check(comm)
     print(f"rank {comm.rank} passed", flush=True)

@@ -37,6 +37,9 @@ def test_sends_what_an_all_reduce_sends() -> None:
     [
         ("gloo", 2),
         ("shm", 2),
+        ("fused", 2),
+        pytest.param("fused", 1, marks=pytest.mark.slow),
+        pytest.param("fused", 3, marks=pytest.mark.slow),
         pytest.param("shm", 3, marks=pytest.mark.slow),
         pytest.param("gloo", 3, marks=pytest.mark.slow),
         pytest.param("ring", 3, marks=pytest.mark.slow),

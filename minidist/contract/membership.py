@@ -16,6 +16,7 @@ from minidist.contract import checks, envelope
 from minidist.contract.carriers import as_carried
 from minidist.contract.enveloped import Late
 from minidist.contract.forks import Maker
+from minidist.contract.fused_step import FusedStep
 from minidist.contract.opaque import opaque_methods
 from minidist.contract.open_sends import OpenSends
 from minidist.contract.rank import ANY_SOURCE
@@ -169,13 +170,13 @@ class Membership(ABC):
         self,
         operation: str,
         tensors: Sequence[Tensor | None],
-        root: int | None,
+        root: int | FusedStep | None,
         op: ReduceOp | None,
         async_op: bool,
         timeout_s: float | None,
         keep: bool = False,
     ) -> Work:
-        """Run a collective on ``tensors``, of which it only reads the first with ``keep``."""
+        """Run a collective on ``tensors``, of which it only reads the first with ``keep``; a step is told in full."""
         self.ensure_usable(operation)
         seconds = self.timeout_s if timeout_s is None else checks.timeout(self, operation, timeout_s)
         divisor = 0 if op is None else 1

@@ -54,6 +54,7 @@ class Bucket:
         flat: all the memory, 1-d and contiguous: what a hook sends.
         names, parameters: whose gradients it holds.
         views: the place of each parameter's gradient in ``flat``, in the parameter's shape.
+        held: whether gradients wait there to be reduced, so that nothing may be computed there.
         missing: the slots (places in ``parameters``) whose gradient is not there yet in this backward pass.
     """
 
@@ -63,6 +64,7 @@ class Bucket:
         self.parameters = list(named.values())
         self.lay_out(flat)
         self.reset()
+        self.held = False
         self._claimed: tuple[set[int], set[int]] = (set(), set())
 
     def lay_out(self, flat: Tensor) -> None:
@@ -82,6 +84,8 @@ class Bucket:
 
     def claim(self, slot: int) -> Tensor | None:
         """Return the place of ``parameters[slot]`` to compute its gradient in, once in each backward pass."""
+        if self.held:
+            return None
         missing, slots = self._claimed
         if missing is not self.missing:  # which is another set in each pass
             self._claimed = (self.missing, slots := set())
@@ -118,15 +122,13 @@ class Bucket:
         """
         parameter = self.parameters[slot]
         view = self.views[slot]
-        if parameter.grad is view:
-            view.div_(divisor)
-        elif parameter.grad is not None:
+        if parameter.grad is None:
+            view.zero_()
+        elif divisor > 1 or parameter.grad.data_ptr() != view.data_ptr():
             # One pass scales and copies. After zero_grad(set_to_none=True) autograd hands over the memory in which
             # it computed the gradient, which is cheaper than to have it add to zeros in the bucket.
             torch.div(parameter.grad.detach(), divisor, out=view)
             parameter.grad = view
-        else:
-            view.zero_()
         self.missing.remove(slot)
 
     def put_missing(self, divisor: int) -> None:

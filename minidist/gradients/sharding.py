@@ -50,6 +50,7 @@ class ShardedBucket:
 
     Attributes:
         bucket: the same.
+        memory: the gradients of the bucket, and then ``values``.
         values: all of them, laid out as in the bucket.
         share: this rank's block of ``values``.
         gradient: where the mean of that block's gradients goes.
@@ -58,10 +59,12 @@ class ShardedBucket:
 
     def __init__(self, bucket: Bucket, comm: Communicator) -> None:
         dtype, device = bucket.flat.dtype, bucket.flat.device
-        begin, share_numel = comm.rank * (numel := _share_numel(bucket.flat, comm.world_size)), numel
-        bucket.lay_out(comm.empty(numel * comm.world_size, dtype, device).zero_())
+        share_numel = _share_numel(bucket.flat, comm.world_size)
+        numel, begin = share_numel * comm.world_size, share_numel * comm.rank
+        self.memory = comm.empty(2 * numel, dtype, device).zero_()
+        bucket.lay_out(self.memory[:numel])
         self.bucket = bucket
-        self.values = comm.empty(numel * comm.world_size, dtype, device).zero_()
+        self.values = self.memory[numel:]
         self.share = self.values[begin : begin + share_numel]
         self.gradient = comm.empty(share_numel, dtype, device).zero_()
         self._places = bucket.places(self.values)
@@ -130,4 +133,8 @@ class Sharding:
         works = [comm.all_gather(each.values, each.share, async_op=comm.overlaps) for each in self.buckets]
         for work in works:
             work.wait()
-        torch.autograd.graph.increment_version(list(self.pieces))  # they were written as other tensors
+        self.note_changes()
+
+    def note_changes(self) -> None:
+        """Let autograd know that the parameters have changed, which were written as other tensors."""
+        torch.autograd.graph.increment_version(list(self.pieces))

@@ -18,6 +18,12 @@ HEAPS, WORDS, BASES, SOURCES, TARGETS = range(5)
 SIGNATURE, REDUCER, NBYTES, ITEMSIZE, NUM_PIECES, ROOT, NUM_READS, READS = (8 * word for word in range(8))
 """A plan: what a collective is, in bytes from its address. NBYTES are those of a piece of what is offered; a read is
 (byte in the target, number of parts, rank and piece of the first part, rank and piece of the next, ...)."""
+KIND, NUM_ROWS, ROWS = (8 * word for word in range(4, 7))
+"""A plan of a step goes on so after ITEMSIZE. A row is (byte in the share, bytes, addresses of two tensors of state,
+and NUM_NUMBERS numbers, as float64: by what to multiply the sum of the gradients, and then those of its kind)."""
+NUM_NUMBERS = 9
+ROW_BYTES = 8 * (4 + NUM_NUMBERS)
+SGD, ADAM = range(2)
 EVERYBODY = -1
 """The root of a plan where every rank offers something."""
 

@@ -35,11 +35,12 @@ class Kernels:
 
     def __init__(self) -> None:
         with _kept():
-            from backends.shm.compiled import all_reduce, reducers, sharing
+            from backends.shm.compiled import all_reduce, reducers, sharing, step
         self.all_reduce: Kernel = all_reduce.all_reduce
         self.reduce_share: Kernel = all_reduce.reduce_share
         self.share: Kernel = sharing.share
         self.barrier: Kernel = sharing.barrier
+        self.step: Kernel = step.step
         self.scratch_bytes: int = reducers.SCRATCH_BYTES
         self._reducers = reducers
         self._made: dict[tuple[object, int], object] = {}
