@@ -9,7 +9,8 @@ from minidist.collective import COLLECTIVES
 from minidist.communicator import ReduceOp
 from minidist.contract.checks import DTYPES, spell
 
-KINDS = ("barrier", *(name for name in COLLECTIVES if name != "barrier"))
+STEP = "fused step"
+KINDS = ("barrier", *(name for name in COLLECTIVES if name != "barrier"), STEP)
 """A collective is its place here; a barrier, which is only a meeting, is 0."""
 OPS = tuple(ReduceOp)
 NUM_SCHEDULES = 15

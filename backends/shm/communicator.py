@@ -26,6 +26,7 @@ from backends.processes.communicator import ProcessCommunicator
 from backends.shm import choice, doorbell
 from backends.shm.arena import Arena, ensure_one_host
 from backends.shm.choice import Collectives
+from backends.shm.compiled.collectives import CompiledCollectives
 from backends.shm.compiled.wholes import Whole
 from backends.shm.layout import NOWHERE
 from backends.shm.mailbox import Message
@@ -33,6 +34,7 @@ from minidist import launch
 from minidist.collective import Run
 from minidist.communicator import Device, ReduceOp, Shape, Work
 from minidist.contract.carriers import bytes_of
+from minidist.contract.fused_step import FusedStep
 from minidist.contract.place import Place
 from minidist.errors import CommError
 from minidist.schedule import Schedule
@@ -141,6 +143,14 @@ class ShmCommunicator(ProcessCommunicator):
     def _barrier(self, timeout_s: float) -> None:
         self.traffic.count(0)
         self._collectives.barrier(timeout_s)
+
+    def fuses_steps(self, dtype: torch.dtype) -> bool:
+        return isinstance(self._collectives, CompiledCollectives) and dtype == torch.float32
+
+    def _fused_step(self, memory: Tensor, step: FusedStep, timeout_s: float) -> None:
+        assert isinstance(self._collectives, CompiledCollectives)  # or it did not say that it fuses steps
+        self.traffic.count(memory.nbytes // self.world_size)
+        self._collectives.step(step, timeout_s)
 
     def _share(
         self,

@@ -18,6 +18,7 @@ from minidist.contract import checks, envelope
 from minidist.contract.carriers import as_carried
 from minidist.contract.enveloped import Late
 from minidist.contract.forks import Maker
+from minidist.contract.fused_step import FusedStep
 from minidist.contract.opaque import opaque_methods
 from minidist.contract.open_sends import OpenSends
 from minidist.contract.rank import ANY_SOURCE
@@ -172,14 +173,14 @@ class Membership(ABC):
         self,
         operation: str,
         tensors: Sequence[Tensor | None],
-        args: tuple[int | ReduceOp, ...],
+        args: tuple[int | ReduceOp | FusedStep, ...],
         async_op: bool,
         timeout_s: float | None,
         keep: bool = False,
     ) -> Work:
         """Run a collective on ``tensors``, of which it only reads the first with ``keep``.
 
-        ``args`` is what its hook takes besides: a root, an op, or the one and then the other.
+        ``args`` is what its hook takes besides: a root, an op, or the one and then the other; or a whole step.
         """
         self.ensure_usable(operation)
         seconds = self.timeout_s if timeout_s is None else checks.timeout(self, operation, timeout_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from backends.cores import SPIN_S
 from backends.deadline import Deadline
-from backends.processes.signature import pack
+from backends.processes.signature import STEP, pack
 from backends.shm import roles
 from backends.shm.arena import Arena
-from backends.shm.compiled import desk
+from backends.shm.compiled import desk, step_words
 from backends.shm.compiled.loading import Kernel, Kernels
 from backends.shm.compiled.table import table
 from backends.shm.compiled.wholes import Whole, WholeMemory
@@ -23,6 +24,7 @@ from backends.shm.layout import share
 from backends.shm.script import scripts
 from minidist.collective import COLLECTIVES, Run
 from minidist.communicator import ReduceOp
+from minidist.contract.fused_step import FusedStep, Row
 from minidist.schedule import Schedule, chunks_of
 
 SPINS = 2000
@@ -116,6 +118,17 @@ class CompiledCollectives:
         memory = self._memory.of(whole.table, regions)
         self._run(self._kernels.schedule, whole.words(op), memory, 0, timeout_s)
 
+    def step(self, step: FusedStep, timeout_s: float) -> None:
+        """Reduce, step and gather; see backends/shm/compiled/step.py."""
+        numel = step.memory.numel() // (2 * self._arena.world_size)
+        itemsize = step.memory.itemsize
+        kind = step_words.SGD if step.kind == "sgd" else step_words.ADAM
+        signature = pack(STEP, numel, step.memory.dtype, ReduceOp.SUM, kind)
+        reducer = self._kernels.reducer(step.memory.dtype, ReduceOp.SUM)
+        rows = [word for row in step.rows for word in _row(row, step.divisor, itemsize)]
+        plan = Words([signature, reducer, numel * itemsize, itemsize, kind, len(step.rows), *rows])
+        self._run(self._kernels.step, plan, step.memory.data_ptr(), 0, timeout_s)
+
     def without_meetings(self, tensor: Tensor, timeout_s: float) -> Callable[[], None]:
         """Return what an all-reduce in place does on ``tensor`` between its meetings; all ranks call it."""
         plan = self._plan("all_reduce", tensor.numel(), tensor.dtype, ReduceOp.SUM, 0)
@@ -180,6 +193,15 @@ def _make_plan(
         len(reads),
     )
     return Words([*head, *_spelt(reads, nbytes)])
+
+
+def _row(row: Row, divisor: int, itemsize: int) -> Iterable[int]:
+    """Spell the step of some elements as words; see backends/shm/compiled/step_words.py."""
+    addresses = [state.data_ptr() for state in row.states]
+    numbers = [1 / divisor, *row.numbers]
+    spelt = struct.pack(f"{step_words.NUM_NUMBERS}d", *numbers, *[0.0] * (step_words.NUM_NUMBERS - len(numbers)))
+    yield from (row.start * itemsize, row.numel * itemsize, *addresses, *[0] * (2 - len(addresses)))
+    yield from struct.unpack(f"{step_words.NUM_NUMBERS}q", spelt)
 
 
 def _spelt(reads: Iterable[roles.Read], nbytes: int) -> list[int]:

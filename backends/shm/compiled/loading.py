@@ -46,6 +46,14 @@ class Kernels:
         self._made: dict[tuple[object, int], object] = {}
         self.reducer(torch.float32, ReduceOp.SUM)
 
+    @functools.cached_property
+    def step(self) -> Kernel:
+        """The kernel of a step in one pass, for those who take one."""
+        with _kept():
+            from backends.shm.compiled import step
+        kernel: Kernel = step.step
+        return kernel
+
     def reducer(self, dtype: torch.dtype, op: ReduceOp) -> int:
         """Return the address of the reducer of a dtype and an operation."""
         key = self._reducers.KINDS[dtype], self._reducers.OPS.index(op)
