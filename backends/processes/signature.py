@@ -16,9 +16,9 @@ OPS = tuple(ReduceOp)
 NUM_SCHEDULES = 15
 MEETING = 0
 """The signature of a barrier, and of a meeting in the middle of something else."""
-_KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
-_DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
-_OP_CODES = {op: code for code, op in enumerate(OPS)}
+_KIND = {kind: code for code, kind in enumerate(KINDS)}
+_DTYPE = {dtype: code for code, dtype in enumerate(DTYPES)}
+_OP = {op: code for code, op in enumerate(OPS)}
 
 
 def signature(kind: str, like: Tensor, op: ReduceOp, root: int) -> int:
@@ -28,9 +28,7 @@ def signature(kind: str, like: Tensor, op: ReduceOp, root: int) -> int:
 
 def pack(kind: str, numel: int, dtype: torch.dtype, op: ReduceOp, root: int, schedule: int = 0) -> int:
     """Pack a collective: 36 bits of ``numel``, 12 of root, 3 of op, 4 of dtype, 4 of kind, 4 of schedule; 63 in all."""
-    return (
-        schedule << 59 | _KIND_CODES[kind] << 55 | _DTYPE_CODES[dtype] << 51 | _OP_CODES[op] << 48 | root << 36 | numel
-    )
+    return schedule << 59 | _KIND[kind] << 55 | _DTYPE[dtype] << 51 | _OP[op] << 48 | root << 36 | numel
 
 
 def schedule_on(channel: int) -> int:
