@@ -17,7 +17,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -59,8 +59,10 @@ class Wrapper(Communicator):
     def _irecv(self, tensor: Tensor, src: int, tag: int, timeout_s: float) -> Work:
         return self._inner.irecv(tensor, src, tag, timeout_s)
 
-    def _agree(self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: int, timeout_s: float) -> float:
-        return self._inner.agree(collective, chunks, op, root, timeout_s)
+    def _agree(
+        self, collective: str, numel: int, dtype: torch.dtype, op: ReduceOp, root: int, timeout_s: float
+    ) -> float:
+        return self._inner.agree(collective, numel, dtype, op, root, timeout_s)
 
     def _dispatch(self, run: Callable[[], None], async_op: bool) -> Work:
         return self._inner.dispatch(run, async_op)

@@ -1,7 +1,8 @@
 """The cost of a training step: ``torchrun --nproc-per-node=2 experiments/bench_step.py comms=[gloo,ring]``.
 
 Alone, with torch's own DistributedDataParallel over Gloo and over communicators of minidist (``bridged``), and with
-minidist's over each communicator, in turn.
+minidist's over each communicator, with the optimizer on every rank and sharded, and with
+gradients that are computed in the buckets, in turn.
 ``exposed`` is what a step takes longer than without communication; ``ratio`` is its time over that of torch's.
 """
 
@@ -10,12 +11,14 @@ from __future__ import annotations
 import copy
 from datetime import timedelta
 from statistics import median
+from typing import Any
 
 import hydra
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
+from torch.optim import Optimizer
 
 from backends.processes.rendezvous import meet
 from experiments.drawing.pictures import draw_steps
@@ -27,6 +30,7 @@ from experiments.running.tables import Row
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
 from minidist.launch import counted_ranks
+from minidist.sharded import ShardedOptimizer
 
 FORMATS = {
     "model": "s",
@@ -37,15 +41,18 @@ FORMATS = {
     "ratio": ".2f",
     "samples_per_s": ".0f",
 }
+OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9, "fused": True}),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-3, "fused": True}),
+}
 ALONE = "no communication"
 TORCH = "torch DDP, gloo"
 
 
-def step(model: nn.Module, shape: list[int], batch_size: int) -> Action:
+def step(model: nn.Module, optimizer: Optimizer, shape: list[int], batch_size: int) -> Action:
     """Return a training step of ``model`` on one random batch."""
     inputs = torch.randn(batch_size, *shape)
     targets = torch.randint(10, (batch_size,))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     loss_fn = nn.CrossEntropyLoss()
 
     def run() -> None:
@@ -54,6 +61,14 @@ def step(model: nn.Module, shape: list[int], batch_size: int) -> Action:
         optimizer.step()
 
     return run
+
+
+def optimizer_of(model: nn.Module, name: str, comm: Communicator | None = None) -> Optimizer:
+    """Return a fused optimizer of ``model``, in shares over ``comm`` if there is one."""
+    kind, options = OPTIMIZERS[name]
+    if comm is None:
+        return kind(model.parameters(), **options)
+    return ShardedOptimizer(model.parameters(), kind, comm, **options)
 
 
 def measure(name: str, cfg: DictConfig, comms: dict[str, Communicator]) -> list[Row]:
@@ -66,9 +81,21 @@ def measure(name: str, cfg: DictConfig, comms: dict[str, Communicator]) -> list[
     for spec in cfg.bridged:
         group = dist.new_group(backend="minidist", pg_options=spec)
         models[f"torch DDP, {spec}"] = nn.parallel.DistributedDataParallel(copy.deepcopy(module), process_group=group)
+    shared_out = {}
     for comm_name, comm in comms.items():
-        models[comm_name] = DistributedDataParallel(copy.deepcopy(module), comm, cfg.bucket_cap_mb)
-    steps = {variant: step(model, list(section.shape), cfg.batch_size) for variant, model in models.items()}
+        for variant in (comm_name, f"{comm_name}, sharded", f"{comm_name}, sharded, direct"):
+            direct = variant.endswith("direct")
+            models[variant] = DistributedDataParallel(
+                copy.deepcopy(module), comm, cfg.bucket_cap_mb, direct_gradients=direct
+            )
+            if variant != comm_name:
+                shared_out[variant] = comm
+    steps = {
+        variant: step(
+            model, optimizer_of(model, cfg.optimizer, shared_out.get(variant)), list(section.shape), cfg.batch_size
+        )
+        for variant, model in models.items()
+    }
     times = {v: median(s) for v, s in interleaved(steps, first, cfg.warmup, cfg.iterations).items()}
     numel = sum(parameter.numel() for parameter in module.parameters())
     rows: list[Row] = []
@@ -92,6 +119,7 @@ def bench_step(cfg: DictConfig) -> None:
     """Compare, print, and write bench_step.csv, bench_step.json and bench_step.png."""
     at_least(cfg, batch_size=1, warmup=0, iterations=1)
     names = several(cfg, "models", list(cfg.architectures))
+    several(cfg, "optimizer", list(OPTIMIZERS))
     meeting = meet()
     world = meeting.world
     store = meeting.job_store()

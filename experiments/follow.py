@@ -28,6 +28,7 @@ import backends
 import minidist
 from experiments.measuring.sources import Function
 from experiments.measuring.trail import Stop, Trail
+from experiments.running import optim
 from experiments.running.build import build
 from experiments.running.run import CONF, main, on_ranks
 from experiments.running.train import comm_name
@@ -54,9 +55,9 @@ def train_steps(cfg: DictConfig, checked: Config, comm: Communicator, trail: Tra
     ddp = checked.ddp
     hook = build(cfg.ddp.hook, "ddp.hook")
     model = DistributedDataParallel(
-        module, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook
+        module, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook, ddp.direct_gradients
     )
-    optimizer = build(cfg.optim, "optim")(model.parameters())
+    optimizer = optim.optimizer(cfg, model)
     loss_fn = nn.CrossEntropyLoss()
     batches = loader(chosen.train, comm.rank, comm.world_size, checked.data.batch_size, 0, True, checked.engine.seed)
     inputs, targets = (tensor.to(comm.device_type) for tensor in next(iter(batches)))

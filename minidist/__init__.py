@@ -3,5 +3,6 @@
 from minidist.analysis import network
 from minidist.communicator import Communicator, ReduceOp, Traffic, Work
 from minidist.gradients import hooks
+from minidist.sharded import ShardedOptimizer
 
-__all__ = ["Communicator", "ReduceOp", "Traffic", "Work", "hooks", "network"]
+__all__ = ["Communicator", "ReduceOp", "ShardedOptimizer", "Traffic", "Work", "hooks", "network"]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minidist.contract import checks, objects, uneven
+from minidist.contract.fused_step import FusedStep
 from minidist.contract.membership import Membership
 from minidist.contract.reduce_op import ReduceOp
 from minidist.contract.traffic import Traffic
@@ -253,6 +254,18 @@ class Communicator(Membership):
     def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:
         """Return an uninitialised tensor in the memory that this backend moves fastest."""
         return torch.empty(shape, dtype=dtype, device=device or self.device_type)
+
+    def fuses_steps(self, dtype: torch.dtype) -> bool:
+        """Whether `fused_step` does something for parameters of this dtype."""
+        return False
+
+    @final
+    def fused_step(self, step: FusedStep) -> None:
+        """Reduce the gradients of a bucket, step its parameters and give them to all ranks, in one pass.
+
+        Only where `fuses_steps`; every rank calls it for the same buckets, as `minidist.ShardedOptimizer` does.
+        """
+        self._run("fused_step", (step.memory,), (step,), False, None)
 
     def _start_send(self, tensor: Tensor, dst: int, timeout_s: Seconds) -> Work:
         """Start a message of a collective that is made of some; the messages of its steps are told apart by nothing."""

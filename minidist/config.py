@@ -81,6 +81,7 @@ class DdpConfig:
     bucket_cap_mb: float = 25.0
     broadcast_buffers: bool = True
     find_unused_parameters: bool = False
+    direct_gradients: bool = False
     hook: Any = None
 
     def __post_init__(self) -> None:

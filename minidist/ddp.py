@@ -22,7 +22,8 @@ from minidist.communicator import Communicator, Work
 from minidist.contract.opaque import opaque
 from minidist.gradients.backward import USE_HOOK, BackwardPass, call_hooks, listen
 from minidist.gradients.buckets import Bucket, make_buckets
-from minidist.gradients.hooks import AllReduce, Hook
+from minidist.gradients.direct import set_direct
+from minidist.gradients.hooks import AllReduce, Hook, ReduceScatter
 from minidist.gradients.join import Join
 from minidist.gradients.replicas import SharedBuffers, make_replicas, share_used
 from minidist.gradients.structure import Structure
@@ -49,6 +50,11 @@ class DistributedDataParallel(nn.Module):
         find_unused_parameters: allow a backward pass to leave out parameters, not the same ones on every rank; costs
             one more small all-reduce per pass. A gradient stays None where no rank used the parameter.
         hook: what happens to a full bucket; see `minidist.gradients.hooks`.
+        direct_gradients: let linear and embedding layers compute their weight gradients in the buckets, instead of
+            copying them there; their forward is another one then, see `minidist.gradients.direct`.
+
+    Attributes:
+        divisor: what gradients are divided by on their way into the buckets; the hook adds up the results.
 
     Raises:
         MismatchError: on every rank, if the models or the arguments differ between ranks.
@@ -66,6 +72,7 @@ class DistributedDataParallel(nn.Module):
         broadcast_buffers: bool = True,
         find_unused_parameters: bool = False,
         hook: Hook = AllReduce(),  # noqa: B008  (an AllReduce has no state)
+        direct_gradients: bool = False,
     ) -> None:
         super().__init__()
         self.module = module
@@ -74,6 +81,7 @@ class DistributedDataParallel(nn.Module):
         self.bucket_cap_mb = bucket_cap_mb
         self.broadcast_buffers = broadcast_buffers
         self.find_unused_parameters = find_unused_parameters
+        self.direct_gradients = direct_gradients
         arguments = bucket_cap_mb, broadcast_buffers, find_unused_parameters
         make_replicas(comm, module, arguments, DistributedDataParallel)
         self._prepare()
@@ -83,6 +91,8 @@ class DistributedDataParallel(nn.Module):
         self.buckets = make_buckets(self.module, int(self.bucket_cap_mb * 2**20), self.comm.empty)
         if not self.buckets:
             self._fail("no parameter requires a gradient; use the module without this wrapper")
+        set_direct(self.module, self.direct_gradients)
+        self.divisor = self.comm.world_size
         self._works: list[Work] = []
         self._sync_wanted = True
         self._join: Join | None = None
@@ -114,7 +124,7 @@ class DistributedDataParallel(nn.Module):
     @opaque
     def _before_forward(self) -> None:
         if self._backward_pass.broke_off:  # as on the other ranks, that may have got further in it
-            self.reduce_gradients()
+            self.reduce_gradients(broke_off=True)
             self.module.zero_grad()  # what was in flight may have come after the user's own zero_grad()
         will_sync = self._sync_wanted and torch.is_grad_enabled()
         if will_sync and (change := self._structure.change(self.module, self.find_unused_parameters)):
@@ -144,6 +154,7 @@ class DistributedDataParallel(nn.Module):
     @contextmanager
     def join(self) -> Iterator[None]:
         """Allow ranks to have different numbers of batches inside; see `minidist.gradients.join`."""
+        self._refuse_if_sharded("join", "a rank without a batch takes no step; give all ranks equally many batches")
         self._join = join = Join(self)
         try:
             yield
@@ -163,25 +174,35 @@ class DistributedDataParallel(nn.Module):
         place for an optimizer per parameter, for statistics, for clipping by value. The hook may set
         ``parameter.grad`` to None. The parameters come in the same order on every rank.
         """
+        instead = "no parameter has its mean; use the optimizer's register_step_pre_hook and clip_grad_norm_"
+        self._refuse_if_sharded("register_reduced_grad_hook", instead)
         handle = RemovableHandle(self._reduced_grad_hooks)
         self._reduced_grad_hooks[handle.id] = hook
         return handle
 
-    def reduce_gradients(self) -> None:
+    @property
+    def has_reduced_grad_hooks(self) -> bool:
+        """Whether some hook will see the mean of each gradient."""
+        return len(self._reduced_grad_hooks) > 0
+
+    def reduce_gradients(self, broke_off: bool = False) -> None:
         """Communicate what this backward pass has not yet, with zeros for what is missing, and wait for all of it.
 
         Backward ends with it. Call it yourself only where the other ranks have a backward pass and this one has none.
+
+        Args:
+            broke_off: the pass ended in an exception; what it brought is shown to no hook.
         """
         for bucket in self.buckets:
             if bucket.missing:
-                bucket.put_missing(self.comm.world_size)
+                bucket.put_missing(self.divisor)
         self._start_full_buckets()
         if self.find_unused_parameters:
             self._works.append(share_used(self.comm, self.buckets))
         for work in self._works:
             work.wait()
         self._end_pass(reduced=True)
-        if self._reduced_grad_hooks:
+        if self._reduced_grad_hooks and not broke_off:
             call_hooks(self._reduced_grad_hooks, self.buckets)
 
     def _on_gradient(self, bucket: Bucket, slot: int) -> None:
@@ -191,7 +212,7 @@ class DistributedDataParallel(nn.Module):
         self._backward_pass.begin()
         if not bucket.fits(slot):
             self._fail(bucket.complaint(slot))
-        bucket.put(slot, self.comm.world_size)
+        bucket.put(slot, self.divisor)
         self._start_full_buckets()
 
     def _start_full_buckets(self) -> None:
@@ -231,6 +252,10 @@ class DistributedDataParallel(nn.Module):
         self._backward_pass.end(reduced)
         for bucket in self.buckets:
             bucket.reset()
+
+    def _refuse_if_sharded(self, operation: str, instead: str) -> None:
+        if isinstance(self.hook, ReduceScatter):
+            raise RuntimeError(f"{self.comm.who(operation)}: with a ShardedOptimizer {instead}")
 
     def _fail(self, message: str) -> NoReturn:
         raise RuntimeError(f"{self.comm.who('DistributedDataParallel')}: {message}")

@@ -158,9 +158,7 @@ class Engine:
                 _, targets, loss = self._forward(self.model, batch)
                 (loss / len(group)).backward()  # type: ignore[no-untyped-call]
             self.roll_call.note(loss, len(targets), self.position.step)
-        if self.optimisation.max_grad_norm is not None:
-            # Every rank has the same gradients by now, and hence the same norm.
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimisation.max_grad_norm)
+        self.optimisation.clip(self.optimizer, self.model)
         self.optimizer.step()
         self.learning_rate.step()
 

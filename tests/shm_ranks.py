@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import sys
 import time
@@ -16,9 +17,11 @@ import backends.shm.doorbell
 import backends.shm.heap
 from backends.ring import RingCommunicator
 from backends.shm.communicator import ShmCommunicator
+from backends.shm.layout import LINE
 from minidist.communicator import Communicator, ReduceOp
 from minidist.contract.checks import DTYPES
-from minidist.errors import BackendUnavailableError, CommError, MismatchError, PeerLostError
+from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, MismatchError, PeerLostError
+from tests import zoo
 
 NO_NAP_S = 20.0
 
@@ -67,6 +70,30 @@ def disagree() -> None:
                 "as expected" if spelt in str(error) and "rank 1 calls" in str(error) else f"wrong: {error}", flush=True
             )
         comm.close()
+
+
+def disagree_on_schedules() -> None:
+    """Rank 1 runs another collective, another schedule, or none at all: each rank is told of both calls."""
+    five = r"all_reduce of 5 float32 with op SUM and root 0"
+    calls: list[tuple[int, Callable[[Communicator], object], str]] = [
+        (
+            0,
+            lambda comm: comm.all_reduce(torch.ones(7)),
+            five.replace("5", "7", 1) + " by the schedule on channel 1[,;]",
+        ),
+        (1, lambda comm: comm.all_reduce(torch.ones(5)), five + " by the schedule on channel 2[,;]"),
+        (2, lambda comm: comm.all_reduce(torch.ones(5)), five + "[,;]"),
+    ]
+    for which, other, spelt in calls:
+        transport = on_shm(timeout_s=20)
+        comms = (RingCommunicator(transport), zoo.around("swing", transport), transport)
+        try:
+            other(comms[which]) if transport.rank == 1 else comms[0].all_reduce(torch.ones(5))
+            print("no error")
+        except MismatchError as error:
+            is_named = re.search(f"rank 1 calls {spelt}", str(error))
+            print("as expected" if is_named else f"wrong: {error}", flush=True)
+        transport.close()
 
 
 def disagree_before_all_came() -> None:
@@ -151,6 +178,60 @@ def one_dies() -> None:
             "named rank 1" if error.peers == (1,) and seconds < 10.0 else f"{error} after {seconds:.1f} s", flush=True
         )
     os._exit(0)
+
+
+def one_dies_in_a_schedule() -> None:
+    """Rank 1 is killed amid many large all-reduces of a ring; the others say who is gone, and how long that took."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun asks the others to end when one has died
+    comm = RingCommunicator(on_shm())
+    shared, ordinary = comm.empty(2**20).fill_(0), torch.zeros(2**20)
+    comm.all_reduce(shared)
+    if comm.rank == 1:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process, also inside of a kernel
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+    started = time.monotonic()
+    try:
+        while True:
+            comm.all_reduce(shared)
+            comm.all_reduce(ordinary)
+    except PeerLostError as error:
+        seconds = time.monotonic() - started
+        print(
+            "named rank 1" if error.peers == (1,) and seconds < 20.0 else f"{error} after {seconds:.1f} s", flush=True
+        )
+    os._exit(0)
+
+
+def interrupted_in_a_schedule() -> None:
+    """Rank 0 is interrupted as by Ctrl-C while it waits for rank 1 in a schedule."""
+    with on_shm(timeout_s=60) as elsewhere:
+        transport = on_shm(timeout_s=60)
+        comm = RingCommunicator(transport)
+        tensor = comm.empty(30_000).fill_(1)
+        comm.all_reduce(tensor)
+        try:
+            if comm.rank == 0:
+                signal.signal(signal.SIGALRM, signal.default_int_handler)
+                signal.setitimer(signal.ITIMER_REAL, 0.5)
+                comm.all_reduce(tensor)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+        elsewhere.barrier()
+        transport.abort("enough")
+
+
+def no_answer_to_a_schedule() -> None:
+    """Rank 1 does not come; rank 0, which waits in a schedule, is told so when its time is up."""
+    with on_shm(timeout_s=60) as elsewhere:
+        transport = on_shm(timeout_s=60)
+        comm = RingCommunicator(transport)
+        if comm.rank == 0:
+            try:
+                comm.all_reduce(torch.ones(10), timeout_s=0.5)
+            except CommTimeoutError as error:
+                print(error, flush=True)
+        elsewhere.barrier()
+        transport.abort("enough")
 
 
 def send_and_close() -> None:
@@ -256,6 +337,45 @@ def same_bits() -> None:
         print("the same", flush=True)
 
 
+def same_schedules() -> None:
+    """Every algorithm on random numbers: as one compiled call it has the bits, and the traffic, of its messages."""
+    with ShmCommunicator(kernels="torch") as by_messages, ShmCommunicator(kernels="compiled") as transport:
+        for name in sorted({*zoo.ALGORITHMS} - {"auto"}):
+            pair = [zoo.around(name, each) for each in (by_messages, transport)]
+            before = [(each.traffic.messages, each.traffic.bytes) for each in pair]
+            for seed, (dtype, op) in enumerate(SOME):
+                for numel, shared in ((5 + seed, False), (2048, True), (40_003, seed % 2 == 0)):
+                    expected, actual = (results(each, numel, dtype, op, shared, seed) for each in pair)
+                    differ = [one for one in expected if not torch.equal(expected[one], actual[one])]
+                    assert not differ, f"{name}: {differ} differ: {dtype} {op} {numel} shared={shared}"
+            messages, whole = (
+                (each.traffic.messages - count, each.traffic.bytes - nbytes)
+                for each, (count, nbytes) in zip(pair, before, strict=True)
+            )
+            assert messages == whole, f"{name} counts {whole}, its messages are {messages}"
+        assert sent_by_mail(by_messages) > 0
+        assert sent_by_mail(transport) == 0, "a schedule ran over messages"
+        print("the same", flush=True)
+
+
+def sent_by_mail(comm: ShmCommunicator) -> int:
+    """Return how many pieces of messages this rank has sent."""
+    own = comm._arena.mail._words[comm.rank]
+    return sum(own[LINE * peer] for peer in range(comm.world_size))
+
+
+SOME = (
+    (torch.float32, ReduceOp.SUM),
+    (torch.bfloat16, ReduceOp.SUM),
+    (torch.float16, ReduceOp.MAX),
+    (torch.float64, ReduceOp.PRODUCT),
+    (torch.int32, ReduceOp.BXOR),
+    (torch.complex64, ReduceOp.SUM),
+    (torch.bool, ReduceOp.MAX),
+)
+"""Enough of them for schedules, which combine what they are given as `same_bits` has seen it."""
+
+
 def combinable(dtype: torch.dtype) -> Sequence[ReduceOp]:
     if dtype.is_complex:
         return (ReduceOp.SUM,)
@@ -303,6 +423,11 @@ if __name__ == "__main__":
         "refuse": refuse,
         "never_nap": never_nap,
         "same_bits": same_bits,
+        "same_schedules": same_schedules,
+        "disagree_on_schedules": disagree_on_schedules,
+        "one_dies_in_a_schedule": one_dies_in_a_schedule,
+        "interrupted_in_a_schedule": interrupted_in_a_schedule,
+        "no_answer_to_a_schedule": no_answer_to_a_schedule,
         "mix_paths": mix_paths,
         "interrupted": interrupted,
     }[sys.argv[1]]()

@@ -23,6 +23,7 @@ HOOKS = {
     "_irecv",
     "_collective",
     "_agree",
+    "_whole",
     "_dispatch",
     "_split",
     "_gone",

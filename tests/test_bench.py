@@ -155,8 +155,10 @@ def test_bench_step_measures_the_models_that_are_chosen(tmp_path: Path) -> None:
     done = run(tmp_path, *command, "comms=gloo", *small)
     assert done.returncode == 0, done.stderr
     rows = json.loads((only_run(tmp_path) / "bench_step.json").read_text())["rows"]
-    assert [row["model"] for row in rows] == ["cnn"] * 4 + ["mlp"] * 4
-    assert [row["variant"] for row in rows[:4]] == ["no communication", "torch DDP, gloo", "torch DDP, shm", "gloo"]
+    assert [row["model"] for row in rows] == ["cnn"] * 6 + ["mlp"] * 6
+    others = ["no communication", "torch DDP, gloo", "torch DDP, shm"]
+    variants = [*others, "gloo", "gloo, sharded", "gloo, sharded, direct"]
+    assert [row["variant"] for row in rows[:6]] == variants
 
 
 def test_bench_c10d_compares_a_communicator_with_torch_over_it(tmp_path: Path) -> None:

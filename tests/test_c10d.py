@@ -189,9 +189,9 @@ def _suite(tmp_path: Path, limit_s: float, *options: str) -> dict[str, str]:
     return {words[3]: words[0] for words in lines}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_torch_own_tests_of_collectives_pass(tmp_path: Path) -> None:
-    found = _suite(tmp_path, 280, "--comm", "shm", "-k", PASSES)
+    found = _suite(tmp_path, 850, "--comm", "shm", "-k", PASSES)
     assert {name for name, status in found.items() if status == "failed"} == set()
     assert len(found) >= 40
 

@@ -66,9 +66,9 @@ def test_what_noise_has_hidden_is_not_shown_as_0_us() -> None:
 class Steady(ThreadCommunicator):
     """Takes 10 ms to begin, and 1 ms for a message: more than what a busy machine adds to either."""
 
-    def _agree(self, collective, chunks, op, root, timeout_s):
+    def _agree(self, collective, numel, dtype, op, root, timeout_s):
         time.sleep(0.01)
-        return super()._agree(collective, chunks, op, root, timeout_s)
+        return super()._agree(collective, numel, dtype, op, root, timeout_s)
 
     def _isend(self, tensor, dst, tag, timeout_s):
         time.sleep(0.001)

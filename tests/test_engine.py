@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from backends.serial import SerialCommunicator
 from backends.thread import run_threads
+from minidist import ShardedOptimizer
 from minidist.ddp import DistributedDataParallel
 from minidist.engine import Engine
 from minidist.errors import CheckpointError
@@ -47,10 +48,16 @@ def shard(comm, data, global_batch_size=6, train=True):
     return DataLoader(data, batch_size, sampler=sampler, generator=torch.Generator())
 
 
-def make_engine(comm, lr=0.2, model=None, loss_fn=nn.functional.cross_entropy, broadcast_buffers=True, **options):
+def make_engine(
+    comm, lr=0.2, model=None, loss_fn=nn.functional.cross_entropy, broadcast_buffers=True, in_shares=False, **options
+):
     """``options`` are those of `Optimisation` and of the engine."""
     model = DistributedDataParallel(model or make_model(), comm, broadcast_buffers=broadcast_buffers)
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    settings = {"lr": lr, "momentum": 0.9}
+    if in_shares:
+        optimizer = ShardedOptimizer(model.parameters(), torch.optim.SGD, comm, **settings)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), **settings)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
     steps = {field.name: options.pop(field.name) for field in fields(Optimisation) if field.name in options}
     return Engine(model, optimizer, loss_fn, comm, Optimisation(scheduler, **steps), **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_all_ranks_take_one_path(first: str, second: str, outcome: list[str], tm
         "tests.shm_ranks", "mix_paths", first, second, world_size=2, output=tmp_path / "output.txt", limit_s=100
     )
     assert returncode == 0, output
-    assert sorted(output.split("\n")[:2]) == sorted(outcome), output
+    assert sorted(re.findall("sum 3|refused|lost", output)) == sorted(outcome), output  # lines of two ranks may mix
 
 
 def test_kernels_are_compiled_once(tmp_path: Path) -> None:

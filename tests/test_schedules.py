@@ -291,3 +291,23 @@ def test_settings_of_a_schedule_keep_its_chunks() -> None:
             return float(data[0])
 
     assert spawn_threads(job, 3) == [3.0] * 3
+
+
+@num_chunks(2)
+def two_messages_into_one_chunk(rank: int, world_size: int) -> Iterator[Step]:
+    """Rank 2 combines its first chunk with a part of one message and with all of another."""
+    if rank == 2:
+        yield Reduce(0, [0, 1]), Reduce(1, 0)
+    else:
+        yield (Send(2, [0, 1] if rank == 0 else 0),)
+
+
+def test_a_chunk_is_found_by_itself_where_several_messages_are_combined_into_it() -> None:
+    def job() -> torch.Tensor:
+        schedules = {"all_reduce": two_messages_into_one_chunk}
+        with AlgorithmCommunicator(ThreadCommunicator(timeout_s=30), schedules, proves=False) as comm:
+            data = torch.full((4,), 10.0**comm.rank)
+            comm.all_reduce(data)
+            return data
+
+    assert spawn_threads(job, 3)[2].tolist() == [111, 111, 101, 101]

@@ -22,12 +22,17 @@ ALGORITHMS = sorted(path.stem for path in CONF.glob("*.yaml") if "transport: " i
 
 def make(path: str) -> Communicator:
     """Return the communicator of ``algorithm/transport``, as the configuration has it."""
-    algorithm, transport = (OmegaConf.load(CONF / f"{name}.yaml") for name in path.split("/"))
+    algorithm, transport = path.split("/")
+    return around(algorithm, instantiate(OmegaConf.load(CONF / f"{transport}.yaml")))
+
+
+def around(name: str, transport: Communicator) -> Communicator:
+    """Return the communicator of an algorithm over a transport."""
+    algorithm = OmegaConf.load(CONF / f"{name}.yaml")
     del algorithm["defaults"]
-    below: Communicator = instantiate(transport)
-    if path.startswith("two_level") and below.world_size % 2 == 0:
+    if name == "two_level" and transport.world_size % 2 == 0:
         algorithm.ranks_per_host = 2
-    made: Communicator = instantiate(algorithm, transport=below)
+    made: Communicator = instantiate(algorithm, transport=transport)
     return made
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 
 class Scratch:
-    """Named pieces of memory that grow as they are asked for."""
+    """Named pieces of memory that grow as they are asked for.
 
-    def __init__(self) -> None:
+    Args:
+        empty: makes memory, as `Communicator.empty` does.
+    """
+
+    def __init__(self, empty: Callable[..., Tensor] = torch.empty) -> None:
+        self._empty = empty
         self._memory: dict[str, Tensor] = {}
         self._taken: dict[str, Tensor] = {}  # what was taken last, as it is most often taken again
 
@@ -22,7 +27,7 @@ class Scratch:
             return last
         nbytes = numel * dtype.itemsize
         if name not in self._memory or self._memory[name].numel() < nbytes:
-            self._memory[name] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            self._memory[name] = self._empty(nbytes, dtype=torch.uint8, device=device)
         self._taken[name] = taken = self._memory[name][:nbytes].view(dtype)
         return taken
 

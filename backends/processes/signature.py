@@ -9,14 +9,16 @@ from minidist.collective import COLLECTIVES
 from minidist.communicator import ReduceOp
 from minidist.contract.checks import DTYPES, spell
 
-KINDS = ("barrier", *(name for name in COLLECTIVES if name != "barrier"))
+STEP = "fused step"
+KINDS = ("barrier", *(name for name in COLLECTIVES if name != "barrier"), STEP)
 """A collective is its place here; a barrier, which is only a meeting, is 0."""
 OPS = tuple(ReduceOp)
+NUM_SCHEDULES = 15
 MEETING = 0
 """The signature of a barrier, and of a meeting in the middle of something else."""
-_KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
-_DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
-_OP_CODES = {op: code for code, op in enumerate(OPS)}
+_KIND = {kind: code for code, kind in enumerate(KINDS)}
+_DTYPE = {dtype: code for code, dtype in enumerate(DTYPES)}
+_OP = {op: code for code, op in enumerate(OPS)}
 
 
 def signature(kind: str, like: Tensor, op: ReduceOp, root: int) -> int:
@@ -24,9 +26,14 @@ def signature(kind: str, like: Tensor, op: ReduceOp, root: int) -> int:
     return pack(kind, like.numel(), like.dtype, op, root)
 
 
-def pack(kind: str, numel: int, dtype: torch.dtype, op: ReduceOp, root: int) -> int:
-    """Pack a collective: 4 bits of kind, 4 of dtype, 3 of op, 12 of root, 40 of ``numel``; 63 fit into a word."""
-    return _KIND_CODES[kind] << 59 | _DTYPE_CODES[dtype] << 55 | _OP_CODES[op] << 52 | root << 40 | numel
+def pack(kind: str, numel: int, dtype: torch.dtype, op: ReduceOp, root: int, schedule: int = 0) -> int:
+    """Pack a collective: 36 bits of ``numel``, 12 of root, 3 of op, 4 of dtype, 4 of kind, 4 of schedule; 63 in all."""
+    return schedule << 59 | _KIND[kind] << 55 | _DTYPE[dtype] << 51 | _OP[op] << 48 | root << 36 | numel
+
+
+def schedule_on(channel: int) -> int:
+    """Return the code of a schedule, which tells it from others on one transport; so are fifteen of them. 0 is none."""
+    return 1 + channel % NUM_SCHEDULES
 
 
 def difference(rank: int, mine: int, peer: int, theirs: int) -> str:
@@ -35,11 +42,13 @@ def difference(rank: int, mine: int, peer: int, theirs: int) -> str:
 
 
 def _spell(word: int) -> str:
-    kind = KINDS[word >> 59]
+    kind = KINDS[word >> 55 & 15]
+    schedule = word >> 59
+    how = f" by the schedule on channel {schedule - 1}" if schedule else ""
     if kind == "barrier":
-        return kind
-    dtype = DTYPES[word >> 55 & 15]
-    op = OPS[word >> 52 & 7]
-    root = word >> 40 & 0xFFF
-    numel = word & (1 << 40) - 1
-    return f"{kind} of {numel} {spell(dtype)} with op {op.name} and root {root}"
+        return f"{kind}{how}"
+    dtype = DTYPES[word >> 51 & 15]
+    op = OPS[word >> 48 & 7]
+    root = word >> 36 & 0xFFF
+    numel = word & (1 << 36) - 1
+    return f"{kind} of {numel} {spell(dtype)} with op {op.name} and root {root}{how}"

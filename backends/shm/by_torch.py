@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from backends.shm.all_reduce import AllReduce, add_and_write
 from backends.shm.arena import Arena
 from backends.shm.layout import NOWHERE
 from backends.shm.sharing import share
+from minidist.collective import Run
 from minidist.communicator import ReduceOp
+from minidist.schedule import Schedule
 
 
 class TorchCollectives:
@@ -48,6 +51,12 @@ class TorchCollectives:
 
     def barrier(self, timeout_s: float) -> None:
         self._arena.meet(MEETING, NOWHERE, Deadline(timeout_s))
+
+    def whole(self, schedule: Schedule, run: Run, numel: int, dtype: torch.dtype, channel: int) -> None:
+        """Leave schedules to messages."""
+
+    def run_whole(self, whole: object, regions: Sequence[Tensor], op: ReduceOp, timeout_s: float) -> NoReturn:
+        raise AssertionError("there is none")
 
     def without_meetings(self, tensor: Tensor, timeout_s: float) -> Callable[[], None]:
         blocks = self._all_reduces.blocks(tensor, Deadline(timeout_s))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from backends.shm.arena import Arena
@@ -13,8 +14,11 @@ from backends.shm.by_torch import TorchCollectives
 from backends.shm.compiled import loading
 from backends.shm.compiled.collectives import CompiledCollectives
 from backends.shm.compiled.loading import Kernels
+from backends.shm.compiled.wholes import Whole
+from minidist.collective import Run
 from minidist.communicator import ReduceOp
 from minidist.errors import BackendUnavailableError
+from minidist.schedule import Schedule
 
 KERNELS = ("auto", "compiled", "torch")
 INSTALL = "pip install minidist[fast]"
@@ -41,6 +45,12 @@ class Collectives(Protocol):
 
     def barrier(self, timeout_s: float) -> None:
         """Meet."""
+
+    def whole(self, schedule: Schedule, run: Run, numel: int, dtype: torch.dtype, channel: int) -> Whole | None:
+        """Return a schedule on tensors of a shape as what `run_whole` takes; None if it has to run over messages."""
+
+    def run_whole(self, whole: Whole, regions: Sequence[Tensor], op: ReduceOp, timeout_s: float) -> None:
+        """Run a schedule, on memory as backends/executor/layout.py has it."""
 
     def without_meetings(self, tensor: Tensor, timeout_s: float) -> Callable[[], None]:
         """Return what an all-reduce in place does on ``tensor`` between its meetings; all ranks call it."""

@@ -8,12 +8,14 @@ in rounds. Ranks that meet (backends/shm/arena.py) compare what they mean to do,
 Cost of an all-reduce of M bytes on n ranks: 2 meetings in place, in which every rank reads and writes (n-1)/n M of
 the others' memory; through the stage twice the traffic, and a wait for each block of a rank's share. What does it is
 either a compiled kernel (backends/shm/compiled/), one call for all meetings, or torch's operations, with the same bits.
+Schedules over it are one call, too, where they are compiled (backends/shm/script.py), and else messages.
 Compare Li, Hoefler and Snir, "NUMA-aware shared-memory collective communication for MPI" (2013).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,13 +26,18 @@ from backends.processes.communicator import ProcessCommunicator
 from backends.shm import choice, doorbell
 from backends.shm.arena import Arena, ensure_one_host
 from backends.shm.choice import Collectives
+from backends.shm.compiled.collectives import CompiledCollectives
+from backends.shm.compiled.wholes import Whole
 from backends.shm.layout import NOWHERE
 from backends.shm.mailbox import Message
 from minidist import launch
+from minidist.collective import Run
 from minidist.communicator import Device, ReduceOp, Shape, Work
 from minidist.contract.carriers import bytes_of
+from minidist.contract.fused_step import FusedStep
 from minidist.contract.place import Place
 from minidist.errors import CommError
+from minidist.schedule import Schedule
 
 
 class ShmCommunicator(ProcessCommunicator):
@@ -141,6 +148,14 @@ class ShmCommunicator(ProcessCommunicator):
         self.traffic.count(0)
         self._collectives.barrier(timeout_s)
 
+    def fuses_steps(self, dtype: torch.dtype) -> bool:
+        return isinstance(self._collectives, CompiledCollectives) and dtype == torch.float32
+
+    def _fused_step(self, memory: Tensor, step: FusedStep, timeout_s: float) -> None:
+        assert isinstance(self._collectives, CompiledCollectives)  # or it did not say that it fuses steps
+        self.traffic.count(memory.nbytes // self.world_size)
+        self._collectives.step(step, timeout_s)
+
     def _share(
         self,
         kind: str,
@@ -165,6 +180,15 @@ class ShmCommunicator(ProcessCommunicator):
         if self._arena.heap.offset_of(tensor) == NOWHERE:
             raise ValueError(f"{self.who('without_meetings')}: tensor is not in shared memory; make it with empty()")
         return self._collectives.without_meetings(tensor, self.timeout_s)
+
+    def _whole(
+        self, schedule: Schedule, run: Run, numel: int, dtype: torch.dtype, tag: int
+    ) -> Callable[[Sequence[Tensor], ReduceOp, float], None] | None:
+        whole = self._collectives.whole(schedule, run, numel, dtype, tag >> self.tag_bits)
+        return None if whole is None else functools.partial(self._run_whole, whole)
+
+    def _run_whole(self, whole: Whole, regions: Sequence[Tensor], op: ReduceOp, timeout_s: float) -> None:
+        self._collectives.run_whole(whole, regions, op, timeout_s)
 
     # Point to point ---------------------------------------------------------------------------
 

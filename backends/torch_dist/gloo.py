@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -27,7 +27,6 @@ from backends.processes.lifeline import OUTAGE_S
 from backends.processes.offer import Offer
 from backends.processes.signature import MEETING, pack
 from backends.torch_dist.gloo_messages import GlooMessage, GlooSend
-from minidist.collective import COLLECTIVES
 from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.contract.addresses import LOOPBACK
 from minidist.contract.carriers import bytes_of
@@ -203,10 +202,11 @@ class GlooCommunicator(TorchDistCommunicator):
 
     # Collectives ------------------------------------------------------------------------------
 
-    def _agree(self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: int, timeout_s: float) -> float:
-        numel = sum(chunk.numel() for chunk in chunks) if COLLECTIVES[collective].is_cut else chunks[0].numel()
+    def _agree(
+        self, collective: str, numel: int, dtype: torch.dtype, op: ReduceOp, root: int, timeout_s: float
+    ) -> float:
         deadline = Deadline(timeout_s)
-        self._agreement.compare(pack(collective, numel, chunks[0].dtype, op, root), deadline)
+        self._agreement.compare(pack(collective, numel, dtype, op, root), deadline)
         return deadline.left_s
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, timeout_s: float) -> None:

@@ -47,7 +47,7 @@ def check_importable(cfg: DictConfig) -> None:
         ConfigError: one of them cannot be imported.
     """
     for key in OPEN_SECTIONS:
-        _object(OmegaConf.select(cfg, key)._target_, f"{key}._target_")
+        target(cfg, key)
     for key, path in _schedules(OmegaConf.to_container(cfg.comm, resolve=True), "comm"):
         _object(path, key)
 
@@ -68,6 +68,15 @@ def build(section: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
         if isinstance(cause, CommError):
             raise cause from None
         raise ConfigError(f"{key}: {' '.join(str(cause).split())}; check its _target_ and settings") from error
+
+
+def target(cfg: DictConfig, key: str) -> Any:
+    """Return the object that the ``_target_`` of a section names.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    return _object(OmegaConf.select(cfg, key)._target_, f"{key}._target_")
 
 
 def _classes(node: Any, key: str) -> Iterator[tuple[type[Communicator], bool]]:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from backends.processes.rendezvous import run_id
 from backends.thread import spawn_threads
-from experiments.running import build, job, start
+from experiments.running import build, job, optim, start
 from experiments.running.choices import check_groups
 from experiments.running.refusal import FULL_ERROR, REFUSALS, TRACEBACKS, refuse
 from experiments.running.sweep import RESULTS
@@ -81,6 +81,7 @@ def _on_ranks(cfg: DictConfig, part: Part[T]) -> T | None:
     checked = config.check(cfg)
     build.check_available(cfg.comm)
     build.check_importable(cfg)
+    optim.check_sharded(cfg)
     world = detect()
     nproc = checked.launch.nproc
     if world.launcher != "alone":

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from experiments.running import resume
+from experiments.running import optim, resume
 from experiments.running.build import build
 from experiments.running.start import threads_per_rank
 from experiments.running.sweep import RESULTS
@@ -50,7 +50,7 @@ def train(cfg: DictConfig, checked: Config) -> float:
         model = build(cfg.model, "model", shape=chosen.shape, num_classes=chosen.num_classes).to(device)
         loaders = [_loader(samples, checked, comm, samples is chosen.train) for samples in (chosen.train, chosen.test)]
         replica = _replica(cfg, checked, comm, model)
-        optimizer = build(cfg.optim, "optim")(replica.parameters())
+        optimizer = optim.optimizer(cfg, replica)
         engine = _engine(replica, optimizer, checked.engine, device, len(loaders[0]), directory)
         if comm.rank == 0:
             _announce(comm, chosen, model)
@@ -81,7 +81,7 @@ def _replica(cfg: DictConfig, checked: Config, comm: Communicator, model: nn.Mod
     ddp = checked.ddp
     hook = build(cfg.ddp.hook, "ddp.hook")
     return DistributedDataParallel(
-        model, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook
+        model, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook, ddp.direct_gradients
     )
 
 

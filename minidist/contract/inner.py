@@ -19,7 +19,8 @@ class Inner:
         comm: the communicator, whose public side is free to use too.
         isend, irecv: ``(tensor, peer, tag, timeout_s)`` start a message and return its Work; the tag with the channel.
         collective: ``(name)`` returns what runs that collective, see `Communicator._collective`.
-        agree: ``(collective, chunks, op, root, timeout_s)`` before a schedule runs over its messages.
+        agree: ``(collective, numel, dtype, op, root, timeout_s)`` before a schedule runs over its messages.
+        whole: ``(schedule, run, numel, dtype, tag)`` returns what runs a schedule without them, if there is something.
         dispatch: ``(run, async_op)`` runs an operation in the order of all that it was given.
         split: ``(groups)`` returns the communicator of this rank's group, see `Communicator._split`; all ranks call it.
         gone, translate: the ranks that are lost, and what an error of its library means.
@@ -31,6 +32,7 @@ class Inner:
         self.irecv = comm._irecv
         self.collective = comm._collective
         self.agree = comm._agree
+        self.whole = comm._whole
         self.dispatch = comm._dispatch
         self.split = comm._split
         self.gone = comm._gone

@@ -10,12 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, NoReturn, Self, final
 
+import torch
 from torch import Tensor
 
+from minidist.collective import Run
 from minidist.contract import checks, envelope
 from minidist.contract.carriers import as_carried
 from minidist.contract.enveloped import Late
 from minidist.contract.forks import Maker
+from minidist.contract.fused_step import FusedStep
 from minidist.contract.opaque import opaque_methods
 from minidist.contract.open_sends import OpenSends
 from minidist.contract.rank import ANY_SOURCE
@@ -24,6 +27,7 @@ from minidist.contract.staging import Staged, staged
 from minidist.contract.traffic import Traffic
 from minidist.contract.work import DONE, Progress, Work
 from minidist.errors import CommClosedError, CommError, PeerLostError
+from minidist.schedule import Schedule
 
 
 class Membership(ABC):
@@ -174,14 +178,14 @@ class Membership(ABC):
         self,
         operation: str,
         tensors: Sequence[Tensor | None],
-        args: tuple[int | ReduceOp, ...],
+        args: tuple[int | ReduceOp | FusedStep, ...],
         async_op: bool,
         timeout_s: float | None,
         keep: bool = False,
     ) -> Work:
         """Run a collective on ``tensors``, of which it only reads the first with ``keep``.
 
-        ``args`` is what its hook takes besides: a root, an op, or the one and then the other.
+        ``args`` is what its hook takes besides: a root, an op, or the one and then the other; or a whole step.
         """
         self.ensure_usable(operation)
         seconds = self.timeout_s if timeout_s is None else checks.timeout(self, operation, timeout_s)
@@ -289,12 +293,32 @@ class Membership(ABC):
         """Return the ranks that are known to be gone and why, the first to go first."""
         return {}
 
-    def _agree(self, collective: str, chunks: Sequence[Tensor], op: ReduceOp, root: int, timeout_s: float) -> float:
+    def _agree(
+        self, collective: str, numel: int, dtype: torch.dtype, op: ReduceOp, root: int, timeout_s: float
+    ) -> float:
         """Compare what all ranks are about to run as a schedule over this transport; return the seconds left for it.
 
-        For a transport that takes messages of other sizes than it expects badly; it raises MismatchError.
+        For a transport that takes messages of other sizes than it expects badly; it raises MismatchError. ``numel`` is
+        that of the tensor where a schedule may cut it, else of a block.
         """
         return timeout_s
+
+    def _whole(
+        self, schedule: Schedule, run: Run, numel: int, dtype: torch.dtype, tag: int
+    ) -> Callable[[Sequence[Tensor], ReduceOp, float], None] | None:
+        """Return what runs a schedule on tensors of a shape as one operation; None if message by message is best.
+
+        Every rank answers alike. It is called with contiguous memory, see `backends.executor.layout`, the op and the
+        seconds that it may take.
+
+        Args:
+            schedule: what it does.
+            run: what collective that is.
+            numel: see `_agree`.
+            dtype: of the tensors.
+            tag: what the messages of this schedule have, and those of no other communicator on this transport.
+        """
+        return None
 
     def _translate(self, error: Exception) -> CommError:
         """Return what an error of the backend's library means; the one place where they are mapped."""

@@ -21,9 +21,9 @@ class Traffic:
     seconds: float = 0.0
     blocked_seconds: float = 0.0
 
-    def count(self, nbytes: int) -> None:
-        """Add one message of ``nbytes``."""
-        self.messages += 1
+    def count(self, nbytes: int, messages: int = 1) -> None:
+        """Add messages of ``nbytes`` together."""
+        self.messages += messages
         self.bytes += nbytes
 
     def add_blocked(self, seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -114,6 +115,16 @@ class Listener:
         if (method := self._method()) is not None:
             method(self._bucket, self._slot)
 
+    @property
+    def listening(self) -> object | None:
+        """The object whose method is called, if it still lives."""
+        method = self._method()
+        return method.__self__ if isinstance(method, MethodType) else None
+
+    def claim(self) -> Tensor | None:
+        """Return the place of the gradient, if its wrapper lives and nobody else computes in it in this pass."""
+        return None if self._method() is None else self._bucket.claim(self._slot)
+
     def complaint(self, parameter: nn.Parameter) -> str | None:
         """Return what is wrong with the hooks of the parameter, if this is not its only one."""
         hooks = _hooks(parameter)
@@ -131,6 +142,32 @@ class Listener:
 
 def _hooks(parameter: Tensor) -> dict[int, Any]:
     return parameter._post_accumulate_grad_hooks or {}
+
+
+def listener_of(parameter: Tensor) -> object | None:
+    """Return the wrapper that a parameter sends its gradients to, if there is one."""
+    own = [hook.listening for hook in _hooks(parameter).values() if isinstance(hook, Listener)]
+    return own[0] if own else None
+
+
+def place_of(parameter: Tensor) -> Tensor | None:
+    """Return where this backward pass can compute the parameter's gradient, if that is in its bucket.
+
+    Not where something is there already or may be added, or looks at the gradient before it comes to its wrapper.
+    """
+    own = [hook for hook in _hooks(parameter).values() if isinstance(hook, Listener)]
+    if not own or parameter.grad is not None or parameter._backward_hooks or torch.is_grad_enabled():
+        return None
+    return own[0].claim() if _will_accumulate(parameter) else None
+
+
+def _will_accumulate(parameter: Tensor) -> bool:
+    """Whether this pass will write ``parameter.grad``: `torch.autograd.grad` does not."""
+    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch.autograd.grad() of this very parameter
+        return False
 
 
 def listen(buckets: Sequence[Bucket], method: Callable[[Bucket, int], None]) -> list[Listener]:

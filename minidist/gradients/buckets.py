@@ -54,21 +54,45 @@ class Bucket:
         flat: all the memory, 1-d and contiguous: what a hook sends.
         names, parameters: whose gradients it holds.
         views: the place of each parameter's gradient in ``flat``, in the parameter's shape.
+        held: whether gradients wait there to be reduced, so that nothing may be computed there.
         missing: the slots (places in ``parameters``) whose gradient is not there yet in this backward pass.
     """
 
     def __init__(self, index: int, flat: Tensor, named: Mapping[str, nn.Parameter]) -> None:
         self.index = index
-        self.flat = flat
         self.names = list(named)
         self.parameters = list(named.values())
-        places = torch.split(flat, [parameter.numel() for parameter in self.parameters])
-        self.views = [_shaped(place, parameter) for place, parameter in zip(places, self.parameters, strict=True)]
+        self.lay_out(flat)
         self.reset()
+        self.held = False
+        self._claimed: tuple[set[int], set[int]] = (set(), set())
+
+    def lay_out(self, flat: Tensor) -> None:
+        """Let the gradients live in ``flat`` from now on, which may be longer; what was there before is not copied."""
+        self.flat = flat
+        self.views = self.places(flat)
+
+    def places(self, flat: Tensor) -> list[Tensor]:
+        """Return the place of each parameter in a ``flat`` that is laid out like this bucket's, in its shape."""
+        numels = [parameter.numel() for parameter in self.parameters]
+        places = torch.split(flat[: sum(numels)], numels)
+        return [shaped(place, parameter) for place, parameter in zip(places, self.parameters, strict=True)]
 
     def reset(self) -> None:
         """Begin the next backward pass."""
         self.missing = set(range(len(self.parameters)))
+
+    def claim(self, slot: int) -> Tensor | None:
+        """Return the place of ``parameters[slot]`` to compute its gradient in, once in each backward pass."""
+        if self.held:
+            return None
+        missing, slots = self._claimed
+        if missing is not self.missing:  # which is another set in each pass
+            self._claimed = (self.missing, slots := set())
+        if slot in slots:
+            return None
+        slots.add(slot)
+        return self.views[slot].detach()
 
     def fits(self, slot: int) -> bool:
         """Whether the gradient that just came for ``parameters[slot]`` can be put into its place."""
@@ -98,15 +122,13 @@ class Bucket:
         """
         parameter = self.parameters[slot]
         view = self.views[slot]
-        if parameter.grad is view:
-            view.div_(divisor)
-        elif parameter.grad is not None:
+        if parameter.grad is None:
+            view.zero_()
+        elif divisor > 1 or parameter.grad.data_ptr() != view.data_ptr():
             # One pass scales and copies. After zero_grad(set_to_none=True) autograd hands over the memory in which
             # it computed the gradient, which is cheaper than to have it add to zeros in the bucket.
             torch.div(parameter.grad.detach(), divisor, out=view)
             parameter.grad = view
-        else:
-            view.zero_()
         self.missing.remove(slot)
 
     def put_missing(self, divisor: int) -> None:
@@ -140,7 +162,8 @@ def layout(tensor: Tensor) -> tuple[int, ...] | None:
     return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _shaped(place: Tensor, parameter: Tensor) -> Tensor:
+def shaped(place: Tensor, parameter: Tensor) -> Tensor:
+    """Return ``place``, 1-d and as long as the parameter, in the parameter's shape and, if it is dense, its strides."""
     if _is_dense(parameter):
         return place.as_strided(parameter.shape, parameter.stride())
     return place.view(parameter.shape)

@@ -17,14 +17,16 @@ per ``bucket.index``, such as the error that a compression left behind; then eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from minidist.communicator import Communicator, Work
+from minidist.contract.work import DONE
 from minidist.gradients.buckets import Bucket
 
 Hook = Callable[[Bucket, Communicator], Work]
@@ -35,6 +37,64 @@ class AllReduce:
 
     def __call__(self, bucket: Bucket, comm: Communicator) -> Work:
         return comm.all_reduce(bucket.flat, async_op=comm.overlaps)
+
+
+class ReduceScatter:
+    """Sum the gradients, on each rank its share of the bucket alone; put into place by `minidist.ShardedOptimizer`.
+
+    Args:
+        shares: of each bucket, by its index, where this rank wants the mean.
+
+    Attributes:
+        waits: whether to leave the gradients in the buckets until `reduce`, for a step that reduces them itself; they
+            are not divided yet then.
+        in_use: whether there are gradients that the next backward pass would overwrite.
+    """
+
+    def __init__(self, shares: Sequence[Tensor]) -> None:
+        self.shares = shares
+        self.waits = False
+        self.in_use = False
+        self._waiting: dict[int, Bucket] = {}
+
+    def __call__(self, bucket: Bucket, comm: Communicator) -> Work:
+        if self.in_use:
+            raise RuntimeError(
+                f"{comm.who('ShardedOptimizer')}: the gradients of the backward pass before are still there; call the "
+                "optimizer's zero_grad() between two passes, or add up gradients in the wrapper's no_sync()"
+            )
+        if self.waits:
+            bucket.held = True
+            self._waiting[bucket.index] = bucket
+            return DONE
+        return self._start(bucket, comm)
+
+    def _start(self, bucket: Bucket, comm: Communicator) -> Work:
+        return comm.reduce_scatter(self.shares[bucket.index], bucket.flat, async_op=comm.overlaps)
+
+    def reduce(self, comm: Communicator) -> None:
+        """Reduce what waits; all ranks call it."""
+        waiting = self.let_go()
+        for work in [self._start(bucket, comm) for bucket in waiting]:
+            work.wait()
+        for bucket in waiting:
+            self.shares[bucket.index].div_(comm.world_size)
+
+    def let_go(self) -> list[Bucket]:
+        """Forget what waits, and return it."""
+        waiting, self._waiting = list(self._waiting.values()), {}
+        for bucket in waiting:
+            bucket.held = False
+        return waiting
+
+    @property
+    def all_wait(self) -> bool:
+        """Whether the gradients of every bucket wait to be reduced."""
+        return len(self._waiting) == len(self.shares)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AllReduce:
+        """Return the hook of a wrapper's copy: the sharded optimizer is the original's, and the copy has none."""
+        return AllReduce()
 
 
 class CastHook:

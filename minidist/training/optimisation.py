@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
+from minidist.sharded import ShardedOptimizer
 from minidist.training.learning_rate import Scheduler
 
 
@@ -31,6 +34,15 @@ class Optimisation:
     accumulation_steps: int = 1
     max_grad_norm: float | None = None
     autocast_dtype: torch.dtype | None = None
+
+    def clip(self, optimizer: Optimizer, model: nn.Module) -> None:
+        """Clip the gradients of ``model``, wherever its ``optimizer`` has them; all ranks call it together."""
+        if self.max_grad_norm is None:
+            return
+        if isinstance(optimizer, ShardedOptimizer):
+            optimizer.clip_grad_norm_(self.max_grad_norm)
+        else:  # every rank has the same gradients by now, and hence the same norm
+            nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm)
 
     def __post_init__(self) -> None:
         if self.accumulation_steps < 1:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from minidist.contract.checks import spell
+from minidist.sharded import ShardedOptimizer
 from minidist.training.checkpoint import Checkpoints, Signature, State
 from minidist.training.learning_rate import Scheduler
 from minidist.training.progress import Position
@@ -36,7 +37,7 @@ class Training:
         return kinds | {name: f"{spell(t.dtype)}{list(t.shape)}" for name, t in named}
 
     def state(self) -> State:
-        """Return where it stands; what ranks share is taken from rank 0."""
+        """Return where it stands; what ranks share is taken from rank 0. Collective, if the optimizer is sharded."""
         shared = {
             "model": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -77,4 +78,6 @@ def begin(training: Training, checkpoints: Checkpoints | None) -> None:
 
 
 def _kind(part: Any) -> str:
+    if isinstance(part, ShardedOptimizer):  # its state is that of whole parameters
+        part = part.inner
     return "missing" if part is None else type(part).__name__

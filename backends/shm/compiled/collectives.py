@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -11,14 +12,20 @@ from torch import Tensor
 
 from backends.cores import SPIN_S
 from backends.deadline import Deadline
-from backends.processes.signature import pack
+from backends.processes.signature import STEP, pack
 from backends.shm import roles
 from backends.shm.arena import Arena
-from backends.shm.compiled import desk
+from backends.shm.compiled import desk, step_words
 from backends.shm.compiled.loading import Kernel, Kernels
+from backends.shm.compiled.table import table
+from backends.shm.compiled.wholes import Whole, WholeMemory
+from backends.shm.compiled.words import Words
 from backends.shm.layout import share
-from minidist.collective import COLLECTIVES
+from backends.shm.script import scripts
+from minidist.collective import COLLECTIVES, Run
 from minidist.communicator import ReduceOp
+from minidist.contract.fused_step import FusedStep, Row
+from minidist.schedule import Schedule, chunks_of
 
 SPINS = 2000
 """Looks before the first clock; some 50 us."""
@@ -30,15 +37,6 @@ ALONE: Patience = SPINS, int(SPIN_S * 1e9)
 CROWDED: Patience = 0, int(CROWDED_S * 1e9)
 BESIDE: Patience = 0, 0
 """Who passes its core on to its own rank's computation gets it back late; who sleeps is woken."""
-
-
-class _Words:
-    """Words that a kernel knows by their address."""
-
-    def __init__(self, words: Sequence[int]) -> None:
-        self._memory = (ctypes.c_int64 * len(words))(*words)
-        self.view = memoryview(self._memory).cast("B").cast("q")
-        self.address = ctypes.addressof(self._memory)
 
 
 class CompiledCollectives:
@@ -57,9 +55,11 @@ class CompiledCollectives:
         self._patience = ALONE
         # A function, not a method, is cached; a method would hold this object, and so all heaps, in a circle.
         self._plan = functools.lru_cache(4096)(functools.partial(_make_plan, kernels, arena.rank, arena.world_size))
-        self._barrier = _Words([0])
+        self._scripts = functools.lru_cache(256)(scripts)
+        self._barrier = Words([0])
+        self._memory = WholeMemory(arena)
 
-    def _make_desk(self) -> _Words:
+    def _make_desk(self) -> Words:
         arena = self._arena
         n = arena.world_size
         fields = {
@@ -76,7 +76,7 @@ class CompiledCollectives:
         heaps = [heap.base for heap in arena.heaps]
         words = [base + arena.places.words for base in heaps]
         space = [0] * (3 * n)
-        return _Words([*(fields.get(8 * field, 0) for field in range(desk.NUM_FIELDS)), *heaps, *words, *space])
+        return Words([*(fields.get(8 * field, 0) for field in range(desk.NUM_FIELDS)), *heaps, *words, *space])
 
     def all_reduce(self, flat: Tensor, op: ReduceOp, timeout_s: float) -> None:
         """Combine the tensors of all ranks, in place."""
@@ -104,6 +104,31 @@ class CompiledCollectives:
         """Meet."""
         self._run(self._kernels.barrier, self._barrier, 0, 0, timeout_s)
 
+    def whole(self, schedule: Schedule, run: Run, numel: int, dtype: torch.dtype, channel: int) -> Whole | None:
+        """Return a schedule on tensors of a shape as what `run_whole` takes; None if it has to run over messages."""
+        written = self._scripts(schedule, run)
+        if written is None:
+            return None
+        num_chunks = chunks_of(schedule, run.name, run.world_size)
+        made = table(*written, run, num_chunks, self._arena.rank, numel, dtype.itemsize)
+        return None if made is None else Whole(made, run.name, numel, dtype, run.root, channel, self._kernels)
+
+    def run_whole(self, whole: Whole, regions: Sequence[Tensor], op: ReduceOp, timeout_s: float) -> None:
+        """Run a schedule, on memory as backends/executor/layout.py has it."""
+        memory = self._memory.of(whole.table, regions)
+        self._run(self._kernels.schedule, whole.words(op), memory, 0, timeout_s)
+
+    def step(self, step: FusedStep, timeout_s: float) -> None:
+        """Reduce, step and gather; see backends/shm/compiled/step.py."""
+        numel = step.memory.numel() // (2 * self._arena.world_size)
+        itemsize = step.memory.itemsize
+        kind = step_words.SGD if step.kind == "sgd" else step_words.ADAM
+        signature = pack(STEP, numel, step.memory.dtype, ReduceOp.SUM, kind)
+        reducer = self._kernels.reducer(step.memory.dtype, ReduceOp.SUM)
+        rows = [word for row in step.rows for word in _row(row, step.divisor, itemsize)]
+        plan = Words([signature, reducer, numel * itemsize, itemsize, kind, len(step.rows), *rows])
+        self._run(self._kernels.step, plan, step.memory.data_ptr(), 0, timeout_s)
+
     def without_meetings(self, tensor: Tensor, timeout_s: float) -> Callable[[], None]:
         """Return what an all-reduce in place does on ``tensor`` between its meetings; all ranks call it."""
         plan = self._plan("all_reduce", tensor.numel(), tensor.dtype, ReduceOp.SUM, 0)
@@ -113,9 +138,9 @@ class CompiledCollectives:
         begin, _ = share(tensor.numel(), tensor.element_size(), arena.world_size, arena.rank)
         order = sorted(range(arena.world_size), key=lambda rank: rank != arena.rank)
         for place, rank in enumerate(order):
-            for table in (desk.SOURCES, desk.TARGETS):
+            for tensors in (desk.SOURCES, desk.TARGETS):
                 start = arena.heaps[rank].base + offsets[rank] + begin * tensor.element_size()
-                words.view[desk.NUM_FIELDS + table * arena.world_size + place] = start
+                words.view[desk.NUM_FIELDS + tensors * arena.world_size + place] = start
         reduce_share = self._kernels.reduce_share
 
         def run() -> None:
@@ -124,7 +149,7 @@ class CompiledCollectives:
 
         return run
 
-    def _run(self, kernel: Kernel, plan: _Words, source: int, target: int, timeout_s: float) -> None:
+    def _run(self, kernel: Kernel, plan: Words, source: int, target: int, timeout_s: float) -> None:
         """Call a kernel until it is done; in between, look after what else keeps a rank from coming."""
         self._be_patient()
         if kernel(self._desk.address, plan.address, source, target) == desk.DONE:
@@ -150,7 +175,7 @@ class CompiledCollectives:
 
 def _make_plan(
     kernels: Kernels, rank: int, world_size: int, kind: str, numel: int, dtype: torch.dtype, op: ReduceOp, root: int
-) -> _Words:
+) -> Words:
     """Write down what a collective is; see backends/shm/compiled/desk.py."""
     nbytes = numel * dtype.itemsize
     reduces = kind in ("all_reduce", "reduce", "reduce_scatter")
@@ -167,7 +192,16 @@ def _make_plan(
         source_root,
         len(reads),
     )
-    return _Words([*head, *_spelt(reads, nbytes)])
+    return Words([*head, *_spelt(reads, nbytes)])
+
+
+def _row(row: Row, divisor: int, itemsize: int) -> Iterable[int]:
+    """Spell the step of some elements as words; see backends/shm/compiled/step_words.py."""
+    addresses = [state.data_ptr() for state in row.states]
+    numbers = [1 / divisor, *row.numbers]
+    spelt = struct.pack(f"{step_words.NUM_NUMBERS}d", *numbers, *[0.0] * (step_words.NUM_NUMBERS - len(numbers)))
+    yield from (row.start * itemsize, row.numel * itemsize, *addresses, *[0] * (2 - len(addresses)))
+    yield from struct.unpack(f"{step_words.NUM_NUMBERS}q", spelt)
 
 
 def _spelt(reads: Iterable[roles.Read], nbytes: int) -> list[int]:

@@ -35,15 +35,24 @@ class Kernels:
 
     def __init__(self) -> None:
         with _kept():
-            from backends.shm.compiled import all_reduce, reducers, sharing
+            from backends.shm.compiled import all_reduce, reducers, schedules, sharing
         self.all_reduce: Kernel = all_reduce.all_reduce
         self.reduce_share: Kernel = all_reduce.reduce_share
         self.share: Kernel = sharing.share
         self.barrier: Kernel = sharing.barrier
+        self.schedule: Kernel = schedules.schedule
         self.scratch_bytes: int = reducers.SCRATCH_BYTES
         self._reducers = reducers
         self._made: dict[tuple[object, int], object] = {}
         self.reducer(torch.float32, ReduceOp.SUM)
+
+    @functools.cached_property
+    def step(self) -> Kernel:
+        """The kernel of a step in one pass, for those who take one."""
+        with _kept():
+            from backends.shm.compiled import step
+        kernel: Kernel = step.step
+        return kernel
 
     def reducer(self, dtype: torch.dtype, op: ReduceOp) -> int:
         """Return the address of the reducer of a dtype and an operation."""

@@ -4,7 +4,8 @@ A *reducer* combines its sources, in their order, and writes the result to all o
 place the targets are the sources. float16 and bfloat16 are added as float32 and rounded once, at the end.
 
 Two sources, which is what two ranks have, take one pass: LLVM makes it load several vectors, add, and store to all
-targets before it goes on. More are added up tile by tile in a scratch that stays in the nearest cache.
+targets before it goes on. More are added up tile by tile in a scratch that stays in the nearest cache. The target may
+be any of one or two sources, and else only the first.
 """
 
 from __future__ import annotations
@@ -180,6 +181,10 @@ def make_reducer(dtype: Any, op: int) -> Any:
                 add_wide(total, sources, num_sources, first, dtype, op)
                 for i in range(size):
                     tile[i] = narrow(total[i], tile[i])
+            elif num_sources == 2 and own == load(sources + 8):
+                other = carray(at(load(sources) + first), size, dtype)
+                for i in range(size):
+                    tile[i] = narrow(combined(op, wide(other[i]), wide(tile[i])), tile[i])
             else:
                 if not is_own:
                     copy(own + first, load(sources) + first, size * itemsize)
