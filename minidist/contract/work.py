@@ -171,7 +171,7 @@ class Progress:
     @property
     def serving(self) -> bool:
         """Whether this is its thread: the operation that asks runs beside other work of its rank."""
-        return threading.current_thread() is self._thread
+        return self._thread is not None and threading.current_thread() is self._thread
 
     @property
     def in_job(self) -> bool:
