@@ -35,17 +35,17 @@ def draw_bandwidth(path: Path, title: str, rows: Sequence[Row]) -> None:
 def draw_steps(path: Path, title: str, rows: Sequence[Row]) -> None:
     """Draw a stacked bar per variant of every model: the step without communication, and what comes on top."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure = Figure(figsize=(4.2 * len(models), 4), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(models), 4), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         of_one = [row for row in rows if row["model"] == model]
         names = [row["variant"] for row in of_one]
         alone = [row["step_ms"] - row["exposed_ms"] for row in of_one]
         exposed = [row["exposed_ms"] for row in of_one]
-        axes.bar(names, [min(a, a + e) for a, e in zip(alone, exposed, strict=True)], label="computation")
-        axes.bar(names, [max(e, 0.0) for e in exposed], bottom=alone, label="exposed communication")
+        axes.barh(names, [min(a, a + e) for a, e in zip(alone, exposed, strict=True)], label="computation")
+        axes.barh(names, [max(e, 0.0) for e in exposed], left=alone, label="exposed communication")
         axes.set_title(f"{model}, {of_one[0]['parameters_M']:.1f} M parameters")
-        axes.set_ylabel("step (ms)")
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        axes.set_xlabel("step (ms)")
+        axes.invert_yaxis()  # the first one on top
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
