@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf, open_dict
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from experiments.running.build import build, target
 from minidist.ddp import DistributedDataParallel
@@ -14,14 +14,29 @@ from minidist.sharded import ShardedOptimizer, ensure_elementwise
 SHARDED = "sharded"
 
 
-def check_sharded(cfg: DictConfig) -> None:
-    """Refuse an optimizer in shares where there can be none, before anything is started.
+def check(cfg: DictConfig) -> None:
+    """Refuse an optimizer that would fail on the way, before anything is started.
 
     Raises:
-        ConfigError: the optimizer steps more than single elements, or the hook needs whole buckets.
+        ConfigError: in shares, it steps more than single elements, or the hook needs whole buckets; fused, it cannot do
+            without a gradient.
     """
-    if not _is_sharded(cfg):
-        return
+    _check_fused(cfg)
+    if _is_sharded(cfg):
+        _check_sharded(cfg)
+
+
+def _check_fused(cfg: DictConfig) -> None:
+    """Torch's fused SGD with momentum fails once a parameter has its first gradient later than the others."""
+    is_sgd = target(cfg, "optim") is SGD
+    if is_sgd and cfg.optim.get("fused") and cfg.optim.get("momentum") and cfg.ddp.find_unused_parameters:
+        raise ConfigError(
+            "ddp.find_unused_parameters=true: torch's fused SGD with momentum takes no parameter that has had no "
+            "gradient at first; use optim.fused=false"
+        )
+
+
+def _check_sharded(cfg: DictConfig) -> None:
     try:
         ensure_elementwise(target(cfg, "optim"))
     except TypeError as error:

@@ -81,7 +81,7 @@ def _on_ranks(cfg: DictConfig, part: Part[T]) -> T | None:
     checked = config.check(cfg)
     build.check_available(cfg.comm)
     build.check_importable(cfg)
-    optim.check_sharded(cfg)
+    optim.check(cfg)
     world = detect()
     nproc = checked.launch.nproc
     if world.launcher != "alone":
