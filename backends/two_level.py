@@ -72,7 +72,8 @@ class TwoLevelCommunicator(AlgorithmCommunicator):
     ) -> None:
         hosts = _hosts(transport) if ranks_per_host is None else _equal_hosts(transport.world_size, ranks_per_host)
         order = [rank for host in hosts for rank in host]
-        all_reduce = partial(two_level_all_reduce, ranks_per_host=len(hosts[0]), order=order)
+        is_usual = order == sorted(order)  # then it can be drawn for other numbers of ranks too
+        all_reduce = partial(two_level_all_reduce, ranks_per_host=len(hosts[0]), order=None if is_usual else order)
         super().__init__(transport, {"all_reduce": all_reduce}, timeout_s, segment_bytes)
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:

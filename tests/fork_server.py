@@ -137,12 +137,20 @@ def main() -> None:
     """Serve orders until there are no more."""
     for module in PRELOADED:
         importlib.import_module(module)
+    load_kernels()
     for line in iter(sys.stdin.readline, ""):
         pid = fork()
         if pid == 0:
             leave(lambda: become(Order(**json.loads(line))))  # noqa: B023
         os.write(1, f"{pid}\n".encode())
         os.write(1, f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
+
+
+def load_kernels() -> None:
+    """Load the kernels of shared memory, which takes each process that is no fork of this one half a second."""
+    loading = importlib.import_module("backends.shm.compiled.loading")
+    if loading.is_installed():
+        loading.kernels()
 
 
 def fork() -> int:

@@ -63,6 +63,7 @@ class Row:
         return next((why for part, why in self.lacks.items() if part in check), None)
 
 
+HIERARCHICAL = ("all_reduce_values", "reduce_scatter_values", "all_gather_values", "random_program", "training_mlp")
 ONE_PROCESS = dict.fromkeys(("killed_rank", "exiting_rank"), "its ranks share a process")
 
 ROWS = (
@@ -80,7 +81,7 @@ ROWS = (
         },
     ),
     Row("hierarchical-thread", "tests.table.hierarchical_over_thread", "thread", ONE_PROCESS),
-    Row("hierarchical", "tests.table.hierarchical_over_shm_and_ring", "torchrun"),
+    Row("hierarchical", "tests.table.hierarchical_over_shm_and_ring", "torchrun", focus=HIERARCHICAL),
     Row("gloo", "backends.torch_dist.GlooCommunicator", "torchrun"),
     Row("ring-gloo", "tests.table.ring_over_gloo", "torchrun"),
     Row("mpi", "backends.mpi.MpiCommunicator", "mpirun"),

@@ -82,7 +82,7 @@ SIMILAR = (
 
 
 def _is_slow(row: Row, world_size: int, check: str) -> bool:
-    """By default: processes in threes, also those much like others, shared memory in twos too, and training."""
+    """By default: processes in threes, and what is much like another one; shared memory in twos too, and training."""
     if row.focus:
         in_focus = any(check.startswith(f"check_{part}") for part in row.focus)
         return not in_focus or world_size != 3 or (row.launcher == "torchrun" and needs_of(check).own_world)
@@ -96,7 +96,7 @@ def _is_slow(row: Row, world_size: int, check: str) -> bool:
         return True
     if needs_of(check).own_world:
         return FATAL_BY_DEFAULT.get(row.name) != check
-    if row.name in SIMILAR and (world_size == 4 or (row.launcher != "thread" and world_size != 3)):
+    if row.name in SIMILAR and world_size != 3:
         return True
     return (
         check.startswith("check_training")

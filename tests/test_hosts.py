@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
 import subprocess
@@ -104,8 +105,17 @@ def test_the_interface_that_the_user_names_is_used() -> None:
     assert output.count("GLOO_SOCKET_IFNAME is 'eth7', but host h") == 4, output
 
 
-@pytest.mark.parametrize("how", ["lost", "down"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        *(("gloo", "lost"), ("hierarchical", "down")),
+        *(
+            pytest.param(kind, how, marks=pytest.mark.slow)
+            for kind, how in itertools.product(KINDS, ("lost", "down"))
+            if (kind, how) not in (("gloo", "lost"), ("hierarchical", "down"))
+        ),
+    ],
+)
 def test_a_host_that_vanishes_is_named_by_all(kind: str, how: PortState) -> None:
     with Network(2, mbit_per_s=200) as network, network.start(*LOSE, kind, str(2**20), on=TWO_BY_TWO) as ranks:
         ranks.wait_for("reduces", count=4)

@@ -28,6 +28,7 @@ from typing import Any
 import torch.multiprocessing
 
 from minidist.c10d import register
+from tests.fork_server import load_kernels
 
 LIMIT_S = 90
 
@@ -97,6 +98,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.comm:
         os.environ["MINIDIST_COMM"] = given.comm
+    if given.comm and "shm" in given.comm:
+        load_kernels()
     sys.argv = sys.argv[:1]  # torch's tests read it too
     outcomes: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -126,6 +126,7 @@ def _meeting(timeout_s: float) -> Meeting:
 def _met(world: launch.World, timeout_s: float) -> Meeting:
     if world.launcher == "alone":
         return Meeting(world, addresses.LOOPBACK, 0, dist.HashStore())
+    addresses.chosen()  # before ranks wait for each other: one whose choice is wrong would leave the others waiting
     if world.by_mpi:
         return _meet_over_mpi(world, timeout_s)
     if world.launcher == "slurm":
