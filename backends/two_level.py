@@ -20,6 +20,7 @@ On 2 hosts with 2 ranks, chunks a b c d::
     A B C D   A B C D   A B C D   A B C D       all-gather inside
 """
 
+import contextlib
 from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 
@@ -27,6 +28,7 @@ from backends.algorithm import AlgorithmCommunicator
 from backends.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
 from minidist import launch
 from minidist.communicator import Communicator
+from minidist.errors import CommError
 from minidist.schedule import Step, among
 
 
@@ -95,6 +97,8 @@ def _hosts(transport: Communicator) -> list[list[int]]:
     hosts = ranks_by(transport.all_gather_object(launch.host_id()))
     sizes = [len(ranks) for ranks in hosts]
     if len(set(sizes)) > 1:
+        with contextlib.suppress(CommError):  # until all know: what a rank hears of one that leaves at once is its loss
+            transport.barrier()
         raise ValueError(
             f"two_level needs as many ranks on every host, but they have {', '.join(map(str, sizes))}; "
             "choose comm=hierarchical, which takes any mix, or comm=ring"

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -89,4 +90,8 @@ FUNCTIONS: dict[str, Callable[..., None]] = {"train": train, "lose": lose, "outl
 if __name__ == "__main__":
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a rank that fails does not end the others before they see it
-    FUNCTIONS[sys.argv[1]](*sys.argv[2:])
+    try:
+        FUNCTIONS[sys.argv[1]](*sys.argv[2:])
+    except Exception:
+        say(traceback.format_exc())
+        sys.exit(1)

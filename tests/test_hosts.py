@@ -102,7 +102,10 @@ def test_the_interface_that_the_user_names_is_used() -> None:
         assert peers.count("10.99.0.1:") >= 4, peers
         with network.start(*TRAIN, "gloo", on=TWO_BY_TWO, environment={"GLOO_SOCKET_IFNAME": "eth7"}) as ranks:
             output = ranks.end(30)
-    assert output.count("GLOO_SOCKET_IFNAME is 'eth7', but host h") == 4, output
+    assert (
+        "GLOO_SOCKET_IFNAME is 'eth7', but host h" in output
+    )  # the first rank that ends may end those that start late
+    assert "connected" not in output
 
 
 @pytest.mark.parametrize(
@@ -171,4 +174,5 @@ def test_two_levels_refuse_hosts_of_several_sizes_on_all_ranks(on: tuple[int, ..
     with Network(3) as network, network.start(*TRAIN, "two_level", on=on) as ranks:
         output = ranks.end(30)
     sizes = ", ".join(str(on.count(host)) for host in sorted(set(on)))
-    assert output.count(f"ValueError: two_level needs as many ranks on every host, but they have {sizes}") == len(on)
+    sentence = f"ValueError: two_level needs as many ranks on every host, but they have {sizes}"
+    assert output.count(sentence) == len(on), output
