@@ -80,7 +80,7 @@ ROWS = (
             "training": "it runs the same schedules as its parent, the row thread",
         },
     ),
-    Row("hierarchical-thread", "tests.table.hierarchical_over_thread", "thread", ONE_PROCESS),
+    Row("hierarchical-thread", "tests.table.hierarchical_over_thread", "thread", ONE_PROCESS, HIERARCHICAL),
     Row("hierarchical", "tests.table.hierarchical_over_shm_and_ring", "torchrun", focus=HIERARCHICAL),
     Row("gloo", "backends.torch_dist.GlooCommunicator", "torchrun"),
     Row("ring-gloo", "tests.table.ring_over_gloo", "torchrun"),

@@ -161,7 +161,9 @@ def test_two_levels_take_ranks_in_any_order() -> None:
 MIXED = [(0, 0, 1, 2), (0, 0, 0, 1), (0, 0, 0, 0, 1, 1, 2, 2)]
 
 
-@pytest.mark.parametrize("on", [*MIXED, (0, 1, 1, 0), (0, 1, 0)])
+@pytest.mark.parametrize(
+    "on", [MIXED[2], (0, 1, 0), *(pytest.param(on, marks=pytest.mark.slow) for on in (*MIXED[:2], (0, 1, 1, 0)))]
+)
 def test_a_hierarchy_takes_any_mix_of_hosts(on: tuple[int, ...]) -> None:
     with Network(3) as network, network.start(*TRAIN, "hierarchical", on=on) as ranks:
         output = ranks.end(60)

@@ -285,7 +285,7 @@ def test_ranks_that_disagree_are_all_told(kernels: str, tmp_path: Path) -> None:
     assert output.count("as expected") == 3 * 5
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_both_paths_agree_on_every_bit(world_size: int, tmp_path: Path) -> None:
     output = run_ranks("same_bits", "compiled", tmp_path, world_size)
     assert output.count("the same") == world_size, output
