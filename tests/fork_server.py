@@ -150,7 +150,7 @@ def load_kernels() -> None:
     """Load the kernels of shared memory, which takes each process that is no fork of this one half a second."""
     loading = importlib.import_module("backends.shm.compiled.loading")
     if loading.is_installed():
-        loading.kernels()
+        _ = loading.kernels().schedule
 
 
 def fork() -> int:

@@ -111,7 +111,10 @@ class CompiledCollectives:
             return None
         num_chunks = chunks_of(schedule, run.name, run.world_size)
         made = table(*written, run, num_chunks, self._arena.rank, numel, dtype.itemsize)
-        return None if made is None else Whole(made, run.name, numel, dtype, run.root, channel, self._kernels)
+        if made is None:
+            return None
+        _ = self._kernels.schedule  # compiled now, at the first use on a machine, and not while the others wait in it
+        return Whole(made, run.name, numel, dtype, run.root, channel, self._kernels)
 
     def run_whole(self, whole: Whole, regions: Sequence[Tensor], op: ReduceOp, timeout_s: float) -> None:
         """Run a schedule, on memory as backends/executor/layout.py has it."""

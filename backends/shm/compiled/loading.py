@@ -35,16 +35,23 @@ class Kernels:
 
     def __init__(self) -> None:
         with _kept():
-            from backends.shm.compiled import all_reduce, reducers, schedules, sharing
+            from backends.shm.compiled import all_reduce, reducers, sharing
         self.all_reduce: Kernel = all_reduce.all_reduce
         self.reduce_share: Kernel = all_reduce.reduce_share
         self.share: Kernel = sharing.share
         self.barrier: Kernel = sharing.barrier
-        self.schedule: Kernel = schedules.schedule
         self.scratch_bytes: int = reducers.SCRATCH_BYTES
         self._reducers = reducers
         self._made: dict[tuple[object, int], object] = {}
         self.reducer(torch.float32, ReduceOp.SUM)
+
+    @functools.cached_property
+    def schedule(self) -> Kernel:
+        """The kernel of whole schedules, for those who run one."""
+        with _kept():
+            from backends.shm.compiled import schedules
+        kernel: Kernel = schedules.schedule
+        return kernel
 
     @functools.cached_property
     def step(self) -> Kernel:
