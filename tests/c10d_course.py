@@ -63,6 +63,10 @@ def check_replicas(model: nn.Module) -> None:
         assert all(torch.equal(other, mine) for other in found), f"{name} is not the same on all ranks"
 
 
+HELD: list[object] = []
+"""Native Gloo's group, to the end of the process: it may end the process when it is destroyed."""
+
+
 def train(rank: int, port: int) -> None:
     """Train the model of the adapter beside one that is not parallel."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD_SIZE)
@@ -81,6 +85,7 @@ def train(rank: int, port: int) -> None:
         check_alike(module, reference)
         check_replicas(model.module)
     sys.stdout.write("trained as one process does\n")
+    HELD.append(dist.group.WORLD)
     dist.destroy_process_group()
 
 
