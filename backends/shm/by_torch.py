@@ -15,6 +15,7 @@ from backends.shm import roles
 from backends.shm.all_reduce import AllReduce, add_and_write
 from backends.shm.arena import Arena
 from backends.shm.layout import NOWHERE
+from backends.shm.roles import Call
 from backends.shm.sharing import share
 from minidist.collective import Run
 from minidist.communicator import ReduceOp
@@ -31,23 +32,13 @@ class TorchCollectives:
     def all_reduce(self, flat: Tensor, op: ReduceOp, timeout_s: float) -> None:
         self._all_reduces.run(flat, op, Deadline(timeout_s))
 
-    def share(
-        self,
-        kind: str,
-        numel: int,
-        source: Tensor | None,
-        target: Tensor | None,
-        op: ReduceOp,
-        root: int,
-        timeout_s: float,
-    ) -> None:
-        arena = self._arena
-        blocks = () if target is None else torch.split(target, numel)
-        like = blocks[0] if blocks else source
-        assert like is not None
-        offer = Offer(kind, like[:numel], source, roles.num_pieces(kind, arena.world_size), op, root)
-        reads = [(blocks[block], parts) for block, parts in roles.reads(kind, arena.rank, arena.world_size, root)]
-        share(arena, offer, reads, Deadline(timeout_s))
+    def share(self, call: Call, timeout_s: float) -> None:
+        n = self._arena.world_size
+        blocks = () if call.target is None else torch.split(call.target, call.numel)
+        piece = call.like[: call.numel]
+        offer = Offer(call.kind, piece, call.source, roles.num_pieces(call.kind, n), call.op, call.root)
+        reads = [(blocks[block], parts) for block, parts in roles.reads(call.kind, self._arena.rank, n, call.root)]
+        share(self._arena, offer, reads, Deadline(timeout_s))
 
     def barrier(self, timeout_s: float) -> None:
         self._arena.meet(MEETING, NOWHERE, Deadline(timeout_s))

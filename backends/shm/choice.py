@@ -15,6 +15,7 @@ from backends.shm.compiled import loading
 from backends.shm.compiled.collectives import CompiledCollectives
 from backends.shm.compiled.loading import Kernels
 from backends.shm.compiled.wholes import Whole
+from backends.shm.roles import Call
 from minidist.collective import Run
 from minidist.communicator import ReduceOp
 from minidist.errors import BackendUnavailableError
@@ -31,17 +32,8 @@ class Collectives(Protocol):
     def all_reduce(self, flat: Tensor, op: ReduceOp, timeout_s: float) -> None:
         """Combine the tensors of all ranks, in place."""
 
-    def share(
-        self,
-        kind: str,
-        numel: int,
-        source: Tensor | None,
-        target: Tensor | None,
-        op: ReduceOp,
-        root: int,
-        timeout_s: float,
-    ) -> None:
-        """Run any other collective; ``numel`` is that of a piece, see backends/shm/roles.py."""
+    def share(self, call: Call, timeout_s: float) -> None:
+        """Run any other collective."""
 
     def barrier(self, timeout_s: float) -> None:
         """Meet."""

@@ -30,6 +30,7 @@ from backends.shm.compiled.collectives import CompiledCollectives
 from backends.shm.compiled.wholes import Whole
 from backends.shm.layout import NOWHERE
 from backends.shm.mailbox import Message
+from backends.shm.roles import Call
 from minidist import launch
 from minidist.collective import Run
 from minidist.communicator import Device, ReduceOp, Shape, Work
@@ -169,7 +170,7 @@ class ShmCommunicator(ProcessCommunicator):
         """Offer ``source``, of pieces as large as ``piece``, and read into ``target``."""
         self.traffic.count(0 if source is None else source.nbytes)
         flat_source, flat_target = (None if each is None else each.view(-1) for each in (source, target))
-        self._collectives.share(kind, piece.numel(), flat_source, flat_target, op, root, timeout_s)
+        self._collectives.share(Call(kind, piece.numel(), flat_source, flat_target, op, root), timeout_s)
 
     def without_meetings(self, tensor: Tensor) -> Callable[[], None]:
         """Return what this rank does in an all-reduce of ``tensor``, but for waiting; for measurements.

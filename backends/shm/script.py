@@ -239,9 +239,8 @@ class _Writer:
         reduced = [chunk for message in arrivals if message.reduces for chunk in message.chunks]
         if len(reduced) > len(set(reduced)):
             arrivals = sorted(arrivals, key=lambda message: message.src)
-        lower = Counter(
-            chunk for m in arrivals if m.reduces and m.src < self._rank for chunk in m.chunks
-        )  # values to come before the own one
+        # By chunk: how many values of lower ranks are still to come before the own one.
+        lower = Counter(chunk for each in arrivals if each.reduces and each.src < self._rank for chunk in each.chunks)
         begun = set[Place]()
         for message in arrivals:
             if message.reduces:

@@ -31,6 +31,7 @@ from backends.shm.compiled.ways import (
     inline_place,
     next_round,
     offered,
+    own_first,
     staged,
 )
 from backends.shm.layout import INLINE_BYTES, LINE_BYTES, NOWHERE
@@ -72,7 +73,7 @@ def reduce_in_place(desk: int, plan: int) -> None:
     me = load(desk + RANK)
     start = me * share_bytes(desk, plan)
     for rank in range(load(desk + WORLD_SIZE)):
-        place = 0 if rank == me else rank + 1 if rank < me else rank
+        place = own_first(desk, rank)
         store(entry(desk, SOURCES, place), offered(desk, rank) + start)
         store(entry(desk, TARGETS, place), offered(desk, rank) + start)
     combine_share(desk, plan)
@@ -102,7 +103,7 @@ def reduce_block(desk: int, plan: int, target: int, block: int, step: int) -> No
     me = load(desk + RANK)
     mine = target + me * share_bytes(desk, plan) + block * step
     for rank in range(n):
-        place = 0 if rank == me else rank + 1 if rank < me else rank
+        place = own_first(desk, rank)
         store(entry(desk, SOURCES, place), mine if rank == me else staged(desk, rank, block, step, n, me))
     store(entry(desk, TARGETS, 0), mine)
     length = length_of_block(desk, plan, me, block, step)

@@ -21,6 +21,7 @@ from backends.shm.compiled.table import table
 from backends.shm.compiled.wholes import Whole, WholeMemory
 from backends.shm.compiled.words import Words
 from backends.shm.layout import share
+from backends.shm.roles import Call
 from backends.shm.script import scripts
 from minidist.collective import COLLECTIVES, Run
 from minidist.communicator import ReduceOp
@@ -83,22 +84,11 @@ class CompiledCollectives:
         plan = self._plan("all_reduce", flat.numel(), flat.dtype, op, 0)
         self._run(self._kernels.all_reduce, plan, 0, flat.data_ptr(), timeout_s)
 
-    def share(
-        self,
-        kind: str,
-        numel: int,
-        source: Tensor | None,
-        target: Tensor | None,
-        op: ReduceOp,
-        root: int,
-        timeout_s: float,
-    ) -> None:
-        """Run any other collective; ``numel`` is that of a piece."""
-        like = source if source is not None else target
-        assert like is not None
-        plan = self._plan(kind, numel, like.dtype, op, root)
-        offered = source.data_ptr() if source is not None else 0
-        self._run(self._kernels.share, plan, offered, target.data_ptr() if target is not None else 0, timeout_s)
+    def share(self, call: Call, timeout_s: float) -> None:
+        """Run any other collective."""
+        plan = self._plan(call.kind, call.numel, call.like.dtype, call.op, call.root)
+        source, target = (0 if each is None else each.data_ptr() for each in (call.source, call.target))
+        self._run(self._kernels.share, plan, source, target, timeout_s)
 
     def barrier(self, timeout_s: float) -> None:
         """Meet."""
@@ -139,8 +129,7 @@ class CompiledCollectives:
         offsets = arena.gather_offsets(plan.view[0], arena.heap.offset_of(tensor), Deadline(timeout_s))
         words = self._make_desk()  # its own: the tables stay as they are
         begin, _ = share(tensor.numel(), tensor.element_size(), arena.world_size, arena.rank)
-        order = sorted(range(arena.world_size), key=lambda rank: rank != arena.rank)
-        for place, rank in enumerate(order):
+        for place, rank in enumerate(roles.own_first(arena.rank, arena.world_size)):
             for tensors in (desk.SOURCES, desk.TARGETS):
                 start = arena.heaps[rank].base + offsets[rank] + begin * tensor.element_size()
                 words.view[desk.NUM_FIELDS + tensors * arena.world_size + place] = start

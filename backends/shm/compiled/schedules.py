@@ -7,19 +7,28 @@ from __future__ import annotations
 
 from backends.shm.compiled.copies import copy, stream
 from backends.shm.compiled.desk import (
-    ALWAYS_STAGED,
     ARRIVALS,
     BASE,
-    CONDITIONS,
     DONE,
     EVERYBODY,
+    ITEMSIZE,
+    RANK,
+    ROUND,
+    SIGNATURE,
+    SOURCES,
+    TARGETS,
+)
+from backends.shm.compiled.machine import inner, kernel, load, store, store_release
+from backends.shm.compiled.meeting import entry, heap, meet, offset_of, own, ring, wait_for
+from backends.shm.compiled.schedule_words import (
+    ALWAYS_STAGED,
+    CONDITIONS,
     FROM,
     FROM_PLACE,
     GOAL_OF,
     HOW,
     INTO,
     INTO_PLACE,
-    ITEMSIZE,
     LAST,
     LENGTH,
     NUM_REGIONS,
@@ -27,25 +36,18 @@ from backends.shm.compiled.desk import (
     NUM_SLICES,
     OUTBOX,
     PUT,
-    RANK,
-    ROUND,
     ROW_BYTES,
     ROWS,
-    SIGNATURE,
     SLICE_BYTES,
-    SOURCES,
     STAGED_AT,
     SUMS,
     SUMS_OF_OWN,
     TAKE_COPY,
     TAKE_FIRST,
-    TARGETS,
     TELL,
     WAIT,
     WHO,
 )
-from backends.shm.compiled.machine import inner, kernel, load, store, store_release
-from backends.shm.compiled.meeting import entry, heap, meet, offset_of, own, ring, wait_for
 from backends.shm.compiled.ways import combine, finish, inline_place
 from backends.shm.layout import NOWHERE, PROGRESS
 

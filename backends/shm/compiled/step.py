@@ -27,7 +27,7 @@ from backends.shm.compiled.machine import at, inner, kernel, load, store
 from backends.shm.compiled.meeting import entry, meet, offset_of
 from backends.shm.compiled.reducers import SCRATCH_BYTES
 from backends.shm.compiled.step_words import KIND, NUM_ROWS, ROW_BYTES, ROWS, SGD
-from backends.shm.compiled.ways import MEETING, combine, finish, offered
+from backends.shm.compiled.ways import MEETING, combine, finish, offered, own_first
 from backends.shm.layout import NOWHERE
 
 ITEM = 4
@@ -80,9 +80,8 @@ def step_adam(row: int, grad: int, value: int, offset: int, count: int) -> None:
 @inner
 def reduce_tile(desk: int, plan: int, start: int, nbytes: int) -> None:
     """Add up the gradients of all ranks, those of this one first."""
-    me = load(desk + RANK)
     for rank in range(load(desk + WORLD_SIZE)):
-        place = 0 if rank == me else rank + 1 if rank < me else rank
+        place = own_first(desk, rank)
         store(entry(desk, SOURCES, place), offered(desk, rank) + start)
     store(entry(desk, TARGETS, 0), load(desk + SCRATCH))
     combine(desk, plan, load(desk + WORLD_SIZE), 1, nbytes // load(plan + ITEMSIZE))

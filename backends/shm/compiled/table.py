@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from backends.executor.layout import Range, layout
-from backends.shm.compiled import desk
+from backends.shm.compiled import desk, schedule_words
 from backends.shm.layout import LINE_BYTES
 from backends.shm.script import Action, If, Place, Put, Script, Sent, Stage, Take, Tell, Wait
 from minidist.collective import Run
@@ -23,7 +23,7 @@ Memory = tuple[int, int]
 
 @dataclass(frozen=True)
 class Table:
-    """What a rank does; see backends/shm/compiled/desk.py.
+    """What a rank does; see backends/shm/compiled/schedule_words.py.
 
     Attributes:
         slice_bytes: how much of each chunk is done at a time.
@@ -108,9 +108,9 @@ class _Maker:
         """Yield the row of an action, unless it is about nothing."""
         match action:
             case Tell(far):
-                yield _row(desk.TELL, goal=far)
+                yield _row(schedule_words.TELL, goal=far)
             case Wait(peer, goal, conditions):
-                yield _row(desk.WAIT, peer, goal, conditions=self._conditions(conditions))
+                yield _row(schedule_words.WAIT, peer, goal, conditions=self._conditions(conditions))
             case _ if length := self._range(action.sent.place if action.sent else action.into).numel * self._itemsize:
                 yield self._move(action, length)
 
@@ -119,10 +119,10 @@ class _Maker:
         match action:
             case Stage(sent):
                 memory = self._memory(sent.place)
-                return _row(desk.STAGE_IT, 0, 0, memory, self._staged_at(sent), (0, 0), length, conditions)
+                return _row(schedule_words.STAGE_IT, 0, 0, memory, self._staged_at(sent), (0, 0), length, conditions)
             case Put(sent, into):
                 memory = self._memory(sent.place)
-                return _row(desk.PUT, into.rank, 0, memory, 0, self._memory(into), length, conditions)
+                return _row(schedule_words.PUT, into.rank, 0, memory, 0, self._memory(into), length, conditions)
             case Take():
                 return self._take(action, length, conditions)
 
@@ -132,7 +132,7 @@ class _Maker:
         if sent is None:
             return _row(take.how, 0, 0, self._memory_of_sums(take.into), 0, into, length, conditions)
         region, place = self._memory(sent.place)
-        memory = desk.ALWAYS_STAGED if sent.always_staged else region, place
+        memory = schedule_words.ALWAYS_STAGED if sent.always_staged else region, place
         return _row(take.how, sent.place.rank, 0, memory, self._staged_at(sent), into, length, conditions)
 
     def _conditions(self, conditions: Sequence[If]) -> list[int]:
@@ -148,7 +148,7 @@ class _Maker:
         return found.region, found.start * self._itemsize
 
     def _memory_of_sums(self, place: Place) -> Memory:
-        return desk.SUMS_OF_OWN, self._sums.setdefault(place, len(self._sums) * self._slice_bytes)
+        return schedule_words.SUMS_OF_OWN, self._sums.setdefault(place, len(self._sums) * self._slice_bytes)
 
     def _staged_at(self, sent: Sent) -> int:
         return self._outbox(sent.place.rank)[0][sent]
@@ -176,7 +176,7 @@ def _row(
     conditions: Sequence[int] = (),
 ) -> Sequence[int]:
     row = [how, peer, goal, *source, staged_at, *into, length, *conditions]
-    return row + [0] * (desk.ROW_BYTES // 8 - len(row))
+    return row + [0] * (schedule_words.ROW_BYTES // 8 - len(row))
 
 
 def _lines(nbytes: int) -> int:

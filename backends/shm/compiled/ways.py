@@ -19,6 +19,7 @@ from backends.shm.compiled.desk import (
     DONE,
     EVERYBODY,
     INLINE,
+    RANK,
     REDUCER,
     ROUND,
     SCRATCH,
@@ -62,6 +63,13 @@ def combine(desk: int, plan: int, num_sources: int, num_targets: int, count: int
     sources = entry(desk, SOURCES, 0)
     targets = entry(desk, TARGETS, 0)
     call_reducer(load(plan + REDUCER), sources, num_sources, targets, num_targets, count, load(desk + SCRATCH))
+
+
+@inner
+def own_first(desk: int, rank: int) -> int:
+    """Return the place of a rank where this one comes first, then the others by rank."""
+    me = load(desk + RANK)
+    return 0 if rank == me else rank + 1 if rank < me else rank
 
 
 @inner

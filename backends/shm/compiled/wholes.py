@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backends.processes.signature import pack, schedule_on
 from backends.shm.arena import Arena
-from backends.shm.compiled import desk
+from backends.shm.compiled import schedule_words
 from backends.shm.compiled.loading import Kernels
 from backends.shm.compiled.table import Table
 from backends.shm.compiled.words import Words
@@ -37,7 +37,7 @@ class Whole:
         self.words = functools.cache(self._make_words)
 
     def _make_words(self, op: ReduceOp) -> Words:
-        """Return the plan; see backends/shm/compiled/desk.py."""
+        """Return the plan; see backends/shm/compiled/schedule_words.py."""
         kind, numel, dtype = self._what
         table = self.table
         reducer = self._kernels.reducer(dtype, op) if table.reduces else 0
@@ -60,20 +60,20 @@ class WholeMemory:
         self._stage = arena.heap.base + arena.places.stage
         self._outbox: Tensor | None = None
         self._sums = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self._words = Words([0] * (desk.NUM_REGIONS + 2))
+        self._words = Words([0] * (schedule_words.NUM_REGIONS + 2))
 
     def of(self, table: Table, regions: Sequence[Tensor]) -> int:
         """Return the address of the words that name the memory of a call."""
         words = self._words.view
         has_staged = table.always_stages
-        for index in range(desk.NUM_REGIONS):
+        for index in range(schedule_words.NUM_REGIONS):
             is_there = index < len(regions) and regions[index].numel() > 0
             words[index] = regions[index].data_ptr() if is_there else 0
             has_staged |= is_there and self._arena.heap.offset_of(regions[index]) == NOWHERE
-        words[desk.OUTBOX // 8] = self._outbox_of(table.outbox_bytes) if has_staged else 0
+        words[schedule_words.OUTBOX // 8] = self._outbox_of(table.outbox_bytes) if has_staged else 0
         if table.sums_bytes > self._sums.numel():
             self._sums = torch.empty(table.sums_bytes, dtype=torch.uint8, device="cpu")
-        words[desk.SUMS // 8] = self._sums.data_ptr()
+        words[schedule_words.SUMS // 8] = self._sums.data_ptr()
         return self._words.address
 
     def _outbox_of(self, nbytes: int) -> int:
