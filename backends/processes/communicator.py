@@ -79,7 +79,7 @@ class ProcessCommunicator(ScheduledCommunicator):
 
     def _made_at(self, place: Place) -> Communicator:
         """Return a communicator like this one for a part of its ranks."""
-        return type(self)(self.timeout_s, self.segment_bytes, place)
+        return type(self)(self.timeout_s, self.segment_bytes, place, self.outage_s)
 
     def _close(self) -> None:
         self._lifeline.leave()

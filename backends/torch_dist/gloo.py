@@ -27,7 +27,7 @@ from backends.processes.lifeline import OUTAGE_S
 from backends.processes.offer import Offer
 from backends.processes.signature import MEETING, pack
 from backends.torch_dist.gloo_messages import GlooMessage, GlooSend
-from minidist.communicator import Communicator, ReduceOp, Work
+from minidist.communicator import ReduceOp, Work
 from minidist.contract.addresses import LOOPBACK
 from minidist.contract.carriers import bytes_of
 from minidist.contract.forks import kept_in_forks, never_destroy
@@ -131,9 +131,6 @@ class TorchDistCommunicator(ProcessCommunicator):
 
     # Life -------------------------------------------------------------------------------------
 
-    def _made_at(self, place: Place) -> Communicator:
-        return type(self)(self.timeout_s, self.segment_bytes, place, self.outage_s)
-
     def _close(self) -> None:
         super()._close()
         self._group = None
@@ -166,6 +163,7 @@ class GlooCommunicator(TorchDistCommunicator):
         self.waited_for: weakref.WeakSet[GlooMessage] = weakref.WeakSet()
         self._is_interrupted = False
         super().__init__(timeout_s, segment_bytes, place, outage_s)
+        self._runs_apart = self.world_size > 1  # what hangs in Gloo is left behind, see `_give_up`
         self._agreement = Agreement(self, self._schedule_tag)  # in one order with the messages of schedules
         self._everyone = [(rank, 0) for rank in range(self.world_size)]
 
@@ -261,15 +259,6 @@ class GlooCommunicator(TorchDistCommunicator):
         return [[(rank, piece)] for rank in range(self.world_size)]
 
     # Life -------------------------------------------------------------------------------------
-
-    def _dispatch(self, run: Callable[[], None], async_op: bool) -> Work:
-        """Run what may hang in a thread that can be left behind, see `_give_up`."""
-        if self.world_size == 1 or self._progress.in_job:
-            return super()._dispatch(run, async_op)
-        work = self._progress.submit(run)
-        if not async_op:
-            work.wait()
-        return work
 
     def _connect(self) -> None:
         too_late = _later(self._start.left_s + GRACE_S, self._give_up)

@@ -61,6 +61,7 @@ class Membership(ABC):
         self._closed = ""
         self._failure: CommError | None = None
         self._channel = self._num_channels = 0
+        self._runs_apart = False  # operations always run in the other thread, which can be left behind
         self._sends = OpenSends()
         self._late_receives: dict[int, Late] = {}  # by tag
         self._root: Membership = self
@@ -216,7 +217,7 @@ class Membership(ABC):
 
     def _dispatch(self, run: Callable[[], None], async_op: bool) -> Work:
         """Run an operation after those that were started before it: here, or in the thread that runs those."""
-        if (async_op or not self._progress.idle) and not self._progress.in_job:
+        if (async_op or self._runs_apart or not self._progress.idle) and not self._progress.in_job:
             work = self._progress.submit(run)
             if not async_op:
                 work.wait()
