@@ -86,6 +86,18 @@ def _defined(dtype: torch.dtype) -> Sequence[ReduceOp]:
     return [op for op in ReduceOp if op not in BITWISE and (dtype.is_floating_point or op is not ReduceOp.AVG)]
 
 
+def combinable(dtype: torch.dtype) -> Sequence[ReduceOp]:
+    """Return what combines numbers of this dtype in a hook, where there is no AVG."""
+    is_integer = not dtype.is_floating_point and not dtype.is_complex
+    return [op for op in _defined(dtype) if op is not ReduceOp.AVG] + (list(BITWISE) if is_integer else [])
+
+
+def forget() -> None:
+    """Let go of the tensors that are kept, which many sizes would fill the memory with."""
+    _closed_form.cache_clear()
+    reduced.cache_clear()
+
+
 def moves(numels: Sequence[int], roots: Sequence[int]) -> Iterator[tuple[torch.dtype, int, int]]:
     """Yield every dtype with every number of elements, and with every root."""
     for turn, dtype in enumerate(checks.DTYPES):

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from minidist.communicator import Communicator, ReduceOp
 from minidist.contract.checks import DTYPES
 from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, MismatchError, PeerLostError
 from tests import zoo
+from tests.inputs import combinable
 
 NO_NAP_S = 20.0
 
@@ -374,13 +375,6 @@ SOME = (
     (torch.bool, ReduceOp.MAX),
 )
 """Enough of them for schedules, which combine what they are given as `same_bits` has seen it."""
-
-
-def combinable(dtype: torch.dtype) -> Sequence[ReduceOp]:
-    if dtype.is_complex:
-        return (ReduceOp.SUM,)
-    of_all = (ReduceOp.SUM, ReduceOp.MIN, ReduceOp.MAX, ReduceOp.PRODUCT)
-    return of_all if dtype.is_floating_point else (*of_all, ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
 
 
 def results(

@@ -22,8 +22,8 @@ from minidist.communicator import Communicator, ReduceOp
 from minidist.contract.checks import DTYPES
 from minidist.errors import PeerLostError
 from tests import inputs
-from tests.inputs import operand, reduced, tensor
-from tests.shm_ranks import combinable, footprint
+from tests.inputs import combinable, operand, reduced, tensor
+from tests.shm_ranks import footprint
 
 ROUND = 50
 """Operations between two looks at the clock, which have to be of all ranks together."""
@@ -187,8 +187,7 @@ def run(comm: Communicator, seed: int, seconds: float, victim: int) -> int:
             result, expected = OPERATIONS[one.kind](comm, one)
             assert torch.equal(result, expected), f"operation {count} of seed {seed}: {one}"
             count += 1
-        inputs._closed_form.cache_clear()  # it would fill the memory with so many sizes
-        reduced.cache_clear()
+        inputs.forget()
     return count
 
 

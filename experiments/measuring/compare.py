@@ -89,10 +89,11 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for iteration in range(warmup + iterations):
         for name, action in actions.items():
+            prepare = None if before is None else before.get(name)
             comm.barrier()
             if burst:
                 action()
-            measured = [_seconds(action, (before or {}).get(name)) for _ in range(max(burst, 1))]
+            measured = [_seconds(action, prepare) for _ in range(max(burst, 1))]
             if iteration >= warmup:
                 seconds[name] += measured
     by_rank = comm.all_gather_object(seconds)
