@@ -8,8 +8,8 @@ has that trains on all of them.
 from __future__ import annotations
 
 import copy
-import socket
 import sys
+import tempfile
 
 import torch
 import torch.distributed as dist
@@ -67,9 +67,9 @@ HELD: list[object] = []
 """Native Gloo's group, to the end of the process: it may end the process when it is destroyed."""
 
 
-def train(rank: int, port: int) -> None:
+def train(rank: int, meeting: str) -> None:
     """Train the model of the adapter beside one that is not parallel."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD_SIZE)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORLD_SIZE)
     torch.manual_seed(rank)
     module = Tied()
     frozen, reference = module.scale.clone(), of_rank_0(module)
@@ -89,10 +89,7 @@ def train(rank: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(train, (free_port(),), WORLD_SIZE)
+    # By a file: a port that is free now may be taken when the ranks have loaded torch.
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(train, (f"{folder}/meeting",), WORLD_SIZE)
