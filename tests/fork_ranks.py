@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from backends.shm.communicator import ShmCommunicator
 from backends.torch_dist.gloo import GlooCommunicator
 from minidist.communicator import Communicator
 from minidist.errors import CommError, PeerLostError
+from tests.ports import free_port
 
 BACKENDS = {"shm": ShmCommunicator, "gloo": GlooCommunicator}
 LIMIT_S = 30.0
@@ -43,11 +43,6 @@ def ended(pid: int, until: float) -> int:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
     return os.waitstatus_to_exitcode(status[1])
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def exit_in_a_fork(kind: str) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Callable
 
@@ -20,6 +19,7 @@ from backends.two_level import TwoLevelCommunicator
 from minidist import launch
 from minidist.communicator import Communicator
 from minidist.errors import CommError
+from tests.ports import free_port
 
 MAKE: dict[str, Callable[[], Communicator]] = {
     "shm": lambda: ShmCommunicator(timeout_s=30),
@@ -55,6 +55,4 @@ def run(rank: int, what: str, address: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    with socket.create_server(("", 0)) as server:
-        free_port = server.getsockname()[1]
-    mp.start_processes(run, (sys.argv[1], sys.argv[2], free_port), nprocs=2, start_method=sys.argv[3])
+    mp.start_processes(run, (sys.argv[1], sys.argv[2], free_port()), nprocs=2, start_method=sys.argv[3])

@@ -82,3 +82,13 @@ def test_kernels_are_kept_where_nobody_else_writes(tmp_path: Path, monkeypatch: 
     find().chmod(0o777)
     with pytest.raises(PermissionError, match="must belong to user"):
         find()
+
+
+def test_a_user_without_a_home_has_kernels_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(loading.Path, "home", no_home)
+    monkeypatch.setattr(loading.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert loading._directory.__wrapped__().parent == tmp_path / f"minidist-{os.getuid()}"

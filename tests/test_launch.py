@@ -10,6 +10,7 @@ import pytest
 
 from minidist.launch import World, counted_ranks, detect, host_id, located, own_address, without_launcher
 from tests.harness import run_command, run_forked
+from tests.ports import free_port
 
 TORCHRUN = {
     "RANK": "5",
@@ -155,8 +156,7 @@ def test_ranks_meet_at_an_ipv6_address(what: str, address: str, tmp_path: Path) 
     ids=["master-addr", "rdzv-endpoint"],
 )
 def test_torchrun_meets_at_an_ipv6_address(options: list[str], tmp_path: Path) -> None:
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     start += [option.format(port=port) for option in options]
     arguments = [*start, "-m", "tests.fork_ranks", "gloo", "exit_in_a_fork"]

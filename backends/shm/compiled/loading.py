@@ -101,8 +101,8 @@ def _kept() -> Iterator[None]:
 def _directory() -> Path:
     """Return where the kernels of these sources are kept."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minidist"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # a user whom the system does not know has no home
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minidist"
         return _made(cache / digest)
     return _made(Path(tempfile.gettempdir()) / f"minidist-{os.getuid()}" / digest)
 
