@@ -76,7 +76,9 @@ class Engine:
         self.learning_rate = LearningRate(optimisation.scheduler, optimizer)
         self.position = Position()
         self.tallies = Tallies()
-        self.training = Training(model.module, optimizer, optimisation.scheduler, self.position, self.tallies)
+        self.training = Training(
+            model.module, optimizer, optimisation.scheduler, self.position, self.tallies, model.hook
+        )
         self.stop_signal = StopSignal()
         self.roll_call = RollCall(comm, self.stop_signal)
 

@@ -21,7 +21,7 @@ class Training:
     """All of a training that outlives its process.
 
     The model's buffers are kept per rank besides, since they may differ, as do the random states in the position.
-    A hook's own state is not kept.
+    A hook's own state is kept, per rank, if it has ``state_dict()`` and ``load_state_dict()``.
     """
 
     module: nn.Module
@@ -29,10 +29,13 @@ class Training:
     scheduler: Scheduler | None
     position: Position
     tallies: Tallies
+    hook: Any = None
 
     def signature(self) -> Signature:
         """Return what a checkpoint has to agree with to be one of this training."""
         kinds = {"the optimizer": _kind(self.optimizer), "the scheduler": _kind(self.scheduler)}
+        if hasattr(self.hook, "state_dict"):
+            kinds["the hook"] = _kind(self.hook)
         named = [*self.module.named_parameters(), *self.module.named_buffers()]
         return kinds | {name: f"{spell(t.dtype)}{list(t.shape)}" for name, t in named}
 
@@ -47,6 +50,8 @@ class Training:
         # On the CPU, since another rank's GPU may not exist where rank 0 unpickles.
         buffers = {name: buffer.cpu() for name, buffer in self.module.named_buffers()}
         local = {"position": self.position.state(), "buffers": buffers}
+        if hasattr(self.hook, "state_dict"):
+            local["hook"] = self.hook.state_dict()
         return State(self.position.step, self.signature(), shared, local)
 
     def restore(self, state: State) -> None:
@@ -57,6 +62,8 @@ class Training:
         self.optimizer.load_state_dict(state.shared["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state.shared["scheduler"])
+        if "hook" in state.local:
+            self.hook.load_state_dict(state.local["hook"])
         self.tallies.restore(state.shared["status"])
         self.position.restore(state.local["position"])  # last, as what came before may draw random numbers
 

@@ -1,0 +1,101 @@
+"""A few of the gradients: the largest ones, or random ones."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from minidist.communicator import Communicator, Work
+from minidist.compression.compressor import Compressor, State, counted, draws
+from minidist.gradients.buckets import Bucket
+
+
+def _fraction(given: float, name: str) -> float:
+    if not 0 < given <= 1:
+        raise ValueError(f"{name}: fraction must be above 0 and at most 1, got {given}")
+    return float(given)
+
+
+def _k(fraction: float, numel: int) -> int:
+    """Return how many of so many numbers are sent, at least one."""
+    return max(1, math.floor(fraction * numel + 0.5))
+
+
+class TopK(Compressor):
+    """Each rank sends the largest of its gradients by their absolute value, with their places.
+
+    Aji and Heafield, "Sparse Communication for Distributed Gradient Descent" (2017). All ranks gather what all have
+    sent, 4 bytes for a place and those of a number, which at n ranks gains while fraction * n is small. Needs
+    `ErrorFeedback`, or small gradients never count.
+
+    Args:
+        fraction: of each bucket, above 0 and at most 1.
+    """
+
+    def __init__(self, fraction: float = 0.01) -> None:
+        super().__init__()
+        self.fraction = _fraction(fraction, "TopK")
+        self._parts: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def start(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Work:
+        k = _k(self.fraction, len(values))
+        places = values.abs().topk(k, sorted=False).indices
+        numbers = values[places]
+        self._parts[bucket.index] = places, numbers
+        packed = torch.cat([places.int().view(torch.uint8), numbers.view(torch.uint8)])
+        everywhere = packed.new_empty(comm.world_size, len(packed))
+
+        def add_up() -> None:
+            values.zero_()
+            for row in everywhere:  # one rank after the other, so that the bits are the same everywhere
+                # Copies, as memory can be seen as another dtype only from a multiple of its size on.
+                places = row[: 4 * k].clone().view(torch.int32)
+                numbers = row[4 * k :].clone().view(values.dtype)
+                values.index_add_(0, places, numbers)
+
+        return comm.all_gather(everywhere, packed, async_op=comm.overlaps).then(add_up)
+
+    def sent(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Tensor:
+        places, numbers = self._parts.pop(bucket.index)
+        return torch.zeros_like(values).index_copy_(0, places, numbers)
+
+
+class RandomK(Compressor):
+    """All ranks send the same random places of their gradients, so that no place travels and numbers add up.
+
+    Stich et al., "Sparsified SGD with Memory" (2018); Konečný et al., "Federated Learning: Strategies for Improving
+    Communication Efficiency" (2016), random masks.
+
+    Args:
+        fraction: of each bucket, above 0 and at most 1.
+        unbiased: whether to scale what is sent by 1 / fraction, so that the mean is right; not with `ErrorFeedback`.
+        seed: of the places; the same on all ranks.
+    """
+
+    def __init__(self, fraction: float = 0.01, unbiased: bool = True, seed: int = 0) -> None:
+        super().__init__()
+        self.fraction = _fraction(fraction, "RandomK")
+        self.unbiased = unbiased
+        self.seed = seed
+        self._parts: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def start(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Work:
+        k = _k(self.fraction, len(values))
+        generator = draws(values.device, self.seed, bucket.index, counted(state))
+        places = torch.randperm(len(values), generator=generator, device=values.device)[:k]
+        numbers = values[places]
+        if self.unbiased:
+            numbers *= len(values) / k
+        self._parts[bucket.index] = places, numbers
+        total = numbers.clone()
+
+        def put() -> None:
+            values.zero_().index_copy_(0, places, total)
+
+        return comm.all_reduce(total, async_op=comm.overlaps).then(put)
+
+    def sent(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Tensor:
+        places, numbers = self._parts.pop(bucket.index)
+        return torch.zeros_like(values).index_copy_(0, places, numbers)
