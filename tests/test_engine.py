@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from backends.serial import SerialCommunicator
 from backends.thread import run_threads
 from minidist import ShardedOptimizer
+from minidist.compression import ErrorFeedback, TopK
 from minidist.ddp import DistributedDataParallel
 from minidist.engine import Engine
 from minidist.errors import CheckpointError
@@ -48,11 +49,9 @@ def shard(comm, data, global_batch_size=6, train=True):
     return DataLoader(data, batch_size, sampler=sampler, generator=torch.Generator())
 
 
-def make_engine(
-    comm, lr=0.2, model=None, loss_fn=nn.functional.cross_entropy, broadcast_buffers=True, in_shares=False, **options
-):
-    """``options`` are those of `Optimisation` and of the engine."""
-    model = DistributedDataParallel(model or make_model(), comm, broadcast_buffers=broadcast_buffers)
+def make_engine(comm, lr=0.2, model=None, loss_fn=nn.functional.cross_entropy, in_shares=False, ddp=None, **options):
+    """``options`` are those of `Optimisation` and of the engine, ``ddp`` those of the wrapper."""
+    model = DistributedDataParallel(model or make_model(), comm, **(ddp or {}))
     settings = {"lr": lr, "momentum": 0.9}
     if in_shares:
         optimizer = ShardedOptimizer(model.parameters(), torch.optim.SGD, comm, **settings)
@@ -259,8 +258,8 @@ def test_one_rank_asked_to_stop_stops_all_after_the_same_step(tmp_path, world_si
         # Every rank has statistics of its own, since buffers are not broadcast.
         model = make_model(nn.BatchNorm1d(8))
         checkpoints = Checkpoints(directory, comm, resume=resume)
-        options = {"broadcast_buffers": False, "checkpoints": checkpoints, "log_every": 7}
-        engine = make_engine(comm, model=model, loss_fn=loss_fn, **options)
+        ddp = {"broadcast_buffers": False, "hook": ErrorFeedback(TopK(0.3))}  # which holds back what is this rank's own
+        engine = make_engine(comm, model=model, loss_fn=loss_fn, ddp=ddp, checkpoints=checkpoints, log_every=7)
         summary = engine.fit(shard(comm, samples()), epochs=4)
         return summary, [*parameters(engine), *engine.model.module.buffers()]
 
