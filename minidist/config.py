@@ -107,6 +107,7 @@ class EngineConfig:
         keep_checkpoints: how many to keep.
         checkpoint_dir: null for checkpoints/ in the directory of the run.
         resume: whether to go on from the last checkpoint of this run, or of the last run of this job.
+        elastic: whether it may be one of another number of ranks.
     """
 
     epochs: int = 5
@@ -124,6 +125,7 @@ class EngineConfig:
     keep_checkpoints: int = 2
     checkpoint_dir: str | None = None
     resume: bool = False
+    elastic: bool = False
 
     def __post_init__(self) -> None:
         _at_least("engine.epochs", self.epochs, 1)

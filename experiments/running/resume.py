@@ -13,7 +13,7 @@ from minidist.communicator import Communicator
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
-MAY_DIFFER = ("engine.resume", "engine.epochs", "engine.progress", "engine.log_every", "launch.")
+MAY_DIFFER = ("engine.resume", "engine.elastic", "engine.epochs", "engine.progress", "engine.log_every", "launch.")
 """Settings of a command that goes on which say nothing of what is trained."""
 
 

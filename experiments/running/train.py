@@ -119,7 +119,9 @@ def _checkpoints(settings: EngineConfig, comm: Communicator, directory: Path) ->
     where = Path(settings.checkpoint_dir) if settings.checkpoint_dir else directory / resume.CHECKPOINTS
     if resumes and not settings.checkpoint_dir:
         where = resume.directory(directory, comm)
-    return Checkpoints(where, comm, settings.checkpoint_every_steps, settings.keep_checkpoints, resumes)
+    return Checkpoints(
+        where, comm, settings.checkpoint_every_steps, settings.keep_checkpoints, resumes, settings.elastic
+    )
 
 
 def _scheduler(optimizer: Optimizer, settings: EngineConfig, num_batches: int) -> LambdaLR | None:

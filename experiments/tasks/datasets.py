@@ -126,6 +126,14 @@ class _EpochSampler(Sampler[int]):
     def first_batch(self) -> int:
         return self._sampler.first_batch
 
+    @property
+    def skipped(self) -> int:
+        return self._sampler.skipped
+
+    @skipped.setter
+    def skipped(self, num_samples: int) -> None:
+        self._sampler.skipped = num_samples
+
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         self._samples.set_epoch(epoch)
         self._sampler.set_epoch(epoch, first_batch)

@@ -37,13 +37,17 @@ class State:
         step: optimizer steps so far; names the file.
         signature: has to be that of the training that resumes.
         shared: what is the same on all ranks; rank 0's is kept.
-        local: what is this rank's own.
+        local: what is this rank's own; rank 0's where it had none, as there were fewer ranks.
+        ranks_before: how many ranks there were, if that was another number, otherwise 0.
+        is_own: whether ``local`` is this rank's own.
     """
 
     step: int
     signature: Signature
     shared: dict[str, Any]
     local: dict[str, Any]
+    ranks_before: int = 0
+    is_own: bool = True
 
 
 class Checkpoints:
@@ -57,6 +61,7 @@ class Checkpoints:
         every_steps: save after each so many optimizer steps, besides the end of each epoch; 0: then only.
         keep: how many files stay.
         resume: go on from the newest one, if there is one; without it, those of an earlier run are refused.
+        elastic: whether to go on from one of another number of ranks.
 
     Raises:
         ValueError: ``every_steps`` below 0, or ``keep`` below 1.
@@ -64,7 +69,13 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: Path, comm: Communicator, every_steps: int = 0, keep: int = 2, resume: bool = False
+        self,
+        directory: Path,
+        comm: Communicator,
+        every_steps: int = 0,
+        keep: int = 2,
+        resume: bool = False,
+        elastic: bool = False,
     ) -> None:
         if every_steps < 0 or keep < 1:
             raise ValueError(
@@ -74,6 +85,7 @@ class Checkpoints:
         self.every_steps = every_steps
         self.keep = keep
         self.resume = resume
+        self.elastic = elastic
         self._comm = comm
         self._on_rank_0("Checkpoints", self._prepare)
 
@@ -111,8 +123,11 @@ class Checkpoints:
             return None
         content = _load(data)
         self._ensure_fits(content, signature)
-        local = content["locals"][self._comm.rank]
-        return State(content["step"], signature, original(content["shared"]), original(local))
+        before, rank = content["world_size"], self._comm.rank
+        is_own = rank < before
+        local = content["locals"][rank if is_own else 0]
+        changed = before if before != self._comm.world_size else 0
+        return State(content["step"], signature, original(content["shared"]), original(local), changed, is_own)
 
     def refuse_existing(self) -> None:
         """Raise CheckpointError, on every rank, if the directory holds checkpoints of an earlier run."""
@@ -142,10 +157,10 @@ class Checkpoints:
 
     def _ensure_fits(self, content: dict[str, Any], given: Signature) -> None:
         who = f"{self._comm.who('Checkpoints.load')}: the checkpoint of step {content['step']} in {self.directory}"
-        if content["world_size"] != self._comm.world_size:
+        if content["world_size"] != self._comm.world_size and not self.elastic:
             raise CheckpointError(
                 f"{who} is of {counted_ranks(content['world_size'])}, this run has {self._comm.world_size}; "
-                "start as many ranks as before, or choose another directory"
+                "start as many ranks as before, go on with elastic=true, or choose another directory"
             )
         saved = content["signature"]
         for name in [*saved, *given]:

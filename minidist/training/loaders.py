@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
@@ -45,6 +45,13 @@ class SeekableSampler(Protocol):
     batch_size: int
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None: ...
+
+
+@runtime_checkable
+class ReshardableSampler(SeekableSampler, Protocol):
+    """One that can leave out samples which all ranks together were given before, and share out the rest."""
+
+    skipped: int
 
 
 @runtime_checkable
@@ -111,21 +118,58 @@ def batches_from(loader: Loader, epoch: int, first_batch: int) -> Iterator[Batch
     Raises:
         ValueError: the loader and its sampler differ in their ``batch_size``.
     """
-    order, batch_size = _order(loader)
-    if isinstance(order, SeekableSampler) and batch_size is not None:
-        if batch_size != order.batch_size:
-            raise ValueError(
-                f"Engine.fit: the loader's batch_size is {batch_size}, its sampler's {order.batch_size}; "
-                "give both the same, or the middle of an epoch cannot be found again"
-            )
-        order.set_epoch(epoch, first_batch)
+    seekable = _seekable(loader)
+    if seekable is not None:
+        seekable.set_epoch(epoch, first_batch)
         return iter(loader)
+    order, _ = _order(loader)
     if isinstance(order, EpochSampler):
         order.set_epoch(epoch)
     batches = iter(loader)
     for _ in itertools.islice(batches, first_batch):
         continue
     return batches
+
+
+def skip(loader: Loader, num_samples: int) -> None:
+    """Let the next epoch begin behind so many samples, which all ranks together were given before.
+
+    Raises:
+        ValueError: there are such samples, and the loader cannot leave them out.
+    """
+    order = _seekable(loader)
+    if isinstance(order, ReshardableSampler):
+        order.skipped = num_samples
+    elif num_samples:
+        _fail_to_reshard()
+
+
+def samples_in(loader: Loader, num_batches: int) -> int:
+    """Return how many samples of a rank so many batches are, all of them full; ValueError as of `skip`."""
+    order = _seekable(loader)
+    if not isinstance(order, ReshardableSampler):
+        _fail_to_reshard()
+    return num_batches * order.batch_size
+
+
+def _fail_to_reshard() -> NoReturn:
+    raise ValueError(
+        "Engine.fit: training stopped in the middle of an epoch on another number of ranks, and this loader cannot "
+        "share out the rest of it anew; use ShardedSampler, or go on from a checkpoint of the end of an epoch"
+    )
+
+
+def _seekable(loader: Loader) -> SeekableSampler | None:
+    """Return the sampler that can begin in the middle of an epoch, if the loader has one."""
+    order, batch_size = _order(loader)
+    if not isinstance(order, SeekableSampler) or batch_size is None:
+        return None
+    if batch_size != order.batch_size:
+        raise ValueError(
+            f"Engine.fit: the loader's batch_size is {batch_size}, its sampler's {order.batch_size}; "
+            "give both the same, or the middle of an epoch cannot be found again"
+        )
+    return order
 
 
 def _order(loader: Loader) -> tuple[object, int | None]:
@@ -168,7 +212,7 @@ def length_of(loader: Loader, who: str) -> int:
         ) from error
 
 
-def ensure_equal_lengths(lengths: Sequence[int], num_done: int, epoch: int, who: str) -> None:
+def ensure_equal_lengths(lengths: Sequence[int], num_done: int, epoch: int, who: str, may_be_over: bool) -> None:
     """Refuse training loaders that differ between ranks, or end before what was trained on already.
 
     Args:
@@ -176,6 +220,7 @@ def ensure_equal_lengths(lengths: Sequence[int], num_done: int, epoch: int, who:
         num_done: batches of the epoch that were trained on.
         epoch: its number.
         who: this rank, for errors.
+        may_be_over: whether there may be no batch left.
 
     Raises:
         ValueError: as above, or there is no batch at all.
@@ -185,7 +230,7 @@ def ensure_equal_lengths(lengths: Sequence[int], num_done: int, epoch: int, who:
             f"{who}: the training loaders of all ranks must have the same number of batches, "
             f"got {lengths}; use ShardedSampler with pad=True, or drop_last=True"
         )
-    if lengths[0] == 0:
+    if lengths[0] == 0 and not may_be_over:
         raise ValueError(
             f"{who}: the training loader has no batch; give more samples, a smaller batch_size, or drop_last=False"
         )

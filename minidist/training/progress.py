@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minidist.communicator import Communicator
-from minidist.training.loaders import Batch, Loader, Steps, batches_from, ensure_equal_lengths, length_of
+from minidist.training.loaders import (
+    Batch,
+    Loader,
+    Steps,
+    batches_from,
+    ensure_equal_lengths,
+    length_of,
+    samples_in,
+    skip,
+)
 from minidist.training.seed import RandomState, random_state, restore_random_state
 
 
@@ -20,12 +29,16 @@ class Position:
         epoch: epochs that are complete.
         batch: batches read from the loader in the epoch after them.
         step: optimizer steps since the start of training.
+        skipped: samples of that epoch that all ranks were given when there was another number of them; ``batch`` counts
+            from there.
     """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    skipped: int = 0
     _epoch_random: RandomState = field(default_factory=random_state, repr=False)
+    _ranks_before: int = 0
 
     def steps(self, loader: Loader, batches_per_step: int, comm: Communicator) -> Steps:
         """Return the steps of this epoch that are still to come. Collective.
@@ -39,13 +52,15 @@ class Position:
             ValueError: on every rank, if the ranks' loaders differ in length, or one of them has no batch.
         """
         who = comm.who("Engine.fit")
+        self._cut_anew(loader)
+        skip(loader, self.skipped)
         num_batches = length_of(loader, who)
         batches = self._rest_of_epoch(loader)
         # A loader can say that it has batches and give none, such as a generator that was read before. One rank alone
         # would see that, and leave the others in the first step's all-reduce; so all ranks read first, and then tell.
         first = next(batches, None)
         told = comm.all_gather_object((num_batches, first is not None))
-        ensure_equal_lengths([length for length, _ in told], self.batch, self.epoch, who)
+        ensure_equal_lengths([length for length, _ in told], self.batch, self.epoch, who, self.skipped > 0)
         silent = [rank for rank, (_, has_first) in enumerate(told) if not has_first]
         if silent and self.batch < num_batches:
             raise ValueError(
@@ -67,6 +82,13 @@ class Position:
         restore_random_state(now)
         return batches
 
+    def _cut_anew(self, loader: Loader) -> None:
+        """Share out what is left of the epoch among another number of ranks than have begun it."""
+        if self._ranks_before and self.batch:
+            self.skipped += self._ranks_before * samples_in(loader, self.batch)
+            self.batch = 0
+        self._ranks_before = 0
+
     def advance(self, num_batches: int) -> None:
         """Go one optimizer step further, for which so many batches were read."""
         self.step += 1
@@ -75,7 +97,7 @@ class Position:
     def end_epoch(self) -> None:
         """Go to the start of the next epoch."""
         self.epoch += 1
-        self.batch = 0
+        self.batch = self.skipped = 0
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs; the random states are those of this rank."""
@@ -83,14 +105,24 @@ class Position:
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.step,
+            "skipped": self.skipped,
             "epoch_random": self._epoch_random,
             "random": random_state(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go to where `state` was called, the global random generators included."""
+    def restore(self, state: dict[str, Any], ranks_before: int = 0, with_random: bool = True) -> None:
+        """Go to where `state` was called, the global random generators included.
+
+        Args:
+            state: what `state` returned.
+            ranks_before: how many ranks there were, if that was another number: the rest of the epoch is cut anew.
+            with_random: False for a rank that there was not: its random numbers go on as they are.
+        """
         self.epoch = state["epoch"]
         self.batch = state["batch"]
         self.step = state["step"]
-        self._epoch_random = state["epoch_random"]
-        restore_random_state(state["random"])
+        self.skipped = state.get("skipped", 0)
+        self._ranks_before = ranks_before
+        if with_random:
+            self._epoch_random = state["epoch_random"]
+            restore_random_state(state["random"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from minidist.contract.checks import spell
+from minidist.launch import counted_ranks
 from minidist.sharded import ShardedOptimizer
 from minidist.training.checkpoint import Checkpoints, Signature, State
 from minidist.training.learning_rate import Scheduler
 from minidist.training.progress import Position
 from minidist.training.tally import Tallies
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -22,6 +26,10 @@ class Training:
 
     The model's buffers are kept per rank besides, since they may differ, as do the random states in the position.
     A hook's own state is kept, per rank, if it has ``state_dict()`` and ``load_state_dict()``.
+
+    On another number of ranks it goes on like this: parameters, optimizer and schedule as they were, which count steps
+    and not samples; buffers of rank 0; random numbers of the ranks that there were; what is left of the epoch shared
+    out among all, by as many samples per rank and batch as before; and a hook without what it held back.
     """
 
     module: nn.Module
@@ -57,15 +65,20 @@ class Training:
     def restore(self, state: State) -> None:
         """Go to where `state` was called."""
         self.module.load_state_dict(state.shared["model"])
-        for name, buffer in self.module.named_buffers():
-            buffer.copy_(state.local["buffers"][name])  # rank 0's came with the model
+        changed = state.ranks_before > 0
+        if not changed:
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(state.local["buffers"][name])  # rank 0's came with the model
         self.optimizer.load_state_dict(state.shared["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state.shared["scheduler"])
-        if "hook" in state.local:
+        if "hook" in state.local and changed:
+            log.warning("the hook begins anew: its state is of %s", counted_ranks(state.ranks_before))
+        elif "hook" in state.local:
             self.hook.load_state_dict(state.local["hook"])
         self.tallies.restore(state.shared["status"])
-        self.position.restore(state.local["position"])  # last, as what came before may draw random numbers
+        # Last, as what came before may draw random numbers.
+        self.position.restore(state.local["position"], state.ranks_before, state.is_own)
 
 
 def begin(training: Training, checkpoints: Checkpoints | None) -> None:

@@ -7,6 +7,9 @@ every world_size-th index of it, starting with the r-th. For 7 samples on 3 rank
     pad=True            4 0 6 2 5 1 3 4 0     rank 0: 4 2 3   rank 1: 0 5 4   rank 2: 6 1 0
     drop_last=True      4 0 6 2 5 1           rank 0: 4 2     rank 1: 0 5     rank 2: 6 1
     pad=False           4 0 6 2 5 1 3         rank 0: 4 2 3   rank 1: 0 5     rank 2: 6 1
+
+So what all ranks have had after some batches is the beginning of the order, and the rest can be cut for another number
+of ranks.
 """
 
 from __future__ import annotations
@@ -34,6 +37,9 @@ class ShardedSampler(Sampler[int]):
         seed: of the orders; the same on all ranks.
         drop_last: leave out the samples that would make the shares unequal.
         pad: repeat samples so that the shares are equal; without effect when ``drop_last``.
+
+    Attributes:
+        skipped: samples at the start of the epoch's order that are nobody's, since they were trained on before.
 
     Raises:
         ValueError: a count below 1, or a rank outside of the world.
@@ -63,7 +69,7 @@ class ShardedSampler(Sampler[int]):
         self.seed = seed
         self.drop_last = drop_last
         self.pad = pad
-        self.epoch = self.first_batch = 0
+        self.epoch = self.first_batch = self.skipped = 0
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose the epoch whose order comes next, from batch ``first_batch`` of this rank on."""
@@ -71,19 +77,20 @@ class ShardedSampler(Sampler[int]):
         self.first_batch = first_batch
 
     def __len__(self) -> int:
-        """Return this rank's number of samples in a whole epoch, wherever it begins."""
+        """Return this rank's number of samples in what is not skipped of an epoch, at whichever batch it begins."""
+        num_samples = max(0, self.num_samples - self.skipped)
         if self.drop_last:
-            return self.num_samples // self.world_size
+            return num_samples // self.world_size
         # Rounded up: with pad on all ranks, without it on those below num_samples % world_size.
         left_over = self.world_size - 1 if self.pad else self.world_size - 1 - self.rank
-        return (self.num_samples + left_over) // self.world_size
+        return (num_samples + left_over) // self.world_size
 
     def __iter__(self) -> Iterator[int]:
         # All of the order, also where the epoch begins in its middle: only then is its rest what it was before.
         order = self._order()
         for position in range(self.first_batch * self.batch_size, len(self)):
             # Only the padded end goes beyond the order: at its start again, several times in a small data set.
-            yield order[(self.rank + position * self.world_size) % self.num_samples]
+            yield order[(self.skipped + self.rank + position * self.world_size) % self.num_samples]
 
     def _order(self) -> list[int]:
         if not self.shuffle:
