@@ -162,7 +162,7 @@ class LaunchConfig:
 
 @dataclass
 class Config:
-    """The whole configuration of a job; ``comm``, ``model`` and ``optim`` are open sections."""
+    """The whole configuration of a job; ``comm``, ``model``, ``optim`` and, if chosen, ``network`` are open."""
 
     data: DataConfig
     ddp: DdpConfig
@@ -171,6 +171,7 @@ class Config:
     comm: Any
     model: Any
     optim: Any
+    network: Any = None
 
 
 OPEN_SECTIONS = ("comm", "model", "optim", "ddp.hook")
@@ -217,8 +218,12 @@ def check(cfg: DictConfig) -> Config:
         _known(section, cfg[section], OmegaConf.get_type(cfg[section]))
     for key in OPEN_SECTIONS:
         _check_open(key, OmegaConf.to_container(cfg, resolve=True))
-    sections: dict[str, Any] = {name: OmegaConf.to_object(cfg[name]) for name in Config.__dataclass_fields__}
+    sections = {name: _object(cfg.get(name)) for name in Config.__dataclass_fields__}
     return Config(**sections)
+
+
+def _object(section: Any) -> Any:
+    return OmegaConf.to_object(section) if OmegaConf.is_config(section) else section
 
 
 def _known(section: str, node: DictConfig, schema: Any) -> None:

@@ -9,9 +9,11 @@ from functools import partial
 from types import ModuleType
 
 from backends.hierarchical import HierarchicalCommunicator
+from backends.paced import PacedCommunicator
 from backends.ring import RingCommunicator
 from backends.shm import ShmCommunicator
 from backends.thread import ThreadCommunicator
+from minidist.analysis.network import Flat
 from minidist.communicator import Communicator
 from tests import (
     conformance,
@@ -64,6 +66,7 @@ class Row:
 
 
 HIERARCHICAL = ("all_reduce_values", "reduce_scatter_values", "all_gather_values", "random_program", "training_mlp")
+PACED = (*HIERARCHICAL, "split", "messages_keep", "any_source_and", "timeout_of_recv")
 ONE_PROCESS = dict.fromkeys(("killed_rank", "exiting_rank"), "its ranks share a process")
 
 ROWS = (
@@ -82,6 +85,8 @@ ROWS = (
     ),
     Row("hierarchical-thread", "tests.table.hierarchical_over_thread", "thread", ONE_PROCESS, HIERARCHICAL),
     Row("hierarchical", "tests.table.hierarchical_over_shm_and_ring", "torchrun", focus=HIERARCHICAL),
+    Row("paced-thread", "tests.table.paced_over_thread", "thread", ONE_PROCESS, PACED),
+    Row("paced-shm", "tests.table.paced_over_shm", "torchrun", focus=("random_program",)),
     Row("gloo", "backends.torch_dist.GlooCommunicator", "torchrun"),
     Row("ring-gloo", "tests.table.ring_over_gloo", "torchrun"),
     Row("mpi", "backends.mpi.MpiCommunicator", "mpirun"),
@@ -137,6 +142,14 @@ def hierarchical_over_shm_and_ring() -> Communicator:
 
 def shm_by_torch() -> Communicator:
     return ShmCommunicator(kernels="torch")
+
+
+def paced_over_thread() -> Communicator:
+    return PacedCommunicator(ThreadCommunicator(), Flat(alpha=1e-6, beta=1e-12), jitter=1.0)
+
+
+def paced_over_shm() -> Communicator:
+    return PacedCommunicator(ShmCommunicator(), Flat(alpha=1e-6, beta=1e-12))
 
 
 def group_of_thread() -> Communicator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from enum import Enum
 
@@ -12,7 +13,9 @@ from backends.ring import RingCommunicator
 from backends.serial import SerialCommunicator
 from backends.thread import ThreadCommunicator, run_threads, spawn_threads
 from minidist.communicator import Communicator, ReduceOp
-from minidist.contract.work import DONE
+from minidist.contract.forks import Maker
+from minidist.contract.traffic import Traffic
+from minidist.contract.work import DONE, Progress
 from minidist.errors import BackendUnavailableError, CommError, CommTimeoutError, MismatchError, PeerLostError
 
 ONES = torch.ones(4)
@@ -293,3 +296,23 @@ def test_a_rank_that_left_has_its_number_of_the_group_that_waits_for_it() -> Non
         return peers
 
     assert run_threads(job, 3, timeout_s=10)[1] == [(0,), (2,)]
+
+
+def test_who_ends_a_thread_does_not_wait_for_a_job_that_is_given_up_meanwhile() -> None:
+    progress = Progress("progress", Traffic(), Maker(""))
+    begun, never = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        begun.set()
+        never.wait()
+
+    pending = progress.submit(hang)
+    assert begun.wait(20)
+    ending = threading.Thread(target=progress.finish)
+    ending.start()
+    progress.give_up(lambda: PeerLostError("rank 1 is gone"))
+    ending.join(20)
+    assert not ending.is_alive()
+    with pytest.raises(PeerLostError, match="rank 1 is gone"):
+        pending.wait()
+    never.set()

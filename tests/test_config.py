@@ -51,7 +51,8 @@ def choice(path: Path) -> tuple[str, ...]:
         "comm/intra": ("comm=hierarchical",),
         "comm/inter": ("comm=hierarchical",),
     }
-    return (*needed.get(group, ()), f"{group}={path.stem}")
+    network = ("network=flat",) if path.stem == "paced" else ()
+    return (*needed.get(group, ()), f"{group}={path.stem}", *network)
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name], ids=str)
@@ -80,6 +81,16 @@ def test_ring_nests_its_transport() -> None:
     comm = composed("comm=ring", "comm/transport=mpi").comm
     assert comm._target_ == "backends.ring.RingCommunicator"
     assert comm.transport._target_ == "backends.mpi.MpiCommunicator"
+
+
+def test_a_network_can_be_chosen_for_what_is_paced_wherever_it_is() -> None:
+    checked = config.check(composed("comm=ring", "comm/transport=paced", "network=ethernet_10g"))
+    assert checked.comm["transport"]["network"] == checked.network
+    assert checked.network["beta"] == 8e-10
+    assert config.check(composed("comm=ring")).network is None
+    assert refusal("comm=paced") == (
+        "comm.network is what is chosen for network, and nothing is; write network=<name>, one of conf/network"
+    )
 
 
 def test_directories_have_the_run_id_and_no_clock() -> None:
@@ -225,11 +236,12 @@ def test_an_open_section_needs_a_target() -> None:
         ("ring", "gloo", "torchrun"),
         ("ring", "mpi", "mpirun"),
         ("ring", "thread", "thread"),
+        ("paced", "shm", "torchrun"),
     ],
 )
 def test_the_transport_says_what_starts_the_ranks(comm: str, transport: str | None, launcher: str) -> None:
     transports = [] if transport is None else [f"comm/transport={transport}"]
-    assert build.launcher(composed(f"comm={comm}", *transports).comm) == launcher
+    assert build.launcher(composed(f"comm={comm}", *transports, "network=hosts_100g").comm) == launcher
 
 
 def test_one_job_has_one_launcher() -> None:

@@ -14,14 +14,14 @@ import pytest
 
 from tests.fork_server import ROOT
 from tests.hosts import Names, Network, PortState, address, address6
+from tests.lost_hosts import TWO_BY_TWO, lose_a_host
 
-TWO_BY_TWO = (0, 0, 1, 1)
 KINDS = ("gloo", "ring", "two_level", "hierarchical")
 LOSE = ("tests.host_ranks", "lose")
 TRAIN = ("tests.host_ranks", "train")
 HOLD = """
 import time
-from tests.hosts import Names, Network, PortState, address, address6
+from tests.hosts import Network
 network = Network(2)
 ranks = network.start("tests.host_ranks", "wait", on=(0, 1))
 ranks.wait_for("waits", count=2)
@@ -120,21 +120,7 @@ def test_the_interface_that_the_user_names_is_used() -> None:
     ],
 )
 def test_a_host_that_vanishes_is_named_by_all(kind: str, how: PortState) -> None:
-    with Network(2, mbit_per_s=200) as network, network.start(*LOSE, kind, str(2**20), on=TWO_BY_TWO) as ranks:
-        ranks.wait_for("reduces", count=4)
-        cut_at = time.time()
-        network.set_port(1, how)
-        output = ranks.end(30)
-    raised = re.findall(
-        r"rank (\d): raised at ([\d.]+), peers .(\d).*the connection to it was lost \(host (h\d)\)", output
-    )
-    assert len(raised) == 4, output
-    for rank, at, peer, host in raised:
-        assert int(rank) // 2 != int(peer) // 2
-        assert host == f"h{int(peer) // 2}"
-        assert float(at) - cut_at < 10, output
-    assert ranks.status == 0, output
-    assert output.count("closed") == 4
+    lose_a_host(kind, how)
 
 
 @pytest.mark.slow

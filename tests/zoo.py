@@ -17,7 +17,8 @@ from minidist.communicator import Communicator
 from minidist.schedule import Schedule
 
 CONF = Path(__file__).parent.parent / "conf" / "comm"
-ALGORITHMS = sorted(path.stem for path in CONF.glob("*.yaml") if "transport: " in path.read_text())
+OVER_A_TRANSPORT = sorted(path.stem for path in CONF.glob("*.yaml") if "transport: " in path.read_text())
+ALGORITHMS = [name for name in OVER_A_TRANSPORT if name != "paced"]
 
 
 def make(path: str) -> Communicator:

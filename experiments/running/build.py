@@ -81,7 +81,8 @@ def target(cfg: DictConfig, key: str) -> Any:
 
 def _classes(node: Any, key: str) -> Iterator[tuple[type[Communicator], bool]]:
     """Yield every communicator class, and whether it joins all ranks by itself: on no other, and not some of them."""
-    nested = [] if not isinstance(node, dict) else [(f"{key}.{name}", child) for name, child in node.items()]
+    children = node.items() if isinstance(node, dict) else ()
+    nested = [(f"{key}.{name}", child) for name, child in children if name != "network"]  # the model of one
     inner = [found for name, child in nested for found in _classes(child, name)]
     yield from inner
     if isinstance(node, dict) and "_target_" in node:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationKeyError, OmegaConfBaseException
 
 from minidist.errors import BackendUnavailableError, CheckpointError, CommError, ConfigError
 from minidist.launch import detect
@@ -44,6 +44,11 @@ def explain(error: Exception) -> str:
     node = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(node, ConfigKeyError | ConfigAttributeError):
         return _unknown_key(node)
+    if isinstance(node, InterpolationKeyError):
+        group = str(node).split("'")[1]
+        return (
+            f"{node.full_key} is what is chosen for {group}, and nothing is; write {group}=<name>, one of conf/{group}"
+        )
     if isinstance(node, OmegaConfBaseException):
         return f"{node.full_key}: {_first_line(node)}"
     if isinstance(error, OverrideParseException):

@@ -10,6 +10,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, InvalidStateError
 from typing import final
 
@@ -199,11 +200,16 @@ class Progress:
                 self._jobs.put(None)  # the end comes after what callbacks still wait for
 
     def finish(self, timeout_s: float | None = None) -> None:
-        """Let the jobs finish, well or not, and end the thread; wait for that no longer than ``timeout_s``."""
+        """Let the jobs finish, well or not, and end the thread; wait for that no longer than ``timeout_s``.
+
+        A job may hang, and be given up only meanwhile: so it is waited for, and not the thread that it may hold.
+        """
         if self._thread is not None:
             self.stop()
             if not self.serving and not self.is_left_behind:
-                self._thread.join(timeout_s)
+                unfinished = futures.wait(list(self._open), timeout_s).not_done
+                if not unfinished and not self.is_left_behind:
+                    self._thread.join(timeout_s)
             atexit.unregister(self._at_exit)
             self._thread = None
 
