@@ -18,7 +18,7 @@ from minidist.schedule import Schedule
 
 CONF = Path(__file__).parent.parent / "conf" / "comm"
 OVER_A_TRANSPORT = sorted(path.stem for path in CONF.glob("*.yaml") if "transport: " in path.read_text())
-ALGORITHMS = [name for name in OVER_A_TRANSPORT if name != "paced"]
+ALGORITHMS = [name for name in OVER_A_TRANSPORT if name not in ("paced", "delayed", "lossy", "killed")]
 
 
 def make(path: str) -> Communicator:
