@@ -50,6 +50,7 @@ def choice(path: Path) -> tuple[str, ...]:
         "comm/transport": ("comm=ring",),
         "comm/intra": ("comm=hierarchical",),
         "comm/inter": ("comm=hierarchical",),
+        "ddp/hook/compressor": ("ddp/hook=error_feedback",),
     }
     network = ("network=flat",) if path.stem == "paced" else ()
     return (*needed.get(group, ()), f"{group}={path.stem}", *network)
