@@ -19,22 +19,32 @@ from backends.torch_dist.gloo import GlooCommunicator
 from backends.two_level import TwoLevelCommunicator
 from minidist.communicator import Communicator
 from minidist.errors import PeerLostError
+from minidist.launch import detect
 from tests import training_checks
 
 TIMEOUT_S = 60.0
+
+
+def _mpi() -> Communicator:
+    from backends.mpi import MpiCommunicator  # only where mpirun has started the ranks
+
+    return MpiCommunicator(timeout_s=TIMEOUT_S)
+
+
 MAKE: dict[str, Callable[[], Communicator]] = {
     "gloo": lambda: GlooCommunicator(timeout_s=TIMEOUT_S),
     "ring": lambda: RingCommunicator(GlooCommunicator(timeout_s=TIMEOUT_S)),
     "hierarchical": lambda: HierarchicalCommunicator(
         functools.partial(ShmCommunicator, TIMEOUT_S), GlooCommunicator(timeout_s=TIMEOUT_S)
     ),
+    "mpi": _mpi,
     "two_level": lambda: TwoLevelCommunicator(GlooCommunicator(timeout_s=TIMEOUT_S)),
 }
 
 
 def say(line: str) -> None:
     """Write a line in one piece, as the ranks write into one file."""
-    os.write(1, f"rank {os.environ['RANK']}: {line}\n".encode())
+    os.write(1, f"rank {detect().rank}: {line}\n".encode())
 
 
 def train(kind: str) -> None:

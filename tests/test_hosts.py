@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fork_server import ROOT
-from tests.hosts import Names, Network, PortState, address, address6
+from tests.hosts import Names, Network, PortState, address, address6, has_ipv6
 from tests.lost_hosts import TWO_BY_TWO, lose_a_host
 
 KINDS = ("gloo", "ring", "two_level", "hierarchical")
@@ -84,6 +84,21 @@ def test_training_equals_that_of_one_process(kind: str) -> None:
 def test_hosts_meet_whatever_they_know_of_names(names: Names, master: str | None) -> None:
     with Network(2, names=names) as network, network.start(*TRAIN, "gloo", on=TWO_BY_TWO, master=master) as ranks:
         output = ranks.end(30)
+    assert ranks.status == 0, output
+    assert output.count("trained") == 4
+
+
+@pytest.mark.parametrize(
+    "kind", ["gloo", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ring", "two_level", "hierarchical"))]
+)
+def test_hosts_that_have_only_ipv6_train_split_and_close(kind: str) -> None:
+    if not has_ipv6():
+        pytest.skip("this kernel has no IPv6")
+    with Network(2) as network:
+        for index, host in enumerate(network.hosts):
+            host.run(f"ip address del {address(index)}/24 dev eth0")
+        with network.start(*TRAIN, kind, on=TWO_BY_TWO, master=address6(0)) as ranks:
+            output = ranks.end(60)
     assert ranks.status == 0, output
     assert output.count("trained") == 4
 

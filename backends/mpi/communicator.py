@@ -4,8 +4,8 @@ Everything runs as a nonblocking operation that is polled, because a blocking MP
 nor hear that another rank has failed. MPI reduces neither bfloat16 nor, everywhere, float16; those, and
 more than 2**31 - 1 elements, go through the schedules over MPI's send and receive.
 
-A rank that aborts says so to all others on a second communicator. A rank that dies is the launcher's
-business: mpirun ends the job.
+A rank that aborts says so to all others on a second communicator. A rank that dies is the launcher's business:
+mpirun ends the job. Of a host out of reach neither says anything, but a lifeline does, see `backends.mpi.reach`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from backends import cores
 from backends.deadline import Deadline
 from backends.mpi import process
+from backends.mpi.reach import lifeline
 from backends.scheduled import ScheduledCommunicator
 from minidist import launch
 from minidist.communicator import Communicator, ReduceOp, Work
@@ -70,6 +71,7 @@ class MpiCommunicator(ScheduledCommunicator):
         self._key = self._comm.bcast(secrets.token_hex(8))
         self._notices.watch(self._key)
         # Every rank is in it before one can be out of it, so all of them watch by now.
+        self._lifeline = lifeline(MPI)
         self._spin_s = cores.SPIN_S if self._cores_per_rank() else 0.0
         world_group = MPI.COMM_WORLD.Get_group()
         self._world_ranks = list(self._comm.Get_group().Translate_ranks(None, world_group))
@@ -196,6 +198,8 @@ class MpiCommunicator(ScheduledCommunicator):
         """Return why to wait for ``peer``, see `Notices.needed`, any longer is hopeless, if it is."""
         if self._closed:
             return CommError(self._closed)
+        if self._out_of_reach():
+            return self._lost()
         if gone := self._notices.needed(self._key, peer, self.world_size - 1, GRACE_S):
             # A rank that only left told nobody that it was needed, and this rank is about to fail because of it. Who
             # waits for this one shall hear of that cause, and hears it first: MPI keeps the order between two ranks.
@@ -214,7 +218,11 @@ class MpiCommunicator(ScheduledCommunicator):
         return bool(self._closed or self._failure)
 
     def _gone(self) -> Mapping[int, str]:
-        return self._notices.failed(self._key)
+        return {**self._notices.failed(self._key), **self._out_of_reach()}
+
+    def _out_of_reach(self) -> dict[int, str]:
+        lost = {} if self._lifeline is None else self._lifeline.lost
+        return {self._world_ranks.index(rank): why for rank, why in lost.items() if rank in self._world_ranks}
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:
         index, ranks = next(((i, g) for i, g in enumerate(groups) if self.rank in g), (None, []))
@@ -225,7 +233,8 @@ class MpiCommunicator(ScheduledCommunicator):
         return MpiCommunicator(self.timeout_s, self.segment_bytes, child)
 
     def _close(self) -> None:
-        process.open_communicators.discard(self)
+        if not self._out_of_reach():  # else the farewell would wait for ranks that never come to theirs
+            process.open_communicators.discard(self)
         self._tell(self.rank, None)
         self._notices.forget(self._key)
         # After a failure messages may still be on their way, and MPI would give them to the next communicator that gets

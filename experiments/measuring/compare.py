@@ -63,9 +63,8 @@ def _check_name(name: object, key: str) -> None:
 def _overrides(name: str) -> list[str]:
     beneath = "inter" if name.startswith("hierarchical") else "transport"
     groups = ("comm", f"comm/{beneath}", f"comm/transport@comm.{beneath}.transport")
-    network = HydraConfig.get().runtime.choices.get("network")
-    chosen = [] if network in (None, "null") else [f"network={network}"]
-    return [*(f"{group}={choice}" for group, choice in zip(groups, name.split("/"), strict=False)), *chosen]
+    network = [one for one in HydraConfig.get().overrides.task if one.startswith(("network=", "network."))]
+    return [*(f"{group}={choice}" for group, choice in zip(groups, name.split("/"), strict=False)), *network]
 
 
 def sizes(cfg: DictConfig) -> Iterator[int]:
