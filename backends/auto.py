@@ -6,19 +6,26 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from backends.algorithm import schedule_at
 from backends.calibration import measured, slowest_median, tabled
+from backends.clock import Clock
 from backends.executor.executor import Executor
+from backends.hierarchical import HierarchicalCommunicator
+from backends.host_calibration import filled, in_turn, measured_hosts, placement
+from backends.levels import Placement
+from backends.two_level import two_level_on
 from backends.wrapper import Wrapper
 from minidist.analysis.network import Network, interpolated
 from minidist.analysis.simulate import simulate
 from minidist.collective import Run
-from minidist.communicator import Communicator
+from minidist.communicator import Communicator, Device, Shape
 from minidist.contract import checks
+from minidist.contract.inner import Inner
 from minidist.errors import ScheduleError
 from minidist.schedule import Schedule
 
@@ -34,6 +41,22 @@ TIMED = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 """The collectives that there is a choice for."""
 OWN = "its own"
 """What a transport does without a schedule."""
+HIERARCHY = "hierarchical"
+"""What is made of one communicator in each host, and one between them."""
+Times = dict[str, dict[str, list[float]]]
+"""Seconds by collective, by what was measured, and by size."""
+
+
+class Way(NamedTuple):
+    """One way of a collective.
+
+    Attributes:
+        name: of it.
+        run: its hook.
+    """
+
+    name: str
+    run: Callable[..., None]
 
 
 class AutoCommunicator(Wrapper):
@@ -43,13 +66,17 @@ class AutoCommunicator(Wrapper):
     choice is made once for each power of two of the size, alike on all ranks, as all have rank 0's measurements. A
     collective that is not named is left to the transport, and so is a split.
 
+    On several hosts of several ranks there is more to choose from: a hierarchy of ``intra`` and the transport, which is
+    measured as well; and where the hosts have equally many ranks, two levels of rings.
+
     Args:
         transport: see `AlgorithmCommunicator`.
         schedules: the schedules to choose from, or their dotted paths, by collective.
         network: the model, rank 0's; None measures the transport.
         timeout_s, segment_bytes: see `AlgorithmCommunicator`.
-        budget_s: how long measuring takes, in seconds. Where the machine is too busy for all sizes, what the others
-            take is interpolated, and extrapolated from two sizes at the least.
+        budget_s: how long measuring takes, in seconds. Where the machine or the line is too slow for all sizes, what
+            the others take is interpolated, and extrapolated; on one host from two sizes at the least.
+        intra: see `HierarchicalCommunicator`, for memory of the host; None leaves hierarchies out.
 
     Raises:
         ValueError: there is no choice for one of the collectives, or ``budget_s`` is not above 0.
@@ -63,6 +90,7 @@ class AutoCommunicator(Wrapper):
         timeout_s: float | None = None,
         segment_bytes: int = 2**22,
         budget_s: float = 5.0,
+        intra: Callable[..., Communicator] | None = None,
     ) -> None:
         super().__init__(transport, timeout_s)
         if not budget_s > 0:
@@ -71,19 +99,27 @@ class AutoCommunicator(Wrapper):
             raise ValueError(f"auto chooses between schedules of {', '.join(TIMED)}, not of {min(unknown)}")
         self.transport = transport
         self._segment_bytes = checks.segment_bytes(segment_bytes)
-        self._choices = {name: list(self._right(name, some)) for name, some in schedules.items()}
         self._fastest = functools.cache(self._find_fastest)
-        self._own: dict[str, list[float]] = {}
+        clock, where = Clock(transport, budget_s), placement(transport)
+        more = {"all_reduce": [two_level_on(where.ranks_of)]} if where.has_levels and where.is_even else {}
+        self._choices = {
+            name: list(self._right(name, [*some, *more.get(name, [])])) for name, some in schedules.items()
+        }
+        # What is measured, and not simulated; memory of the host is none of a device.
+        self._others: dict[str, Communicator] = {OWN: transport}
+        if where.has_levels and intra is not None and self.device_type == "cpu":
+            self._others[HIERARCHY] = HierarchicalCommunicator(intra, transport, timeout_s)
+        self._seconds: Times = {}
         if self.world_size > 1:
-            rows, own = self._measured(network is None, budget_s)
-            model = network if network is not None else tabled(self.world_size, rows).network()
-            self._sizes = sorted(own)
-            times = {name: [own[nbytes][name] for nbytes in self._sizes] for name in schedules}
+            if len(where.ranks_of) == 1:
+                found = self._measured(network, budget_s)
+            else:
+                found = self._measured_on_hosts(network, where, clock, budget_s / 2)
             # All ranks have to choose alike, so they have what rank 0 has.
-            self._network, self._own = transport.broadcast_object((model, times), 0)
+            self._network, self._sizes, self._seconds = transport.broadcast_object(found, 0)
 
-    def _measured(self, with_exchanges: bool, budget_s: float) -> tuple[dict[int, Seconds], dict[int, Seconds]]:
-        """Return what exchanges take at each size, and what the transport's own way of each collective takes."""
+    def _measured(self, network: Network | None, budget_s: float) -> tuple[Network, Sequence[int], Times]:
+        """Return the model, and what the transport's own way of each collective takes at each size."""
         rows = dict[int, Seconds]()
         own = dict[int, Seconds]()
         took = dict[int, float]()
@@ -94,11 +130,31 @@ class AutoCommunicator(Wrapper):
                     log.info("auto measured %d of %d sizes in %g s", len(own), len(SIZES), time.monotonic() - began)
                 break
             started = time.monotonic()
-            if with_exchanges:
+            if network is None:
                 rows[nbytes] = measured(self.transport, nbytes, iterations=3, limit_s=LIMIT_S)
             own[nbytes] = {name: own_seconds(self.transport, name, nbytes) for name in self._choices}
             took[nbytes] = time.monotonic() - started
-        return rows, own
+        sizes = sorted(own)
+        times = {name: {OWN: [own[nbytes][name] for nbytes in sizes]} for name in self._choices}
+        return tabled(self.world_size, rows).network() if network is None else network, sizes, times
+
+    def _measured_on_hosts(
+        self, network: Network | None, where: Placement, clock: Clock, model_s: float
+    ) -> tuple[Network, Sequence[int], Times]:
+        """Do the same for several hosts and for all that is measured; the model has ``model_s`` from the start."""
+        if network is None:
+            network = measured_hosts(self.transport, where, SIZES, clock.within(model_s)).network()
+        times: Times = {}
+        found = {(name, other): dict[int, float]() for name in self._choices for other in self._others}
+        for nbytes in in_turn(SIZES):
+            for name, other in found:
+                prepare = functools.partial(own_action, self._others[other], name, nbytes)
+                seconds = clock.seconds(f"{name} {other}", nbytes, prepare)
+                if seconds is not None:
+                    found[name, other][nbytes] = seconds
+        for (name, other), row in found.items():
+            times.setdefault(name, {})[other] = filled(row, SIZES)
+        return network, SIZES, times
 
     def _right(self, collective: str, schedules: Sequence[Schedule | str]) -> Iterator[Executor]:
         """Yield what runs each of the schedules that are right on so many ranks."""
@@ -115,34 +171,47 @@ class AutoCommunicator(Wrapper):
 
     def choice(self, collective: str, nbytes: int) -> str:
         """Return the name of what runs ``collective`` on so many bytes, those of its larger tensor."""
-        executor = self._fastest(collective, _power_of_two(nbytes)) if collective in self._own else None
-        if executor is None:
-            return OWN
-        return str(getattr(executor.schedules[collective], "__name__", executor.schedules[collective]))
+        return self._fastest(collective, _power_of_two(nbytes)).name if collective in self._seconds else OWN
+
+    def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:
+        return self._others.get(HIERARCHY, self.transport).empty(shape, dtype, device)
 
     def _collective(self, name: str) -> Callable[..., None]:
-        own = super()._collective(name)
-        if name not in self._own:
-            return own
+        if name not in self._seconds:
+            return super()._collective(name)
 
         def run_fastest(*args: Any) -> None:
             nbytes = max(arg.nbytes for arg in args if isinstance(arg, Tensor))
-            executor = self._fastest(name, _power_of_two(nbytes))
-            hook = own if executor is None else getattr(executor, name)
-            hook(*args)
+            self._fastest(name, _power_of_two(nbytes)).run(*args)
 
         return run_fastest
 
-    def _find_fastest(self, collective: str, nbytes: int) -> Executor | None:
-        """Return what runs the fastest schedule; None where the transport's own way is faster."""
-        own = interpolated(self._sizes, self._own[collective], nbytes) * MARGIN
-        seconds: list[tuple[float, Executor | None]] = [(own, None)]
+    def _find_fastest(self, collective: str, nbytes: int) -> Way:
+        """Return the fastest way; a schedule only where it is clearly faster than what was measured."""
+        seconds: list[tuple[float, Way]] = []
+        for name, row in self._seconds[collective].items():
+            way = Way(name, Inner(self._others[name]).collective(collective))
+            seconds.append((interpolated(self._sizes, row, nbytes) * MARGIN, way))
         for executor in self._choices[collective]:
             schedule = executor.schedules[collective]
-            seconds.append(
-                (simulate(schedule, Run(collective, self.world_size), nbytes, self._network).seconds, executor)
-            )
+            run = Run(collective, self.world_size)
+            way = Way(_name(schedule), getattr(executor, collective))
+            seconds.append((simulate(schedule, run, nbytes, self._network).seconds, way))
         return min(seconds, key=lambda one: one[0])[1]
+
+    def _close(self) -> None:
+        for other in reversed(self._others.values()):  # a hierarchy closes the transport too
+            other.close()
+
+    def _abort(self, reason: str) -> None:
+        for other in self._others.values():
+            other.abort(reason)
+
+
+def _name(schedule: Schedule) -> str:
+    while isinstance(schedule, functools.partial):
+        schedule = schedule.func
+    return str(getattr(schedule, "__name__", schedule))
 
 
 def _power_of_two(nbytes: int) -> int:
@@ -152,15 +221,21 @@ def _power_of_two(nbytes: int) -> int:
 
 def own_seconds(transport: Communicator, collective: str, nbytes: int) -> float:
     """Return what the transport's own way of one of TIMED takes; every rank calls it."""
-    block = max(nbytes // 4 // transport.world_size, 1)
-    large, other = (transport.empty(block * transport.world_size).zero_() for _ in range(2))
+    action = own_action(transport, collective, nbytes)
+    return slowest_median(transport, action, nbytes, iterations=5, limit_s=LIMIT_S)
+
+
+def own_action(comm: Communicator, collective: str, nbytes: int) -> Callable[[], object]:
+    """Return what calls one of TIMED on so many bytes."""
+    block = max(nbytes // 4 // comm.world_size, 1)
+    large, other = (comm.empty(block * comm.world_size).zero_() for _ in range(2))
     calls: dict[str, Callable[[], object]] = {
-        "all_reduce": lambda: transport.all_reduce(large),
-        "all_gather": lambda: transport.all_gather(large, other[:block]),
-        "reduce_scatter": lambda: transport.reduce_scatter(other[:block], large),
-        "all_to_all": lambda: transport.all_to_all(other, large),
+        "all_reduce": lambda: comm.all_reduce(large),
+        "all_gather": lambda: comm.all_gather(large, other[:block]),
+        "reduce_scatter": lambda: comm.reduce_scatter(other[:block], large),
+        "all_to_all": lambda: comm.all_to_all(other, large),
     }
-    return slowest_median(transport, calls[collective], nbytes, iterations=5, limit_s=LIMIT_S)
+    return calls[collective]
 
 
 def in_order(sizes: Sequence[int]) -> list[int]:

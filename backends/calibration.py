@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,10 @@ class Tables:
         """Return the model."""
         return Measured(**asdict(self))
 
+    def model(self) -> dict[str, Any]:
+        """Return the model as a preset of the group ``network``."""
+        return {"_target_": "minidist.analysis.network.Measured", **asdict(self)}
+
     def alpha_beta_gamma(self) -> dict[str, float]:
         """Return the alpha, beta and gamma that come nearest to the exchange between all ranks, by relative error."""
         alpha, beta = fitted(self.nbytes, self.exchange)
@@ -68,13 +73,18 @@ def fitted(nbytes: Sequence[float], seconds: Sequence[float]) -> tuple[float, fl
 
     What noise has hidden is left out: as the shortest of all times it would decide alone.
     """
-    from scipy.optimize import nnls  # half a second, which ranks that only measure need not wait for
-
-    points = [(1 / t, m / t) for m, t in zip(nbytes, seconds, strict=True) if t > FLOOR_S]
-    if not points:
+    known = [(m, t) for m, t in zip(nbytes, seconds, strict=True) if t > FLOOR_S]
+    if not known:
         return 0.0, 0.0
-    (alpha, beta), _ = nnls(np.array(points), np.ones(len(points)))
-    return float(alpha), float(beta)
+    rows = np.array([(1 / t, m / t) for m, t in known])
+    both, *_ = np.linalg.lstsq(rows / rows.max(axis=0), np.ones(len(rows)), rcond=None)
+    both = both / rows.max(axis=0)
+    if len(known) > 1 and min(both) >= 0:
+        return float(both[0]), float(both[1])
+    # Else the best is where one of them is 0, as in any least squares of two values that may not be negative.
+    alone = rows.sum(axis=0) / (rows * rows).sum(axis=0)
+    misses = ((rows * alone - 1) ** 2).sum(axis=0)
+    return (float(alone[0]), 0.0) if misses[0] < misses[1] else (0.0, float(alone[1]))
 
 
 def calibrate(transport: Communicator, sizes: Sequence[int], iterations: int = 5) -> Tables:

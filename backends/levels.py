@@ -61,6 +61,11 @@ class Placement:
         """Whether no host has."""
         return self.width == self.num_lanes
 
+    @property
+    def has_levels(self) -> bool:
+        """Whether there are several hosts, and several ranks on one of them."""
+        return len(self.ranks_of) > 1 and self.width > 1
+
     def of(self, rank: int) -> tuple[int, int]:
         """Return the host of a rank, and the number of the rank there."""
         return self._places[rank]

@@ -29,7 +29,7 @@ from backends.ring import ring_all_gather, ring_all_reduce, ring_reduce_scatter
 from minidist import launch
 from minidist.communicator import Communicator
 from minidist.errors import CommError
-from minidist.schedule import Step, among
+from minidist.schedule import Schedule, Step, among
 
 
 def two_level_all_reduce(
@@ -54,6 +54,13 @@ def two_level_all_reduce(
     yield from among(ring_all_gather(local, ranks_per_host), inside, shards)
 
 
+def two_level_on(hosts: Sequence[Sequence[int]]) -> Schedule:
+    """Return the all-reduce on the ranks of each host, all of which have equally many."""
+    order = [rank for host in hosts for rank in host]
+    is_usual = order == sorted(order)  # then it can be drawn for other numbers of ranks too
+    return partial(two_level_all_reduce, ranks_per_host=len(hosts[0]), order=None if is_usual else order)
+
+
 class TwoLevelCommunicator(AlgorithmCommunicator):
     """All-reduce on two levels; see `AlgorithmCommunicator`. A split of it is one of its transport.
 
@@ -73,10 +80,7 @@ class TwoLevelCommunicator(AlgorithmCommunicator):
         segment_bytes: int = 2**22,
     ) -> None:
         hosts = _hosts(transport) if ranks_per_host is None else _equal_hosts(transport.world_size, ranks_per_host)
-        order = [rank for host in hosts for rank in host]
-        is_usual = order == sorted(order)  # then it can be drawn for other numbers of ranks too
-        all_reduce = partial(two_level_all_reduce, ranks_per_host=len(hosts[0]), order=None if is_usual else order)
-        super().__init__(transport, {"all_reduce": all_reduce}, timeout_s, segment_bytes)
+        super().__init__(transport, {"all_reduce": two_level_on(hosts)}, timeout_s, segment_bytes)
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:
         """The ranks of a group need not be those of whole hosts, so it is left to the transport."""

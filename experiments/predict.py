@@ -17,7 +17,8 @@ import hydra
 from omegaconf import DictConfig
 
 from backends.algorithm import AlgorithmCommunicator
-from backends.calibration import Tables, calibrate, slowest_median
+from backends.calibration import Tables, slowest_median
+from backends.host_calibration import HostTables, calibrated, medians
 from experiments.drawing.algorithms import schedule_of, schedules_of
 from experiments.measuring.compare import communicators, report, sizes
 from experiments.measuring.step_model import MEGABYTE, Profile, profile
@@ -58,17 +59,17 @@ def measure(cfg: DictConfig, comm: Communicator, schedules: Schedules) -> tuple[
     The speed of a shared machine changes from minute to minute, so both are measured in turn, some rounds long.
     """
     algorithms = {name: AlgorithmCommunicator(comm, {"all_reduce": one}) for name, one in schedules.items()}
-    tables: list[Tables] = []
+    tables: list[Tables | HostTables] = []
     seconds: dict[tuple[int, str], list[float]] = {}
     for _ in range(cfg.rounds):
         if cfg.network is None:
-            tables.append(calibrate(comm, CALIBRATED, cfg.iterations))
+            tables.append(calibrated(comm, CALIBRATED, cfg.iterations, cfg.budget_s))
         for nbytes in sizes(cfg):
             tensor = comm.empty(nbytes // 4).zero_()
             for name, algorithm in algorithms.items():
                 run = functools.partial(algorithm.all_reduce, tensor)
                 seconds.setdefault((nbytes, name), []).append(slowest_median(comm, run, nbytes, cfg.iterations))
-    network = build(cfg.network, "network") if cfg.network is not None else Tables.median(tables).network()
+    network = build(cfg.network, "network") if cfg.network is not None else medians(tables).network()
     return network, {key: median(times) for key, times in seconds.items()}
 
 

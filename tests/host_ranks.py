@@ -12,17 +12,30 @@ from collections.abc import Callable
 
 import torch
 
+from backends.auto import AutoCommunicator
 from backends.hierarchical import HierarchicalCommunicator
-from backends.ring import RingCommunicator
+from backends.ring import RingCommunicator, ring_all_gather, ring_all_reduce, ring_reduce_scatter
+from backends.schedules.binomial import binomial_all_reduce
+from backends.schedules.direct import two_shot_all_reduce
+from backends.schedules.doubling import halving_doubling_all_reduce
+from backends.schedules.pairwise import pairwise_all_to_all
 from backends.shm import ShmCommunicator
 from backends.torch_dist.gloo import GlooCommunicator
 from backends.two_level import TwoLevelCommunicator
 from minidist.communicator import Communicator
 from minidist.errors import PeerLostError
 from minidist.launch import detect
+from minidist.schedule import Schedule
 from tests import training_checks
 
 TIMEOUT_S = 60.0
+CHOICES: dict[str, list[Schedule | str]] = {
+    "all_reduce": [ring_all_reduce, two_shot_all_reduce, halving_doubling_all_reduce, binomial_all_reduce],
+    "all_gather": [ring_all_gather],
+    "reduce_scatter": [ring_reduce_scatter],
+    "all_to_all": [pairwise_all_to_all],
+}
+"""What auto chooses from."""
 
 
 def _mpi() -> Communicator:
@@ -38,6 +51,9 @@ MAKE: dict[str, Callable[[], Communicator]] = {
         functools.partial(ShmCommunicator, TIMEOUT_S), GlooCommunicator(timeout_s=TIMEOUT_S)
     ),
     "mpi": _mpi,
+    "auto": lambda: AutoCommunicator(
+        GlooCommunicator(timeout_s=TIMEOUT_S), CHOICES, intra=functools.partial(ShmCommunicator, TIMEOUT_S)
+    ),
     "two_level": lambda: TwoLevelCommunicator(GlooCommunicator(timeout_s=TIMEOUT_S)),
 }
 
@@ -89,13 +105,31 @@ def outlast(kind: str, seconds: str) -> None:
         say("outlasted")
 
 
+def choose() -> None:
+    """Let auto choose, say how long its start took and what it runs, and train with it."""
+    with GlooCommunicator(timeout_s=TIMEOUT_S) as transport:
+        started = time.monotonic()
+        comm = AutoCommunicator(transport, CHOICES, intra=functools.partial(ShmCommunicator, TIMEOUT_S))
+        say(f"started in {time.monotonic() - started:.2f} s")
+        say(f"chooses {[comm.choice('all_reduce', 4**power) for power in range(4, 13)]}")
+        training_checks.check_equals_one_process(comm, "mlp")
+        say("trained")
+        comm.close()
+
+
 def wait() -> None:
     """Wait for the end of the host."""
     say("waits")
     signal.pause()
 
 
-FUNCTIONS: dict[str, Callable[..., None]] = {"train": train, "lose": lose, "outlast": outlast, "wait": wait}
+FUNCTIONS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "lose": lose,
+    "outlast": outlast,
+    "choose": choose,
+    "wait": wait,
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
