@@ -17,7 +17,9 @@ from minidist.communicator import Communicator
 from minidist.schedule import Schedule
 
 CONF = Path(__file__).parent.parent / "conf" / "comm"
-ALGORITHMS = sorted(path.stem for path in CONF.glob("*.yaml") if "transport: " in path.read_text())
+ALGORITHMS = sorted(
+    path.stem for path in CONF.glob("*.yaml") if "transport: " in path.read_text() and path.stem != "checked"
+)
 
 
 def make(path: str) -> Communicator:
