@@ -33,8 +33,9 @@ class Wrapper(Communicator):
     It takes the other one over, and closing it closes that one. Several can be made around one, each on a channel of
     its own; they share its traffic and the order of its operations.
 
-    To act around collectives, or in their place, override `_collective`; around messages, `_isend` and `_irecv`, whose
-    ``src`` may be ANY_SOURCE; and `_split`, which here makes one of the other's own kind.
+    To act around collectives, or in their place, override `_collective`; to see what the user gave them, on which
+    thread, `_run`, which asks for that hook, and `_dispatch`, which runs it in its turn; around messages, `_isend` and
+    `_irecv`, whose ``src`` may be ANY_SOURCE; and `_split`, which here makes one of the other's own kind.
 
     Args:
         inner: the communicator that it is made around.

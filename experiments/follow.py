@@ -29,7 +29,7 @@ import minidist
 from experiments.measuring.sources import Function
 from experiments.measuring.trail import Stop, Trail
 from experiments.running import optim
-from experiments.running.build import build
+from experiments.running.build import build, communicator
 from experiments.running.run import CONF, main, on_ranks
 from experiments.running.train import comm_name
 from experiments.tasks import data
@@ -75,7 +75,7 @@ def train_steps(cfg: DictConfig, checked: Config, comm: Communicator, trail: Tra
 
 def follow(cfg: DictConfig, checked: Config, trail: Trail) -> None:
     """Train as one of the ranks; rank 0 prints the trail, and writes path.txt and path.html."""
-    with build(cfg.comm, "comm") as comm:
+    with communicator(cfg.comm) as comm:
         train_steps(cfg, checked, comm, trail)
     if comm.rank == 0:
         stops = trail.stops()

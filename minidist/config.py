@@ -23,6 +23,8 @@ from minidist.errors import ConfigError
 AUTOCAST = ("none", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 LR_SCHEDULES = ("constant", "cosine")
+CHECKED = "checked"
+"""The setting of any communicator that has its ranks compare what they call."""
 
 
 @dataclass
@@ -240,6 +242,11 @@ def _check_open(key: str, cfg: Any) -> None:
         raise ConfigError(
             f"{key} must be a section with a _target_, got {section!r}; "
             f"choose one of conf/ with {key.replace('.', '/')}=<name>"
+        )
+    checked = section.get(CHECKED, False) if key == "comm" else False
+    if not isinstance(checked, int) or checked < 0:
+        raise ConfigError(
+            f"comm.{CHECKED} must be true, false, or each how many collectives to compare, got {checked!r}"
         )
     for leaf, value in _leaves(section, key):
         _check_limit(leaf, value)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 
+from backends.checked import CheckedCommunicator
 from backends.hierarchical import HierarchicalCommunicator
 from backends.paced import PacedCommunicator
 from backends.ring import RingCommunicator
@@ -65,6 +66,8 @@ class Row:
         return next((why for part, why in self.lacks.items() if part in check), None)
 
 
+CHECKED = ("all_reduce_values", "reduce_scatter_values", "gather_object", "split", "random_program", "training_mlp")
+CHECKED_LACKS = {"traffic": "what ranks compare is counted too"}
 HIERARCHICAL = ("all_reduce_values", "reduce_scatter_values", "all_gather_values", "random_program", "training_mlp")
 PACED = (*HIERARCHICAL, "split", "messages_keep", "any_source_and", "timeout_of_recv")
 ONE_PROCESS = dict.fromkeys(("killed_rank", "exiting_rank"), "its ranks share a process")
@@ -94,6 +97,9 @@ ROWS = (
     Row("shm", "backends.shm.ShmCommunicator", "torchrun"),
     Row("shm-torch", "tests.table.shm_by_torch", "torchrun"),
     Row("ring-shm", "tests.table.ring_over_shm", "torchrun"),
+    Row("checked-thread", "tests.table.checked_over_thread", "thread", ONE_PROCESS | CHECKED_LACKS, CHECKED),
+    Row("checked-gloo", "tests.table.checked_over_gloo", "torchrun", CHECKED_LACKS, CHECKED[:2]),
+    Row("checked-shm", "tests.table.checked_over_shm", "torchrun", CHECKED_LACKS, CHECKED[:2]),
     *(
         Row(f"{name}-{transport}", f"{name}/{transport}", launcher, lacks, (*zoo.collectives(name), "random_program"))
         for transport, launcher, lacks in (("thread", "thread", ONE_PROCESS), ("shm", "torchrun", {}))
@@ -127,6 +133,18 @@ def ring_over_mpi() -> Communicator:
 
 def ring_over_shm() -> Communicator:
     return RingCommunicator(made_by("backends.shm.ShmCommunicator")())
+
+
+def checked_over_thread() -> Communicator:
+    return CheckedCommunicator(ThreadCommunicator())
+
+
+def checked_over_gloo() -> Communicator:
+    return CheckedCommunicator(made_by("backends.torch_dist.GlooCommunicator")())
+
+
+def checked_over_shm() -> Communicator:
+    return CheckedCommunicator(made_by("backends.shm.ShmCommunicator")())
 
 
 def hierarchical_over_thread() -> Communicator:

@@ -124,6 +124,8 @@ def test_only_rank_0_writes_the_configuration() -> None:
         ("launch.max_restarts=-1", "launch.max_restarts must be at least 0, got -1"),
         ("comm.timeout_s=0", "comm.timeout_s must be greater than 0, got 0"),
         ("comm.segment_bytes=8", "comm.segment_bytes must be at least 16, got 8"),
+        ("comm.checked=-1", "comm.checked must be true, false, or each how many collectives to compare, got -1"),
+        ("comm.checked=soon", "comm.checked must be true, false, or each how many collectives to compare, got 'soon'"),
         ("comm.timeout_s=soon", "comm.timeout_s must be a number, got 'soon'"),
         ("optim.lr=-1", "optim.lr must be greater than 0, got -1"),
         ("model.width=0", "model.width must be at least 1, got 0"),

@@ -17,8 +17,11 @@ from minidist.communicator import Communicator
 from minidist.schedule import Schedule
 
 CONF = Path(__file__).parent.parent / "conf" / "comm"
-OVER_A_TRANSPORT = sorted(path.stem for path in CONF.glob("*.yaml") if "transport: " in path.read_text())
-ALGORITHMS = [name for name in OVER_A_TRANSPORT if name not in ("paced", "delayed", "lossy", "killed")]
+WRAPPERS = ("checked", "delayed", "killed", "lossy", "paced")
+"""What runs over a transport and is no algorithm."""
+ALGORITHMS = sorted(
+    path.stem for path in CONF.glob("*.yaml") if "transport: " in path.read_text() and path.stem not in WRAPPERS
+)
 
 
 def make(path: str) -> Communicator:

@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from experiments.running.build import build, check_available
+from experiments.running.build import check_available, communicator
 from experiments.running.choices import check_groups
 from experiments.running.tables import Row, multiplied, table, write_csv, write_json
 from minidist.communicator import Communicator
@@ -49,7 +49,7 @@ def communicators(names: Sequence[str], key: str = "comms") -> Iterator[dict[str
     for section in sections.values():
         check_available(section)
     with ExitStack() as stack:
-        yield {name: stack.enter_context(build(section, "comm")) for name, section in sections.items()}
+        yield {name: stack.enter_context(communicator(section)) for name, section in sections.items()}
 
 
 def _check_name(name: object, key: str) -> None:

@@ -10,8 +10,9 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from backends.checked import CheckedCommunicator
 from minidist.communicator import Communicator
-from minidist.config import OPEN_SECTIONS
+from minidist.config import CHECKED, OPEN_SECTIONS
 from minidist.errors import CommError, ConfigError
 
 
@@ -50,6 +51,18 @@ def check_importable(cfg: DictConfig) -> None:
         target(cfg, key)
     for key, path in _schedules(OmegaConf.to_container(cfg.comm, resolve=True), "comm"):
         _object(path, key)
+
+
+def communicator(section: DictConfig, key: str = "comm") -> Communicator:
+    """Return the communicator of ``section``, within a `CheckedCommunicator` if its ``checked`` says so.
+
+    Raises:
+        ConfigError, CommError: see `build`.
+    """
+    settings = OmegaConf.masked_copy(section, [str(name) for name in section if name != CHECKED])
+    comm: Communicator = build(settings, key)
+    every = int(section.get(CHECKED, 0))
+    return CheckedCommunicator(comm, every) if every else comm
 
 
 def build(section: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from experiments.running import optim, resume
-from experiments.running.build import build
+from experiments.running.build import build, communicator
 from experiments.running.start import threads_per_rank
 from experiments.running.sweep import RESULTS
 from experiments.tasks import data
@@ -42,7 +42,7 @@ def train(cfg: DictConfig, checked: Config) -> float:
     """Train as one of the ranks and report; returns the final test accuracy."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads_per_rank(detect().local_world_size))
-    with build(cfg.comm, "comm") as comm:
+    with communicator(cfg.comm) as comm:
         device = _device(checked.engine.device, comm)
         chosen = data.load(checked.data, comm, checked.engine.seed)
         directory = Path(HydraConfig.get().runtime.output_dir)

@@ -105,6 +105,21 @@ def _loss(wrapped: nn.Module) -> Tensor:
     return loss
 
 
+def different_calls(folder: Path) -> Any:
+    """Rank 0 calls something that rank 1 does not; what is told is saved with the lines of both calls."""
+    wrapped = _trained()
+    loss = _loss(wrapped)
+
+    def differ() -> None:
+        if dist.get_rank() == 0:
+            dist.all_reduce(torch.ones(3))
+        loss.backward()
+
+    first_line = differ.__code__.co_firstlineno
+    _, message, _ = _failure(differ)
+    return message, first_line + 2, first_line + 3
+
+
 def _failure(action: Callable[[], object]) -> list[str]:
     """Return the kinds of the error, its text, and the seconds until it came."""
     started = time.monotonic()
