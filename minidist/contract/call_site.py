@@ -26,12 +26,14 @@ class CallSite(NamedTuple):
     Attributes:
         file: its path, as Python knows it.
         line: its number.
-        function: what it is in, with the line where that begins.
+        function: what it is in.
+        first_line: where that begins.
     """
 
     file: str
     line: int
     function: str
+    first_line: int
 
     def __str__(self) -> str:
         here = os.getcwd() + os.sep
@@ -48,6 +50,6 @@ def call_site() -> CallSite | None:
         if is_library is None:
             is_library = _is_library[name] = name.startswith(_LIBRARIES)
         if not is_library:
-            return CallSite(name, frame.f_lineno, f"{code.co_qualname}:{code.co_firstlineno}")
+            return CallSite(name, frame.f_lineno, code.co_qualname, code.co_firstlineno)
         frame = frame.f_back  # type: ignore[assignment]  # None at the end
     return None
