@@ -128,7 +128,7 @@ def test_the_interface_that_the_user_names_is_used() -> None:
         *(("gloo", "lost"), ("hierarchical", "down")),
         *(
             pytest.param(kind, how, marks=pytest.mark.slow)
-            for kind, how in itertools.product(KINDS, ("lost", "down"))
+            for kind, how in itertools.product((*KINDS, "auto"), ("lost", "down"))
             if (kind, how) not in (("gloo", "lost"), ("hierarchical", "down"))
         ),
     ],
