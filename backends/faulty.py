@@ -6,8 +6,8 @@
     torchrun --nproc-per-node=4 train.py comm=killed comm/transport=shm comm.rank=2 comm.operation=100 comm.how=stop
 
 What a training does then can be looked at, and tested, before it happens. What is random is drawn from a seed and the
-rank, so that it happens again. An operation is a collective or a message that this rank starts, counted from 1; what
-splits do is not counted.
+rank, so that it happens again. An operation is a collective of some elements, or a message that this rank starts or
+receives, counted from 1; what a split makes is another communicator, without faults.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from backends.executor.executor import Executor
@@ -35,7 +36,8 @@ class _OnOneRank(Wrapper):
 
     def __init__(self, transport: Communicator, rank: int | None, timeout_s: float | None) -> None:
         if rank is not None and not 0 <= rank < transport.world_size:
-            raise ValueError(f"rank must be 0 to {transport.world_size - 1}, or null for all of them, got {rank}")
+            who = f"{type(self).__name__}: rank must be 0 to {transport.world_size - 1}"
+            raise ValueError(f"{who}, or null for all of them, got {rank}")
         super().__init__(transport, timeout_s)
         self.transport = transport
         self._is_hit = rank is None or rank == transport.rank
@@ -48,7 +50,7 @@ class DelayedCommunicator(_OnOneRank):
 
     Args:
         transport: what does the work.
-        operation_s: the mean delay before each operation.
+        operation_s: the mean delay before each operation but a receive.
         message_s: the mean delay before each message of this rank besides; those of a collective count if it runs as a
             schedule over this communicator.
         rank: which rank; None for all.
@@ -69,7 +71,7 @@ class DelayedCommunicator(_OnOneRank):
         timeout_s: float | None = None,
     ) -> None:
         if operation_s < 0 or message_s < 0:
-            raise ValueError(f"delays must be at least 0 s, got operation_s={operation_s}, message_s={message_s}")
+            raise ValueError(f"DelayedCommunicator: delays must be at least 0 s, got {operation_s=}, {message_s=}")
         super().__init__(transport, rank, timeout_s)
         self._operation_s, self._message_s = operation_s, message_s
         self._random = random.Random(f"{seed} {transport.rank}")
@@ -95,7 +97,8 @@ class DelayedCommunicator(_OnOneRank):
 class LossyCommunicator(_OnOneRank):
     """Another communicator, one of whose messages goes wrong; see `Wrapper`.
 
-    Collectives run as schedules over its messages, as the transport's own ones might not send any.
+    Collectives run as schedules over its messages, as the transport's own ones might not send any. What comes of it is
+    the transport's: Gloo, for one, takes a message that was cut for a whole one, so that numbers are wrong.
 
     Args:
         transport: what moves the messages.
@@ -122,9 +125,9 @@ class LossyCommunicator(_OnOneRank):
         timeout_s: float | None = None,
     ) -> None:
         if fault not in self.FAULTS:
-            raise ValueError(f"fault must be one of {', '.join(self.FAULTS)}, got {fault!r}")
+            raise ValueError(f"LossyCommunicator: fault must be one of {', '.join(self.FAULTS)}, got {fault!r}")
         if message < 1:
-            raise ValueError(f"message must be at least 1, got {message}")
+            raise ValueError(f"LossyCommunicator: message must be at least 1, got {message}")
         super().__init__(transport, rank, timeout_s)
         self._fault = fault
         self._left = message if self._is_hit else 0
@@ -148,7 +151,8 @@ class LossyCommunicator(_OnOneRank):
             return send(tensor.view(-1)[: tensor.numel() // 2], dst, tag, timeout_s)
         wrong = tensor.clone()
         data = bytes_of(wrong).view(-1)
-        data[self._random.randrange(len(data))] ^= 1 << self._random.randrange(8)
+        bits = 1 if tensor.dtype is torch.bool else 8
+        data[self._random.randrange(len(data))] ^= 1 << self._random.randrange(bits)
         return send(wrong, dst, tag, timeout_s)
 
     def _is_next(self) -> bool:
@@ -182,9 +186,9 @@ class KilledCommunicator(_OnOneRank):
         timeout_s: float | None = None,
     ) -> None:
         if how not in self.ENDS:
-            raise ValueError(f"how must be one of {', '.join(self.ENDS)}, got {how!r}")
+            raise ValueError(f"KilledCommunicator: how must be one of {', '.join(self.ENDS)}, got {how!r}")
         if operation < 1:
-            raise ValueError(f"operation must be at least 1, got {operation}")
+            raise ValueError(f"KilledCommunicator: operation must be at least 1, got {operation}")
         super().__init__(transport, rank, timeout_s)
         self._how = how
         self._operation = operation

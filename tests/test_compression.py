@@ -193,6 +193,102 @@ def test_an_overflow_spoils_one_step_only(name: str) -> None:
     run_threads(job, 2)
 
 
+def test_an_overflow_is_seen_wherever_it_is() -> None:
+    """Also where nobody looks at the gradients that are left out."""
+
+    def job(comm: Communicator) -> None:
+        values = torch.ones(200)
+        values[7] = torch.inf
+        for name in ("top_k", "int8", "float8", "sign", "power_sgd", "random_k"):
+            mean = flat_gradient(ErrorFeedback(COMPRESSORS[name]()), values.view(20, 10), comm)
+            assert not mean.isfinite().all(), name
+        assert not flat_gradient(RandomK(0.01), values, comm).isfinite().all()
+
+    run_threads(job, 2)
+
+
+def test_power_sgd_goes_on_after_a_pass_without_a_gradient() -> None:
+    """Of a matrix whose first rows and columns are always 0, as those of dead units and black pixels."""
+
+    def job(comm: Communicator) -> None:
+        values = torch.zeros(12, 10)
+        values[4:, 4:] = 1.0
+        hook = PowerSGD(2, min_compression_rate=0)
+        ddp = DistributedDataParallel(nn.Linear(10, 12, bias=False), comm, hook=hook)
+        for scale in (0.0, torch.inf, 1.0, 1.0):
+            ddp.zero_grad()
+            (ddp(torch.eye(10)).T * values * scale).sum().backward()
+        torch.testing.assert_close(ddp.module.weight.grad, values)
+
+    run_threads(job, 2)
+
+
+def test_what_fills_up_a_share_counts_for_nothing() -> None:
+    def job(comm: Communicator) -> None:
+        values = torch.ones(100)
+        torch.testing.assert_close(flat_gradient(Quantized(Sign(64)), values, comm), values)
+
+    for world_size in (1, 2, 3):
+        run_threads(job, world_size)
+
+
+@each_compressor
+def test_copies_of_one_hook_do_not_share_what_they_sent(name: str) -> None:
+    """Each rank, a thread, has a copy of its own."""
+    prototype = ErrorFeedback(COMPRESSORS[name]())
+    values = torch.arange(1.0, 25.0).view(6, 4)
+
+    def job(comm: Communicator) -> Tensor:
+        return flat_gradient(copy.deepcopy(prototype), values * (comm.rank + 1), comm, passes=3)
+
+    copied = run_threads(job, 3)
+    own = run_threads(
+        lambda comm: flat_gradient(ErrorFeedback(COMPRESSORS[name]()), values * (comm.rank + 1), comm, passes=3), 3
+    )
+    assert all(map(torch.equal, copied, own))
+
+
+@each_compressor
+def test_an_empty_bucket(name: str) -> None:
+    def job(comm: Communicator) -> None:
+        module = nn.Linear(3, 2)
+        module.empty = nn.Parameter(torch.empty(0, dtype=torch.float64))
+        ddp = DistributedDataParallel(module, comm, hook=ErrorFeedback(COMPRESSORS[name]()))
+        (ddp(torch.ones(1, 3)).sum() + module.empty.sum()).backward()
+        assert module.weight.grad.shape == (2, 3)
+
+    run_threads(job, 2)
+
+
+def test_a_state_of_other_settings_is_told_apart() -> None:
+    hooks = [
+        TopK(0.1),
+        TopK(0.2),
+        PowerSGD(1),
+        PowerSGD(3),
+        Quantized(Int8(8)),
+        Quantized(Int8(16)),
+        Quantized(Sign(8)),
+    ]
+    hooks += [ErrorFeedback(TopK(0.1)), ErrorFeedback(PowerSGD(1))]
+    assert len({hook.describe() for hook in hooks}) == len(hooks)
+    assert TopK(0.1).describe() == TopK(0.1).describe()
+
+
+def test_a_state_of_other_buckets_is_named() -> None:
+    def job(comm: Communicator) -> None:
+        hook = ErrorFeedback(TopK(0.5))
+        first = DistributedDataParallel(models.seeded(models.mlp()), comm, hook=hook)
+        first(torch.ones(1, 5)).sum().backward()
+        other = ErrorFeedback(TopK(0.5))
+        other.load_state_dict(hook.state_dict())
+        ddp = DistributedDataParallel(models.seeded(models.mlp()), comm, hook=other, **SMALL_BUCKETS)
+        with pytest.raises(RuntimeError, match=r"state is of a bucket of .* numbers, and this one has .* bucket_cap_mb"):
+            ddp(torch.ones(1, 5)).sum().backward()
+
+    run_threads(job, 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64], ids=str)
 @each_compressor
 def test_other_dtypes(name: str, dtype: torch.dtype) -> None:

@@ -59,14 +59,20 @@ def engine_of(comm: Communicator, directory: Path, in_shares: bool, elastic: boo
 
 
 def train(
-    world_size: int, directory: Path, in_shares: bool = False, elastic: bool = True, stop_at: int = 0, epochs: int = 2
+    world_size: int,
+    directory: Path,
+    in_shares: bool = False,
+    elastic: bool = True,
+    stop_at: int = 0,
+    epochs: int = 2,
+    batch_size: int = BATCH_SIZE,
 ) -> list[tuple[Summary, list[int], list[Tensor]]]:
     """Train on threads; a training that is told where to stop is the first one."""
 
     def job(comm: Communicator) -> tuple[Summary, list[int], list[Tensor]]:
         samples = Counted()
-        sampler = ShardedSampler(NUM_SAMPLES, comm.rank, comm.world_size, BATCH_SIZE, shuffle=True, seed=1)
-        loader = DataLoader(samples, BATCH_SIZE, sampler=sampler, generator=torch.Generator())
+        sampler = ShardedSampler(NUM_SAMPLES, comm.rank, comm.world_size, batch_size, shuffle=True, seed=1)
+        loader = DataLoader(samples, batch_size, sampler=sampler, generator=torch.Generator())
         engine = engine_of(comm, directory, in_shares, elastic, stop_at)
         summary = engine.fit(loader, epochs)
         return summary, samples.asked, [p.detach().clone() for p in engine.model.parameters()]
@@ -98,6 +104,31 @@ def test_the_rest_of_the_epoch_is_shared_out_anew(
     assert all(torch.equal(p, q) for _, _, other in resumed for p, q in zip(other, resumed[0][2], strict=True))
     again = train(before, tmp_path, in_shares, epochs=2)  # and back, at the end of the epoch
     assert asked(again).total() == NUM_SAMPLES + -NUM_SAMPLES % before
+
+
+def test_the_batch_of_all_ranks_may_be_kept(tmp_path: Path) -> None:
+    """By another batch size of each."""
+    stopped = train(2, tmp_path, stop_at=2, batch_size=2)
+    num_steps = stopped[0][0].steps
+    trained_on = Counter(index for _, indices, _ in stopped for index in indices[: num_steps * 2])
+    every = trained_on + asked(train(1, tmp_path, epochs=1, batch_size=4))
+    assert every == Counter(range(NUM_SAMPLES))
+
+
+def test_buffers_are_those_of_rank_0(tmp_path: Path) -> None:
+    def job(comm: Communicator, value: float, resume: bool) -> list[float]:
+        model = nn.Linear(3, 4)
+        model.register_buffer("kept", torch.full((1,), value + comm.rank))
+        model.register_buffer("not_kept", torch.full((1,), value + comm.rank), persistent=False)
+        ddp = DistributedDataParallel(model, comm, broadcast_buffers=False)
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+        checkpoints = Checkpoints(tmp_path, comm, resume=resume, elastic=True)
+        engine = Engine(ddp, optimizer, nn.functional.cross_entropy, comm, checkpoints=checkpoints)
+        engine.fit([(torch.ones(2, 3), torch.tensor([0, 1]))], 2 if resume else 1)
+        return [model.kept.item(), model.not_kept.item()]
+
+    first = run_threads(lambda comm: job(comm, 5.0, False), 2, timeout_s=30)
+    assert run_threads(lambda comm: job(comm, 9.0, True), 3, timeout_s=30) == [first[0]] * 3
 
 
 def test_an_epoch_of_which_nothing_is_left_ends(tmp_path: Path) -> None:

@@ -132,7 +132,8 @@ def _scheduler(optimizer: Optimizer, settings: EngineConfig, num_batches: int) -
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        progress = (step - warmup) / max(1, num_steps - warmup)
+        # Not beyond the end, where a training with fewer ranks, and hence more steps, has gone on from.
+        progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
         return 0.5 * (1 + math.cos(math.pi * progress)) if cosine else 1.0
 
     return LambdaLR(optimizer, factor) if warmup or cosine else None

@@ -8,6 +8,7 @@ docs/your_first_compressor.md writes one.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import weakref
 from abc import ABC, abstractmethod
 from typing import Any, final
@@ -26,16 +27,23 @@ class Compressor(ABC):
     """A hook that sends a bucket in fewer bytes; see `minidist.gradients.hooks`.
 
     It has state of the model that it serves, so every wrapped model needs its own.
+
+    Attributes:
+        states: what is kept of each bucket, by its index.
+        is_asked: whether somebody will ask for what was `sent`.
     """
 
     def __init__(self) -> None:
         self.states: dict[int, State] = {}
+        self.is_asked = False
         self._served: dict[int, weakref.ref[Bucket]] = {}
+        self._parts: dict[int, Any] = {}
 
     @final
     def __call__(self, bucket: Bucket, comm: Communicator) -> Work:
-        self.ensure_own(bucket, comm)
-        return self.start(bucket, real(bucket.flat), self.state_of(bucket), comm)
+        values, state = real(bucket.flat), self.state_of(bucket)
+        self._ensure_own(bucket, values, state, comm)
+        return self.start(bucket, values, state, comm)
 
     @abstractmethod
     def start(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Work:
@@ -62,8 +70,28 @@ class Compressor(ABC):
         """Return what is kept of a bucket."""
         return self.states.setdefault(bucket.index, {})
 
-    def ensure_own(self, bucket: Bucket, comm: Communicator) -> None:
-        """Raise RuntimeError if the bucket is of another model than those before."""
+    def lay_by(self, bucket: Bucket, parts: Any) -> None:
+        """Keep what `sent` needs until it takes it, if anybody is going to ask."""
+        if self.is_asked:
+            self._parts[bucket.index] = parts
+
+    def laid_by(self, bucket: Bucket) -> Any:
+        """Return what was laid by in this pass."""
+        return self._parts.pop(bucket.index)
+
+    def describe(self) -> str:
+        """Return the class and the arguments that it was made with, which a state that is loaded has to agree with."""
+        names = inspect.signature(type(self).__init__).parameters
+        settings = {name: vars(self)[name] for name in names if name in vars(self)}
+        return f"{type(self).__name__}({', '.join(f'{name}={_spelled(value)}' for name, value in settings.items())})"
+
+    def _ensure_own(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> None:
+        """Raise RuntimeError if the bucket is of another model than those before, or its state of another bucket."""
+        if state.setdefault("numel", len(values)) != len(values):
+            raise RuntimeError(
+                f"{comm.who(type(self).__name__)}: the hook's state is of a bucket of {state['numel']} numbers, and "
+                f"this one has {len(values)}; go on with the bucket_cap_mb of before"
+            )
         served = self._served.setdefault(bucket.index, weakref.ref(bucket))
         if served() is not bucket:
             raise RuntimeError(
@@ -72,7 +100,7 @@ class Compressor(ABC):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is kept, for a checkpoint: it is this rank's own."""
+        """Return what is kept, for a checkpoint: the tensors themselves, this rank's own."""
         return {
             str(index): {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
             for index, state in self.states.items()
@@ -87,7 +115,7 @@ class Compressor(ABC):
         memo[id(self)] = other = self.__class__.__new__(self.__class__)
         vars(other).update(vars(self))
         other.states = {index: _copy(state) for index, state in self.states.items()}
-        other._served = {}
+        other._served, other._parts = {}, {}
         return other
 
 
@@ -121,3 +149,10 @@ def kept_on(state: State, name: str, device: torch.device) -> Tensor | None:
 
 def _copy(state: State) -> State:
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+def _spelled(value: object) -> str:
+    """Return a setting in words that are the same in every process."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return str(value)
+    return value.describe() if hasattr(value, "describe") else type(value).__name__

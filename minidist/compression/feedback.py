@@ -19,6 +19,9 @@ from minidist.gradients.buckets import Bucket
 class ErrorFeedback(Compressor):
     """Another compressor, to whose gradients is added what it did not send before.
 
+    A backward pass that raises sends what it had of its gradients, and its error stays with the others. What is sent
+    late for a parameter without a gradient in this pass, on any rank, is lost with it.
+
     Args:
         compressor: what sends the gradients.
 
@@ -39,9 +42,10 @@ class ErrorFeedback(Compressor):
         if getattr(compressor, "unbiased", False):
             raise ValueError(
                 f"ErrorFeedback: {type(compressor).__name__} scales up what it sends, and its error would grow; "
-                "use unbiased=False"
+                "use unbiased=False (ddp.hook.compressor.unbiased=false)"
             )
         self.compressor = compressor
+        compressor.is_asked = True
 
     def start(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Work:
         error = kept_on(state, "error", values.device)

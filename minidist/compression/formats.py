@@ -29,14 +29,26 @@ class Format(ABC):
             raise ValueError(f"{type(self).__name__}: block must be a positive multiple of 8, got {block}")
         self.block = block
 
+    def describe(self) -> str:
+        """Return the class and its setting."""
+        return f"{type(self).__name__}(block={self.block})"
+
     def nbytes(self, numel: int) -> int:
         """Return the bytes of so many numbers, a multiple of the block."""
         return numel * self.bits // 8 + numel // self.block * SCALE_BYTES
 
-    def encode(self, rows: Tensor, draws: torch.Generator) -> Tensor:
-        """Return uint8[rows, nbytes] for float32[rows, numel]; ``draws`` decide where rounding is left to chance."""
+    def encode(self, rows: Tensor, draws: torch.Generator, lengths: Tensor | None = None) -> Tensor:
+        """Return uint8[rows, nbytes] for float32[rows, numel].
+
+        Args:
+            rows: the numbers.
+            draws: decide where rounding is left to chance.
+            lengths: int64[rows], how many numbers of each row count; those behind them are 0.
+        """
         blocks = rows.view(len(rows), -1, self.block)
-        scales = self.scales(blocks)
+        starts = torch.arange(blocks.shape[1], device=rows.device) * self.block
+        counts = torch.full_like(starts, self.block) if lengths is None else lengths.unsqueeze(1) - starts
+        scales = self.scales(blocks, counts.clamp(1, self.block))
         codes = self.codes(blocks, scales.unsqueeze(-1), draws).view(len(rows), -1)
         return torch.cat([scales.view(torch.uint8), codes], dim=1)
 
@@ -49,8 +61,10 @@ class Format(ABC):
         return (self.numbers(codes).view(-1, self.block) * scales.unsqueeze(-1)).view(len(data), numel)
 
     @abstractmethod
-    def scales(self, blocks: Tensor) -> Tensor:
+    def scales(self, blocks: Tensor, counts: Tensor) -> Tensor:
         """Return float32[rows, blocks] for float32[rows, blocks, block]: what the numbers of a block are divided by.
+
+        So many of a block count, at least one; the others are 0.
 
         Where a number is not finite, the scale must not be, or what comes out would be wrong without a sign of it.
         """
@@ -70,7 +84,7 @@ class Float8(Format):
     def __init__(self, block: int = 256) -> None:
         super().__init__(block)
 
-    def scales(self, blocks: Tensor) -> Tensor:
+    def scales(self, blocks: Tensor, counts: Tensor) -> Tensor:
         return blocks.abs().amax(-1) / torch.finfo(torch.float8_e4m3fn).max
 
     def codes(self, blocks: Tensor, scales: Tensor, draws: torch.Generator) -> Tensor:
@@ -92,7 +106,7 @@ class Int8(Format):
     def __init__(self, block: int = 256) -> None:
         super().__init__(block)
 
-    def scales(self, blocks: Tensor) -> Tensor:
+    def scales(self, blocks: Tensor, counts: Tensor) -> Tensor:
         return blocks.abs().amax(-1) / self.LEVELS
 
     def codes(self, blocks: Tensor, scales: Tensor, draws: torch.Generator) -> Tensor:
@@ -116,8 +130,8 @@ class Sign(Format):
     def __init__(self, block: int = 4096) -> None:
         super().__init__(block)
 
-    def scales(self, blocks: Tensor) -> Tensor:
-        return blocks.abs().mean(-1)
+    def scales(self, blocks: Tensor, counts: Tensor) -> Tensor:
+        return blocks.abs().sum(-1) / counts
 
     def codes(self, blocks: Tensor, scales: Tensor, draws: torch.Generator) -> Tensor:
         places = 2 ** torch.arange(8, dtype=torch.uint8, device=blocks.device)

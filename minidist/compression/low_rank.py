@@ -44,14 +44,14 @@ class PowerSGD(Compressor):
         self.rank = rank
         self.min_compression_rate = min_compression_rate
         self.seed = seed
-        self._own_rest: dict[int, Tensor] = {}
 
     def start(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Work:
         dtype = values.dtype if values.dtype.itemsize >= 4 else torch.float32  # torch's QR knows no narrower one
-        parts = self._parts(bucket, values)
+        parts = self._split(bucket, values)
         matrices = [matrix.to(dtype) for matrix in parts.matrices]
         qs = map(_orthonormal, parts.thin(self._last_q(bucket, parts, state, dtype), 1))
-        self._own_rest[bucket.index] = rest = _flat(parts.rest, values.to(dtype))
+        rest = _flat(parts.rest, values.to(dtype))
+        self.lay_by(bucket, rest)
         first = _flat((matrix @ q for matrix, q in zip(matrices, qs, strict=True)), rest)
         first = torch.cat([first, rest])
 
@@ -63,16 +63,18 @@ class PowerSGD(Compressor):
             for matrix, p, q in zip(parts.matrices, ps, parts.thin(second, 1), strict=True):
                 matrix.copy_(p @ q.T)
             _fill(parts.rest, first[parts.thin_numel(0) :])
+            for q in parts.thin(second, 1):
+                self._revive(q, bucket)
 
         return comm.all_reduce(first, async_op=comm.overlaps).then(go_on)
 
     def sent(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Tensor:
         """Return an equal part of the products, as nobody can tell whose they are, and this rank's own of the rest."""
         sent = values / comm.world_size
-        _fill(self._parts(bucket, sent).rest, self._own_rest.pop(bucket.index))
+        _fill(self._split(bucket, sent).rest, self.laid_by(bucket))
         return sent
 
-    def _parts(self, bucket: Bucket, values: Tensor) -> _Parts:
+    def _split(self, bucket: Bucket, values: Tensor) -> _Parts:
         """Return what travels in low rank, and what does not, as views of ``values``."""
         matrices: list[Tensor] = []
         rest: list[Tensor] = []
@@ -89,8 +91,20 @@ class PowerSGD(Compressor):
         last = kept_on(state, "q", device)
         if last is not None:
             return last
-        generator = draws(device, self.seed, bucket.index)
-        return torch.randn(parts.thin_numel(1), dtype=dtype, device=device, generator=generator)
+        return self._random(parts.thin_numel(1), bucket, dtype)
+
+    def _random(self, numel: int, bucket: Bucket, dtype: torch.dtype) -> Tensor:
+        device = bucket.flat.device
+        return torch.randn(numel, dtype=dtype, device=device, generator=draws(device, self.seed, bucket.index))
+
+    def _revive(self, q: Tensor, bucket: Bucket) -> None:
+        """Draw columns anew that are 0, or not finite: a gradient that is 0 in one pass would stay so for good.
+
+        All ranks do so alike, as they have the same sums.
+        """
+        dead = ~q.isfinite().all(0) | (q == 0).all(0)
+        if dead.any():
+            q[:, dead] = self._random(q.numel(), bucket, q.dtype).view_as(q)[:, dead]
 
 
 class _Parts(NamedTuple):
@@ -141,6 +155,6 @@ def _fill(places: Iterable[Tensor], numbers: Tensor) -> None:
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
-    """Return an orthonormal basis of the columns; numbers that are not finite count as 0, or Q would keep them."""
+    """Return an orthonormal basis of the columns, in which numbers that are not finite count as 0."""
     basis: Tensor = torch.linalg.qr(matrix.nan_to_num(0.0, 0.0, 0.0))[0]
     return basis

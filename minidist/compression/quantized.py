@@ -36,7 +36,6 @@ class Quantized(Compressor):
             raise TypeError(f"Quantized: format must be a Format, got {type(format).__name__}; use Int8(), say")
         self.format = format
         self.seed = seed
-        self._parts: dict[int, Tensor] = {}
 
     def start(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Work:
         n = comm.world_size
@@ -44,25 +43,28 @@ class Quantized(Compressor):
         generator = draws(values.device, self.seed, comm.rank, bucket.index, counted(state))
         rows = values.new_zeros(n * share, dtype=torch.float32)
         rows[: len(values)] = values
-        codes = self.format.encode(rows.view(n, share), generator)
+        lengths = (len(values) - torch.arange(n, device=values.device) * share).clamp(0, share)
+        codes = self.format.encode(rows.view(n, share), generator, lengths)
         mine = self.format.decode(codes, share)  # what the others will take for mine
         received = torch.empty_like(codes)
 
         def add_up() -> None:
             total = _sum_in_order(self.format.decode(received, share))
-            sums = self.format.encode(total.view(1, share), generator)
+            total[int(lengths[comm.rank]) :] = 0  # what only fills up the share
+            sums = self.format.encode(total.view(1, share), generator, lengths[comm.rank : comm.rank + 1])
             everywhere = torch.empty_like(codes)
             comm.all_gather(everywhere, sums)
             result = self.format.decode(everywhere, share)
             # What the second rounding left out of this rank's share nobody else knows: so it counts as not sent by it.
             mine[comm.rank] += result[comm.rank] - total
             values.copy_(result.view(-1)[: len(values)])
-            self._parts[bucket.index] = mine
+            self.lay_by(bucket, mine)
 
         return comm.all_to_all(received, codes, async_op=comm.overlaps).then(add_up)
 
     def sent(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Tensor:
-        return self._parts.pop(bucket.index).view(-1)[: len(values)].to(values.dtype)
+        mine: Tensor = self.laid_by(bucket)
+        return mine.view(-1)[: len(values)].to(values.dtype)
 
     def share(self, numel: int, world_size: int) -> int:
         """Return the numbers of a rank's share: whole blocks."""

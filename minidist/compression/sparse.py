@@ -19,8 +19,8 @@ def _fraction(given: float, name: str) -> float:
 
 
 def _k(fraction: float, numel: int) -> int:
-    """Return how many of so many numbers are sent, at least one."""
-    return max(1, math.floor(fraction * numel + 0.5))
+    """Return how many of so many numbers are sent, at least one if there is one."""
+    return min(numel, max(1, math.floor(fraction * numel + 0.5)))
 
 
 class TopK(Compressor):
@@ -37,13 +37,12 @@ class TopK(Compressor):
     def __init__(self, fraction: float = 0.01) -> None:
         super().__init__()
         self.fraction = _fraction(fraction, "TopK")
-        self._parts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def start(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Work:
         k = _k(self.fraction, len(values))
         places = values.abs().topk(k, sorted=False).indices
         numbers = values[places]
-        self._parts[bucket.index] = places, numbers
+        self.lay_by(bucket, (places, numbers))
         packed = torch.cat([places.int().view(torch.uint8), numbers.view(torch.uint8)])
         everywhere = packed.new_empty(comm.world_size, len(packed))
 
@@ -58,7 +57,7 @@ class TopK(Compressor):
         return comm.all_gather(everywhere, packed, async_op=comm.overlaps).then(add_up)
 
     def sent(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Tensor:
-        places, numbers = self._parts.pop(bucket.index)
+        places, numbers = self.laid_by(bucket)
         return torch.zeros_like(values).index_copy_(0, places, numbers)
 
 
@@ -79,16 +78,15 @@ class RandomK(Compressor):
         self.fraction = _fraction(fraction, "RandomK")
         self.unbiased = unbiased
         self.seed = seed
-        self._parts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def start(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Work:
         k = _k(self.fraction, len(values))
         generator = draws(values.device, self.seed, bucket.index, counted(state))
         places = torch.randperm(len(values), generator=generator, device=values.device)[:k]
-        numbers = values[places]
+        numbers = values[places] + (values * 0).sum()  # an overflow is seen, wherever it is
         if self.unbiased:
-            numbers *= len(values) / k
-        self._parts[bucket.index] = places, numbers
+            numbers *= len(values) / max(k, 1)
+        self.lay_by(bucket, (places, numbers))
         total = numbers.clone()
 
         def put() -> None:
@@ -97,5 +95,5 @@ class RandomK(Compressor):
         return comm.all_reduce(total, async_op=comm.overlaps).then(put)
 
     def sent(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Tensor:
-        places, numbers = self._parts.pop(bucket.index)
+        places, numbers = self.laid_by(bucket)
         return torch.zeros_like(values).index_copy_(0, places, numbers)

@@ -13,7 +13,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,9 @@ class State:
         step: optimizer steps so far; names the file.
         signature: has to be that of the training that resumes.
         shared: what is the same on all ranks; rank 0's is kept.
-        local: what is this rank's own; rank 0's where it had none, as there were fewer ranks.
+        local: what is this rank's own; empty where there were fewer ranks, and this was none of them.
         ranks_before: how many ranks there were, if that was another number, otherwise 0.
-        is_own: whether ``local`` is this rank's own.
+        first: what was rank 0's own, if there was another number of ranks.
     """
 
     step: int
@@ -47,7 +47,7 @@ class State:
     shared: dict[str, Any]
     local: dict[str, Any]
     ranks_before: int = 0
-    is_own: bool = True
+    first: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -89,6 +89,11 @@ class Checkpoints:
         self._comm = comm
         self._on_rank_0("Checkpoints", self._prepare)
 
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank is the one that touches the directory."""
+        return self._comm.rank == 0
+
     def due(self, step: int) -> bool:
         """Return whether ``every_steps`` asks for a checkpoint after ``step``."""
         return self.every_steps > 0 and step % self.every_steps == 0
@@ -107,7 +112,7 @@ class Checkpoints:
 
     def ensure_storable(self, state: State) -> None:
         """Raise what `save` would raise of this state before it writes: now, instead of after an hour of training."""
-        self._content(state, "Checkpoints")
+        self._storable(state, "Checkpoints")
 
     def load(self, signature: Signature) -> State | None:
         """Return the newest state that is whole, if it has this ``signature``; None where there is none.
@@ -124,10 +129,11 @@ class Checkpoints:
         content = _load(data)
         self._ensure_fits(content, signature)
         before, rank = content["world_size"], self._comm.rank
-        is_own = rank < before
-        local = content["locals"][rank if is_own else 0]
-        changed = before if before != self._comm.world_size else 0
-        return State(content["step"], signature, original(content["shared"]), original(local), changed, is_own)
+        local = original(content["locals"][rank]) if rank < before else {}
+        state = State(content["step"], signature, original(content["shared"]), local)
+        if before == self._comm.world_size:
+            return state
+        return replace(state, ranks_before=before, first=original(content["locals"][0]))
 
     def refuse_existing(self) -> None:
         """Raise CheckpointError, on every rank, if the directory holds checkpoints of an earlier run."""
@@ -135,6 +141,17 @@ class Checkpoints:
 
     def _content(self, state: State, operation: str) -> dict[str, Any]:
         """Return what goes into the file, where every rank's part of it can be read back."""
+        shared, local = self._storable(state, operation)
+        return {
+            "step": state.step,
+            "signature": state.signature,
+            "shared": shared,
+            "locals": self._comm.all_gather_object(local),
+            "world_size": self._comm.world_size,
+        }
+
+    def _storable(self, state: State, operation: str) -> tuple[Any, Any]:
+        """Return what all ranks share, on rank 0, and this rank's own, both as they can be stored."""
         shared = None
         local = None
         problem = ""
@@ -143,17 +160,10 @@ class Checkpoints:
             local = storable(state.local)
         except CheckpointError as error:
             problem = str(error)
-        parts = self._comm.all_gather_object((local, problem))
-        for rank, (_, problem) in enumerate(parts):
-            if problem:
-                raise CheckpointError(f"{self._comm.who(operation)}: on rank {rank}, {problem}")
-        return {
-            "step": state.step,
-            "signature": state.signature,
-            "shared": shared,
-            "locals": [local for local, _ in parts],
-            "world_size": self._comm.world_size,
-        }
+        for rank, found in enumerate(self._comm.all_gather_object(problem)):
+            if found:
+                raise CheckpointError(f"{self._comm.who(operation)}: on rank {rank}, {found}")
+        return shared, local
 
     def _ensure_fits(self, content: dict[str, Any], given: Signature) -> None:
         who = f"{self._comm.who('Checkpoints.load')}: the checkpoint of step {content['step']} in {self.directory}"

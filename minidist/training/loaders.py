@@ -144,12 +144,15 @@ def skip(loader: Loader, num_samples: int) -> None:
         _fail_to_reshard()
 
 
-def samples_in(loader: Loader, num_batches: int) -> int:
-    """Return how many samples of a rank so many batches are, all of them full; ValueError as of `skip`."""
+def batch_size_of(loader: Loader) -> int:
+    """Return how many samples a full batch has, if the loader can share out the rest of an epoch anew; otherwise 0."""
     order = _seekable(loader)
-    if not isinstance(order, ReshardableSampler):
-        _fail_to_reshard()
-    return num_batches * order.batch_size
+    return order.batch_size if isinstance(order, ReshardableSampler) else 0
+
+
+def reshardable_batch_size(loader: Loader) -> int:
+    """Return the same, and raise ValueError, as `skip` does, where that is 0."""
+    return batch_size_of(loader) or _fail_to_reshard()
 
 
 def _fail_to_reshard() -> NoReturn:

@@ -12,10 +12,11 @@ from minidist.training.loaders import (
     Batch,
     Loader,
     Steps,
+    batch_size_of,
     batches_from,
     ensure_equal_lengths,
     length_of,
-    samples_in,
+    reshardable_batch_size,
     skip,
 )
 from minidist.training.seed import RandomState, random_state, restore_random_state
@@ -39,6 +40,7 @@ class Position:
     skipped: int = 0
     _epoch_random: RandomState = field(default_factory=random_state, repr=False)
     _ranks_before: int = 0
+    _batch_size: int = 0
 
     def steps(self, loader: Loader, batches_per_step: int, comm: Communicator) -> Steps:
         """Return the steps of this epoch that are still to come. Collective.
@@ -85,9 +87,11 @@ class Position:
     def _cut_anew(self, loader: Loader) -> None:
         """Share out what is left of the epoch among another number of ranks than have begun it."""
         if self._ranks_before and self.batch:
-            self.skipped += self._ranks_before * samples_in(loader, self.batch)
+            # The batch size of before: it is natural to keep that of all ranks, and change each one's.
+            self.skipped += self._ranks_before * self.batch * (self._batch_size or reshardable_batch_size(loader))
             self.batch = 0
         self._ranks_before = 0
+        self._batch_size = batch_size_of(loader)
 
     def advance(self, num_batches: int) -> None:
         """Go one optimizer step further, for which so many batches were read."""
@@ -106,6 +110,7 @@ class Position:
             "batch": self.batch,
             "step": self.step,
             "skipped": self.skipped,
+            "batch_size": self._batch_size,
             "epoch_random": self._epoch_random,
             "random": random_state(),
         }
@@ -122,6 +127,7 @@ class Position:
         self.batch = state["batch"]
         self.step = state["step"]
         self.skipped = state.get("skipped", 0)
+        self._batch_size = state.get("batch_size", 0)
         self._ranks_before = ranks_before
         if with_random:
             self._epoch_random = state["epoch_random"]

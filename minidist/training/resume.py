@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from minidist.compression.compressor import Compressor
 from minidist.contract.checks import spell
 from minidist.launch import counted_ranks
 from minidist.sharded import ShardedOptimizer
@@ -25,7 +26,7 @@ class Training:
     """All of a training that outlives its process.
 
     The model's buffers are kept per rank besides, since they may differ, as do the random states in the position.
-    A hook's own state is kept, per rank, if it has ``state_dict()`` and ``load_state_dict()``.
+    The state of a `Compressor` is kept, per rank; that of any other hook is not.
 
     On another number of ranks it goes on like this: parameters, optimizer and schedule as they were, which count steps
     and not samples; buffers of rank 0; random numbers of the ranks that there were; what is left of the epoch shared
@@ -42,8 +43,8 @@ class Training:
     def signature(self) -> Signature:
         """Return what a checkpoint has to agree with to be one of this training."""
         kinds = {"the optimizer": _kind(self.optimizer), "the scheduler": _kind(self.scheduler)}
-        if hasattr(self.hook, "state_dict"):
-            kinds["the hook"] = _kind(self.hook)
+        if isinstance(self.hook, Compressor):
+            kinds["the hook"] = self.hook.describe()
         named = [*self.module.named_parameters(), *self.module.named_buffers()]
         return kinds | {name: f"{spell(t.dtype)}{list(t.shape)}" for name, t in named}
 
@@ -58,7 +59,7 @@ class Training:
         # On the CPU, since another rank's GPU may not exist where rank 0 unpickles.
         buffers = {name: buffer.cpu() for name, buffer in self.module.named_buffers()}
         local = {"position": self.position.state(), "buffers": buffers}
-        if hasattr(self.hook, "state_dict"):
+        if isinstance(self.hook, Compressor):
             local["hook"] = self.hook.state_dict()
         return State(self.position.step, self.signature(), shared, local)
 
@@ -66,19 +67,18 @@ class Training:
         """Go to where `state` was called."""
         self.module.load_state_dict(state.shared["model"])
         changed = state.ranks_before > 0
-        if not changed:
-            for name, buffer in self.module.named_buffers():
-                buffer.copy_(state.local["buffers"][name])  # rank 0's came with the model
+        buffers = (state.first if changed else state.local)["buffers"]
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(buffers[name])  # rank 0's came with the model, but for those that are not persistent
         self.optimizer.load_state_dict(state.shared["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state.shared["scheduler"])
-        if "hook" in state.local and changed:
-            log.warning("the hook begins anew: its state is of %s", counted_ranks(state.ranks_before))
-        elif "hook" in state.local:
+        if "hook" in state.local and not changed:
             self.hook.load_state_dict(state.local["hook"])
         self.tallies.restore(state.shared["status"])
+        own = state.local or state.first
         # Last, as what came before may draw random numbers.
-        self.position.restore(state.local["position"], state.ranks_before, state.is_own)
+        self.position.restore(own["position"], state.ranks_before, with_random=bool(state.local))
 
 
 def begin(training: Training, checkpoints: Checkpoints | None) -> None:
@@ -94,6 +94,8 @@ def begin(training: Training, checkpoints: Checkpoints | None) -> None:
         checkpoints.refuse_existing()
     elif (state := checkpoints.load(training.signature())) is not None:
         training.restore(state)
+        if "hook" in state.first and checkpoints.is_writer:
+            log.warning("the hook begins anew: its state is of %s", counted_ranks(state.ranks_before))
     checkpoints.ensure_storable(training.state())
 
 
