@@ -16,7 +16,8 @@ into one, and one of k numbers more to find the call that differs.
 
 That ranks call from different lines is no mistake: ``if rank == 0: comm.barrier() else: comm.barrier()`` is right. Two
 calls that are alike in all else are *swapped* where one rank runs a function and then another, and a second rank those
-two the other way round. Of that only the second call can tell, when the first has moved its data already.
+two the other way round. Of that only the second call can tell, when the first has moved its data already. Objects are
+two collectives each, and barriers move nothing: their swaps are not looked for.
 """
 
 from __future__ import annotations
@@ -186,7 +187,8 @@ class CheckedCommunicator(Wrapper):
                 self._refuse_call(deadline)
             # Not for k at once: between two comparisons lines may be taken in any order.
             if self.every == 1 and self.swaps:
-                if self._before and swapped(self._before, rows):
+                # Barriers mix no data: ranks may well take turns in two functions that have one.
+                if self._before and call.dtype is not None and swapped(self._before, rows):
                     self._refuse_swap(deadline)
                 self._before = rows
         except CommTimeoutError as error:
@@ -210,7 +212,8 @@ class CheckedCommunicator(Wrapper):
         said = difference(words, [""] * self.world_size, self._num_calls - 1)
         raise MismatchError(
             f"{said}; these are swapped, so the first has mixed their data already; "
-            "where ranks take turns like that and mean it, set swaps=False"
+            "where ranks take turns like that and mean it, set swaps=False, or compare two calls at once "
+            "(comm.checked=2)"
         )
 
     def _gathered(self, mine: Sequence[int], deadline: Deadline) -> list[Row]:

@@ -22,6 +22,7 @@ have without: the rank is *behind* by so much.
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable
 
@@ -168,6 +169,7 @@ class _Message(Work):
         self._give_up_at = time.monotonic() + timeout_s
         self._arrival = arrival
         self._at: float | None = None
+        self._lock = threading.Lock()  # one thread may wait for it, and another ask whether it is done
 
     def wait(self) -> None:
         should_be = time.monotonic() - self._comm.behind_s
@@ -196,7 +198,8 @@ class _Message(Work):
 
     def _arrives_at(self) -> float | None:
         """Return when it arrives, once it was really moved; None if it never was, which a wait says."""
-        if self._at is None:
-            peer = self._work.peer if self._given == ANY_SOURCE else self._given
-            self._at = None if peer is None else self._arrival(peer)
-        return self._at
+        with self._lock:
+            if self._at is None:
+                peer = self._work.peer if self._given == ANY_SOURCE else self._given
+                self._at = None if peer is None else self._arrival(peer)
+            return self._at

@@ -245,9 +245,7 @@ def _check_open(key: str, cfg: Any) -> None:
         )
     checked = section.get(CHECKED, False) if key == "comm" else False
     if not isinstance(checked, int) or checked < 0:
-        raise ConfigError(
-            f"comm.{CHECKED} must be true, false, or each how many collectives to compare, got {checked!r}"
-        )
+        raise ConfigError(f"comm.{CHECKED} must be true, false, or k to compare k collectives at once, got {checked!r}")
     for leaf, value in _leaves(section, key):
         _check_limit(leaf, value)
 

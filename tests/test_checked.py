@@ -100,6 +100,19 @@ def _turns(comm: Communicator) -> None:
             comm.all_reduce(torch.zeros(1, 3))
 
 
+def _barriers(comm: Communicator) -> None:
+    """Ranks take turns in two functions, that have a barrier each."""
+
+    def work() -> None:
+        comm.barrier()
+
+    def wait() -> None:
+        comm.barrier()
+
+    for turn in range(comm.world_size):
+        work() if turn == comm.rank else wait()
+
+
 def _roots(comm: Communicator) -> None:
     """Each rank sends in one function, and receives in another."""
 
@@ -132,7 +145,7 @@ def _objects(comm: Communicator) -> None:
     group.all_reduce(torch.ones(comm.rank % 2 + 1))
 
 
-@pytest.mark.parametrize("right", [_turns, _roots, _jobs, _nothing, _objects])
+@pytest.mark.parametrize("right", [_turns, _barriers, _roots, _jobs, _nothing, _objects])
 @pytest.mark.parametrize("every", [1, 2])
 def test_what_is_right_is_not_refused(right: Callable[[Communicator], None], every: int) -> None:
     def job() -> None:

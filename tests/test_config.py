@@ -12,6 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from backends.checked import CheckedCommunicator
 from experiments.running import build
 from experiments.running.refusal import REFUSALS, explain
 from minidist import config
@@ -84,6 +85,15 @@ def test_ring_nests_its_transport() -> None:
     assert comm.transport._target_ == "backends.mpi.MpiCommunicator"
 
 
+@pytest.mark.parametrize("choices", [("comm=paced",), ("comm=ring", "comm/transport=paced")])
+def test_what_is_paced_is_built_with_its_network(choices: tuple[str, ...]) -> None:
+    nested = "comm/transport" if len(choices) == 1 else "comm/transport@comm.transport.transport"
+    section = composed(*choices, f"{nested}=thread", "network=ethernet_10g", "comm.checked=true").comm
+    with build.communicator(section) as comm:
+        assert isinstance(comm, CheckedCommunicator)
+        assert comm.world_size == 1
+
+
 def test_a_network_can_be_chosen_for_what_is_paced_wherever_it_is() -> None:
     checked = config.check(composed("comm=ring", "comm/transport=paced", "network=ethernet_10g"))
     assert checked.comm["transport"]["network"] == checked.network
@@ -124,8 +134,8 @@ def test_only_rank_0_writes_the_configuration() -> None:
         ("launch.max_restarts=-1", "launch.max_restarts must be at least 0, got -1"),
         ("comm.timeout_s=0", "comm.timeout_s must be greater than 0, got 0"),
         ("comm.segment_bytes=8", "comm.segment_bytes must be at least 16, got 8"),
-        ("comm.checked=-1", "comm.checked must be true, false, or each how many collectives to compare, got -1"),
-        ("comm.checked=soon", "comm.checked must be true, false, or each how many collectives to compare, got 'soon'"),
+        ("comm.checked=-1", "comm.checked must be true, false, or k to compare k collectives at once, got -1"),
+        ("comm.checked=soon", "comm.checked must be true, false, or k to compare k collectives at once, got 'soon'"),
         ("comm.timeout_s=soon", "comm.timeout_s must be a number, got 'soon'"),
         ("optim.lr=-1", "optim.lr must be greater than 0, got -1"),
         ("model.width=0", "model.width must be at least 1, got 0"),

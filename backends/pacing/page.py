@@ -30,15 +30,17 @@ class Page:
     """
 
     def __init__(self, comm: Communicator, num_words: int) -> None:
-        name = ""
         if comm.rank == 0:
             self.file, name = tempfile.mkstemp(prefix="minidist-", dir=IN_MEMORY if IN_MEMORY.is_dir() else None)
-            os.truncate(self.file, 8 * num_words)
-        name = comm.broadcast_object(name, 0)
-        if comm.rank != 0:
-            self.file = os.open(name, os.O_RDWR)
-        weakref.finalize(self, os.close, self.file)
-        comm.barrier()
-        if comm.rank == 0:
-            os.unlink(name)  # all have it open
+            weakref.finalize(self, os.close, self.file)
+            try:
+                os.truncate(self.file, 8 * num_words)
+                comm.broadcast_object(name, 0)
+                comm.barrier()
+            finally:
+                os.unlink(name)  # all have it open, or nobody will
+        else:
+            self.file = os.open(comm.broadcast_object(None, 0), os.O_RDWR)
+            weakref.finalize(self, os.close, self.file)
+            comm.barrier()
         self.words: NDArray[np.int64] = np.frombuffer(mmap.mmap(self.file, 8 * num_words), np.int64)

@@ -59,9 +59,10 @@ def communicator(section: DictConfig, key: str = "comm") -> Communicator:
     Raises:
         ConfigError, CommError: see `build`.
     """
-    settings = OmegaConf.masked_copy(section, [str(name) for name in section if name != CHECKED])
+    # Resolved first: what a section takes from elsewhere, as the network of paced, a copy of it would not find.
+    settings = DictConfig(OmegaConf.to_container(section, resolve=True))
+    every = int(settings.pop(CHECKED, 0))
     comm: Communicator = build(settings, key)
-    every = int(section.get(CHECKED, 0))
     return CheckedCommunicator(comm, every) if every else comm
 
 

@@ -61,7 +61,7 @@ class MeasuredHosts(Network):
             raise ValueError(f"nbytes must be two sizes or more, rising, got {self._sizes}")
         tables = {"one_way": self._one_way, "exchange": self._exchange, "fan": self._fan, "reduce": self._reduce}
         for name, table in tables.items():
-            if len(table) != len(self._sizes) or not min(table) >= 0:
+            if len(table) != len(self._sizes) or not all(seconds >= 0 for seconds in table):
                 raise ValueError(f"{name} must be {len(self._sizes)} numbers of seconds, 0 or more, got {table}")
         if inside is None and self._exchanged > 1:
             raise ValueError("inside must be a network, as there are hosts of several ranks, got None")

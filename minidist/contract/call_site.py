@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -15,6 +16,7 @@ _LIBRARIES = (
     *(str(_ROOT / package) + os.sep for package in ("minidist", "backends")),
     str(Path(torch.__file__).parent) + os.sep,
     threading.__file__,  # beneath all that a thread of a library runs
+    contextlib.__file__,  # and between a library's context manager and whoever uses it
 )
 _is_library: dict[str, bool] = {}
 """By file, so that each is looked at once: a cache, and the same for all communicators of the process."""
