@@ -312,4 +312,4 @@ def test_ranks_that_would_train_alone_are_refused(comm: str, message: str, monke
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BackendUnavailableError, match=message):
-        build.build(composed(f"comm={comm}").comm, "comm")
+        build.communicator(composed(f"comm={comm}").comm)

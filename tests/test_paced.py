@@ -150,8 +150,11 @@ def test_a_message_that_takes_longer_than_its_timeout_does_not_arrive() -> None:
 
 
 def test_who_waits_for_a_message_on_its_way_hears_of_a_lost_rank() -> None:
+    all_made = threading.Barrier(3)
+
     def job() -> None:
         comm = paced(Flat(alpha=60.0, beta=0.0), timeout_s=100)
+        all_made.wait(50)
         if comm.rank == 2:
             comm.abort("out of memory")
         elif comm.rank == 1:

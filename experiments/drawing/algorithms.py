@@ -12,6 +12,7 @@ from torch import Tensor
 from backends.scheduled import ScheduledCommunicator
 from experiments.running.build import build
 from minidist.communicator import Work
+from minidist.config import CHECKED
 from minidist.errors import ConfigError
 from minidist.schedule import Schedule
 
@@ -40,6 +41,7 @@ def schedules_of(name: str, collective: str, overrides: Sequence[str] = ()) -> C
     assert isinstance(settings, dict)
     if any(isinstance(schedule, list) for schedule in settings.get("schedules", {}).values()):
         raise ConfigError(f"algorithm={name} chooses between algorithms; choose one of them")
+    settings.pop(CHECKED, None)  # nothing runs on paper
     if settings.pop("transport", None) is None:
         raise ConfigError(f"algorithm={name} is a transport and has no schedules of its own; choose ring or another")
 
