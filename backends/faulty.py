@@ -2,8 +2,8 @@
 
 ::
 
-    torchrun --nproc-per-node=4 train.py comm=delayed comm/transport=gloo comm.message_s=0.01
-    torchrun --nproc-per-node=4 train.py comm=killed comm/transport=shm comm.rank=2 comm.operation=100 comm.how=stop
+    torchrun --nproc-per-node=4 experiments/mnist.py comm=delayed comm/transport=gloo comm.message_s=0.01
+    torchrun --nproc-per-node=4 experiments/mnist.py comm=killed comm/transport=shm comm.rank=2 comm.operation=100
 
 What a training does then can be looked at, and tested, before it happens. What is random is drawn from a seed and the
 rank, so that it happens again. An operation is a collective of some elements, or a message that this rank starts or
@@ -94,7 +94,20 @@ class DelayedCommunicator(_OnOneRank):
             time.sleep(self._random.expovariate(1 / mean_s))
 
 
-class LossyCommunicator(_OnOneRank):
+class _Once(_OnOneRank):
+    """A communicator that goes wrong once, at something that it counts from 1."""
+
+    def __init__(self, transport: Communicator, rank: int | None, number: int, timeout_s: float | None) -> None:
+        super().__init__(transport, rank, timeout_s)
+        self._left = number if self._is_hit else 0
+
+    def _is_next(self) -> bool:
+        """Count one more, and return whether it is the one."""
+        self._left -= 1
+        return self._left == 0
+
+
+class LossyCommunicator(_Once):
     """Another communicator, one of whose messages goes wrong; see `Wrapper`.
 
     Collectives run as schedules over its messages, as the transport's own ones might not send any. What comes of it is
@@ -128,9 +141,8 @@ class LossyCommunicator(_OnOneRank):
             raise ValueError(f"LossyCommunicator: fault must be one of {', '.join(self.FAULTS)}, got {fault!r}")
         if message < 1:
             raise ValueError(f"LossyCommunicator: message must be at least 1, got {message}")
-        super().__init__(transport, rank, timeout_s)
+        super().__init__(transport, rank, message, timeout_s)
         self._fault = fault
-        self._left = message if self._is_hit else 0
         self._random = random.Random(f"{seed} {transport.rank}")
         self._executor = Executor(Inner(self), DEFAULTS, self._schedule_tag, 2**22, proves=False)
 
@@ -155,12 +167,8 @@ class LossyCommunicator(_OnOneRank):
         data[self._random.randrange(len(data))] ^= 1 << self._random.randrange(bits)
         return send(wrong, dst, tag, timeout_s)
 
-    def _is_next(self) -> bool:
-        self._left -= 1
-        return self._left == 0
 
-
-class KilledCommunicator(_OnOneRank):
+class KilledCommunicator(_Once):
     """Another communicator, one of whose ranks ends in the middle of a training; see `Wrapper`.
 
     Args:
@@ -189,10 +197,9 @@ class KilledCommunicator(_OnOneRank):
             raise ValueError(f"KilledCommunicator: how must be one of {', '.join(self.ENDS)}, got {how!r}")
         if operation < 1:
             raise ValueError(f"KilledCommunicator: operation must be at least 1, got {operation}")
-        super().__init__(transport, rank, timeout_s)
+        super().__init__(transport, rank, operation, timeout_s)
         self._how = how
         self._operation = operation
-        self._left = operation if self._is_hit else 0
 
     def _collective(self, name: str) -> Callable[..., None]:
         run = super()._collective(name)
@@ -212,8 +219,7 @@ class KilledCommunicator(_OnOneRank):
         return super()._irecv(tensor, src, tag, timeout_s)
 
     def _count(self) -> None:
-        self._left -= 1
-        if self._left != 0:
+        if not self._is_next():
             return
         if self._how == "raise":
             raise RuntimeError(f"ended on purpose before operation {self._operation}")

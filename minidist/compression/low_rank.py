@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minidist.communicator import Communicator, Work
-from minidist.compression.compressor import Compressor, State, draws, kept_on, real
+from minidist.compression.compressor import Compressor, State, draws, kept_on
 from minidist.gradients.buckets import Bucket
 
 
@@ -52,8 +52,7 @@ class PowerSGD(Compressor):
         qs = map(_orthonormal, parts.thin(self._last_q(bucket, parts, state, dtype), 1))
         rest = _flat(parts.rest, values.to(dtype))
         self.lay_by(bucket, rest)
-        first = _flat((matrix @ q for matrix, q in zip(matrices, qs, strict=True)), rest)
-        first = torch.cat([first, rest])
+        first = _flat((*(matrix @ q for matrix, q in zip(matrices, qs, strict=True)), rest), rest)
 
         def go_on() -> None:
             ps = [_orthonormal(p) for p in parts.thin(first, 0)]
@@ -133,12 +132,9 @@ class _Parts(NamedTuple):
 
 def _places(bucket: Bucket, values: Tensor) -> Iterator[Tensor]:
     """Yield each parameter's part of ``values``: a matrix with its outputs as rows, or what has one dimension."""
-    start = 0
-    for parameter in bucket.parameters:
-        numel = real(parameter.detach().reshape(-1)).numel()
-        part = values[start : start + numel]
-        yield part.view(len(parameter), -1) if parameter.dim() > 1 and numel > 0 else part
-        start += numel
+    numels = [parameter.numel() * (2 if parameter.is_complex() else 1) for parameter in bucket.parameters]
+    for parameter, part in zip(bucket.parameters, torch.split(values[: sum(numels)], numels), strict=True):
+        yield part.view(len(parameter), -1) if parameter.dim() > 1 and part.numel() > 0 else part
 
 
 def _flat(tensors: Iterable[Tensor], like: Tensor) -> Tensor:
@@ -148,10 +144,9 @@ def _flat(tensors: Iterable[Tensor], like: Tensor) -> Tensor:
 
 def _fill(places: Iterable[Tensor], numbers: Tensor) -> None:
     """Write numbers that lie one after the other into their places."""
-    start = 0
-    for place in places:
-        place.copy_(numbers[start : start + place.numel()].view_as(place))
-        start += place.numel()
+    places = list(places)
+    for place, part in zip(places, torch.split(numbers, [place.numel() for place in places]), strict=True):
+        place.copy_(part.view_as(place))
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:

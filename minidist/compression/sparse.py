@@ -12,18 +12,25 @@ from minidist.compression.compressor import Compressor, State, counted, draws
 from minidist.gradients.buckets import Bucket
 
 
-def _fraction(given: float, name: str) -> float:
-    if not 0 < given <= 1:
-        raise ValueError(f"{name}: fraction must be above 0 and at most 1, got {given}")
-    return float(given)
+class _Sparse(Compressor):
+    """Sends some numbers of a bucket, and lays by their places and what they were."""
+
+    def __init__(self, fraction: float) -> None:
+        super().__init__()
+        if not 0 < fraction <= 1:
+            raise ValueError(f"{type(self).__name__}: fraction must be above 0 and at most 1, got {fraction}")
+        self.fraction = float(fraction)
+
+    def sent(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Tensor:
+        places, numbers = self.laid_by(bucket)
+        return torch.zeros_like(values).index_copy_(0, places, numbers)
+
+    def _k(self, numel: int) -> int:
+        """Return how many of so many numbers are sent, at least one if there is one."""
+        return min(numel, max(1, math.floor(self.fraction * numel + 0.5)))
 
 
-def _k(fraction: float, numel: int) -> int:
-    """Return how many of so many numbers are sent, at least one if there is one."""
-    return min(numel, max(1, math.floor(fraction * numel + 0.5)))
-
-
-class TopK(Compressor):
+class TopK(_Sparse):
     """Each rank sends the largest of its gradients by their absolute value, with their places.
 
     Aji and Heafield, "Sparse Communication for Distributed Gradient Descent" (2017). All ranks gather what all have
@@ -35,11 +42,10 @@ class TopK(Compressor):
     """
 
     def __init__(self, fraction: float = 0.01) -> None:
-        super().__init__()
-        self.fraction = _fraction(fraction, "TopK")
+        super().__init__(fraction)
 
     def start(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Work:
-        k = _k(self.fraction, len(values))
+        k = self._k(len(values))
         places = values.abs().topk(k, sorted=False).indices
         numbers = values[places]
         self.lay_by(bucket, (places, numbers))
@@ -56,12 +62,8 @@ class TopK(Compressor):
 
         return comm.all_gather(everywhere, packed, async_op=comm.overlaps).then(add_up)
 
-    def sent(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Tensor:
-        places, numbers = self.laid_by(bucket)
-        return torch.zeros_like(values).index_copy_(0, places, numbers)
 
-
-class RandomK(Compressor):
+class RandomK(_Sparse):
     """All ranks send the same random places of their gradients, so that no place travels and numbers add up.
 
     Stich et al., "Sparsified SGD with Memory" (2018); Konečný et al., "Federated Learning: Strategies for Improving
@@ -74,13 +76,12 @@ class RandomK(Compressor):
     """
 
     def __init__(self, fraction: float = 0.01, unbiased: bool = True, seed: int = 0) -> None:
-        super().__init__()
-        self.fraction = _fraction(fraction, "RandomK")
+        super().__init__(fraction)
         self.unbiased = unbiased
         self.seed = seed
 
     def start(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Work:
-        k = _k(self.fraction, len(values))
+        k = self._k(len(values))
         generator = draws(values.device, self.seed, bucket.index, counted(state))
         places = torch.randperm(len(values), generator=generator, device=values.device)[:k]
         numbers = values[places] + (values * 0).sum()  # an overflow is seen, wherever it is
@@ -93,7 +94,3 @@ class RandomK(Compressor):
             values.zero_().index_copy_(0, places, total)
 
         return comm.all_reduce(total, async_op=comm.overlaps).then(put)
-
-    def sent(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Tensor:
-        places, numbers = self.laid_by(bucket)
-        return torch.zeros_like(values).index_copy_(0, places, numbers)
