@@ -52,7 +52,7 @@ class Compressor(ABC):
         Args:
             bucket: whose gradients they are.
             values: the gradients of this rank over the world size, 1-d and real; their sum is wanted in their place.
-            state: what is kept of this bucket from one pass to the next, empty at first; it goes into checkpoints.
+            state: what is kept of this bucket from one pass to the next, at first its numel alone; for checkpoints too.
             comm: what they travel over, by whatever it can do.
 
         Returns:
