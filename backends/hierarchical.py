@@ -12,8 +12,9 @@ ranks. Lane 0 is that of the *leaders*. On hosts of 3 and 2 ranks::
              lane 0   lane 1            rank 2 is in none
 
 An all-reduce adds up inside of each host, so that the rank in lane i holds shard i complete for its host; each lane
-all-reduces its shard; then the shards spread inside of the hosts. Everything else goes over the leaders: what a host
-has to send to another one travels as one message.
+all-reduces its shard; then the shards spread inside of the hosts. A large tensor goes in pieces, whose ways between
+and inside of the hosts overlap. Everything else goes over the leaders: what a host has to send to another one travels
+as one message.
 
 Cost of an all-reduce of M bytes, with k lanes and rings between the hosts: 2 (h-1) steps there; each rank of a lane
 sends 2 (h-1)/h M/k bytes to other hosts, each host 2 (h-1)/h M, which is the least possible.
@@ -28,16 +29,18 @@ import torch
 from torch import Tensor
 
 from backends.deadline import Deadline
-from backends.levels import Level, Placement
+from backends.levels import Level, Piece, Placement
 from backends.processes.rendezvous import place_among
 from backends.wrapper import Wrapper
 from minidist import launch
-from minidist.communicator import Communicator, Device, ReduceOp, Shape
+from minidist.communicator import Communicator, Device, ReduceOp, Shape, Work
 from minidist.contract.carriers import bytes_of
+from minidist.contract.work import DONE
 from minidist.errors import CommError, CommTimeoutError, PeerLostError
 
-SMALL_BYTES = 2**14
-"""What one lane all-reduces alone, as steps inside of a host cost more than its card."""
+MAX_PIECES = 4
+PIECE_BYTES = 2**20
+"""The least of a piece, as each costs a few messages and a change of threads."""
 
 LATE = 0.2
 """The part of an operation's time in which others may have run out of theirs."""
@@ -97,39 +100,45 @@ class HierarchicalCommunicator(Wrapper):
     # Reductions -------------------------------------------------------------------------------
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp, deadline: Deadline) -> None:
-        where, flat = self._where, tensor.view(-1)
-        block = 0 if tensor.nbytes <= SMALL_BYTES else flat.numel() // where.num_lanes
-        last = where.num_lanes - 1  # its lane takes what is left over as well, which lies behind its own shard
-        shards = [flat[lane * block : (lane + 1) * block if lane < last else None] for lane in range(where.num_lanes)]
-        self._add_up_inside(flat, shards, block, op, deadline)
-        if self._across is not None and shards[where.local].numel():
-            self._across.run("all_reduce", shards[where.local], op, deadline=deadline)
-        self._spread_inside(flat, shards, block, deadline)
+        """While a piece is between the hosts, the next one is added up inside of them, and the last one spreads."""
+        cut = min(MAX_PIECES, max(tensor.nbytes // PIECE_BYTES, 1))
+        pieces = [Piece(part, self._where) for part in tensor.view(-1).tensor_split(cut)]
+        works: list[Work] = []
+        for index, piece in enumerate(pieces):
+            self._add_up_inside(piece, op, deadline)
+            works.append(self._start_across(piece, op, cut > 1, deadline))
+            if index:
+                self._spread_inside(pieces[index - 1], works[index - 1], deadline)
+        self._spread_inside(pieces[-1], works[-1], deadline)
 
-    def _add_up_inside(self, flat: Tensor, shards: list[Tensor], block: int, op: ReduceOp, deadline: Deadline) -> None:
+    def _add_up_inside(self, piece: Piece, op: ReduceOp, deadline: Deadline) -> None:
         """Leave each shard complete for this host with the rank of its lane."""
-        where, rest = self._where, flat[block * self._where.num_lanes :]
-        if block and not where.fits:
-            self._inside.run("all_reduce", flat, op, deadline=deadline)
+        if piece.shared.numel() and not self._where.fits:
+            self._inside.run("all_reduce", piece.flat, op, deadline=deadline)
             return
-        if block:
-            own = shards[where.local][:block]
-            self._inside.run("reduce_scatter", own, flat[: block * where.num_lanes], op, deadline=deadline)
-        if rest.numel():
-            self._inside.run("reduce", rest, where.num_lanes - 1, op, deadline=deadline)
+        if piece.shared.numel():
+            self._inside.run("reduce_scatter", piece.block, piece.shared, op, deadline=deadline)
+        if piece.rest.numel():
+            self._inside.run("reduce", piece.rest, self._where.num_lanes - 1, op, deadline=deadline)
 
-    def _spread_inside(self, flat: Tensor, shards: list[Tensor], block: int, deadline: Deadline) -> None:
+    def _start_across(self, piece: Piece, op: ReduceOp, async_op: bool, deadline: Deadline) -> Work:
+        """Let the lane of this rank, if any, begin to add its shard up."""
+        if self._across is None or not piece.shard.numel():
+            return DONE
+        return self._across.start("all_reduce", piece.shard, op, async_op, deadline=deadline)
+
+    def _spread_inside(self, piece: Piece, across: Work, deadline: Deadline) -> None:
         """Give all ranks of this host what each lane has come to."""
-        where, rest = self._where, flat[block * self._where.num_lanes :]
-        if block and not where.fits:
-            for lane, shard in enumerate(shards):
+        if self._across is not None:
+            self._across.finish(across)
+        if piece.shared.numel() and not self._where.fits:
+            for lane, shard in enumerate(piece.shards):
                 self._inside.run("broadcast", shard, lane, deadline=deadline)
             return
-        if block:
-            own = shards[where.local][:block]
-            self._inside.run("all_gather", flat[: block * where.num_lanes], own, deadline=deadline)
-        if rest.numel():
-            self._inside.run("broadcast", rest, where.num_lanes - 1, deadline=deadline)
+        if piece.shared.numel():
+            self._inside.run("all_gather", piece.shared, piece.block, deadline=deadline)
+        if piece.rest.numel():
+            self._inside.run("broadcast", piece.rest, self._where.num_lanes - 1, deadline=deadline)
 
     def _reduce(self, tensor: Tensor, dst: int, op: ReduceOp, deadline: Deadline) -> None:
         host, _ = self._where.of(dst)

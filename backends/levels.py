@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from backends.deadline import Deadline
-from minidist.communicator import Communicator
+from minidist.communicator import Communicator, Work
 from minidist.contract.inner import Inner
 from minidist.errors import CommError, PeerLostError
+
+SMALL_BYTES = 2**14
+"""What one lane all-reduces alone, as steps inside of a host cost more than its card."""
 
 
 class Placement:
@@ -81,6 +85,35 @@ class Placement:
         return torch.tensor(self.ranks_of, device="cpu").t().reshape(-1)
 
 
+class Piece:
+    """A part of a tensor on its way through the levels.
+
+    Attributes:
+        flat: all of it, in one dimension.
+        shared: the blocks of the lanes, one behind the other; nothing of a small tensor, which one lane takes alone.
+        rest: what lies behind them, which the last lane takes too.
+        shards: what each lane takes.
+    """
+
+    def __init__(self, flat: Tensor, where: Placement) -> None:
+        lanes = where.num_lanes
+        block = 0 if flat.nbytes <= SMALL_BYTES else flat.numel() // lanes
+        self.flat = flat
+        self.shared, self.rest = flat[: lanes * block], flat[lanes * block :]
+        self.shards = [flat[lane * block : (lane + 1) * block if lane < lanes - 1 else None] for lane in range(lanes)]
+        self._local, self._block = where.local, block
+
+    @property
+    def shard(self) -> Tensor:
+        """What the lane of this rank takes, which has one."""
+        return self.shards[self._local]
+
+    @property
+    def block(self) -> Tensor:
+        """That, without the rest."""
+        return self.shard[: self._block]
+
+
 @dataclass(frozen=True)
 class Level:
     """A communicator of some ranks, whose errors name them by their numbers among all.
@@ -95,8 +128,25 @@ class Level:
 
     def run(self, operation: str, *args: Any, deadline: Deadline) -> None:
         """Run an operation of the communicator, by its name."""
-        try:
+        with self._named():
             getattr(self.comm, operation)(*args, timeout_s=deadline.left_s)
+
+    def start(self, operation: str, *args: Any, deadline: Deadline) -> Work:
+        """Start a collective by its name, to be waited for by `finish`."""
+        with self._named():
+            work: Work = getattr(self.comm, operation)(*args, timeout_s=deadline.left_s)
+        return work
+
+    def finish(self, work: Work) -> None:
+        """Wait for what was started."""
+        with self._named():
+            work.wait()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Raise an error of the communicator as one that names ranks by their numbers among all."""
+        try:
+            yield
         except PeerLostError as error:
             raise self._lost(error) from error
         except CommError as error:

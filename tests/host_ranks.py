@@ -50,6 +50,9 @@ MAKE: dict[str, Callable[[], Communicator]] = {
     "hierarchical": lambda: HierarchicalCommunicator(
         functools.partial(ShmCommunicator, TIMEOUT_S), GlooCommunicator(timeout_s=TIMEOUT_S)
     ),
+    "hierarchical_ring": lambda: HierarchicalCommunicator(
+        functools.partial(ShmCommunicator, TIMEOUT_S), RingCommunicator(GlooCommunicator(timeout_s=TIMEOUT_S))
+    ),
     "mpi": _mpi,
     "auto": lambda: AutoCommunicator(
         GlooCommunicator(timeout_s=TIMEOUT_S), CHOICES, intra=functools.partial(ShmCommunicator, TIMEOUT_S)
