@@ -70,6 +70,8 @@ CHECKED = ("all_reduce_values", "reduce_scatter_values", "gather_object", "split
 CHECKED_LACKS = {"traffic": "what ranks compare is counted too"}
 HIERARCHICAL = ("all_reduce_values", "reduce_scatter_values", "all_gather_values", "random_program", "training_mlp")
 PACED = (*HIERARCHICAL, "split", "messages_keep", "any_source_and", "timeout_of_recv")
+SCHEDULED = ("all_reduce", "reduce_scatter_values", "messages_keep", "random_program", "timeout_of", "raising_rank")
+"""Of a ring over what is checked in full by itself."""
 ONE_PROCESS = dict.fromkeys(("killed_rank", "exiting_rank"), "its ranks share a process")
 
 ROWS = (
@@ -93,16 +95,19 @@ ROWS = (
     Row("gloo", "backends.torch_dist.GlooCommunicator", "torchrun"),
     Row("ring-gloo", "tests.table.ring_over_gloo", "torchrun"),
     Row("mpi", "backends.mpi.MpiCommunicator", "mpirun"),
-    Row("ring-mpi", "tests.table.ring_over_mpi", "mpirun"),
+    Row("ring-mpi", "tests.table.ring_over_mpi", "mpirun", focus=(*SCHEDULED, "exiting_rank")),
     Row("shm", "backends.shm.ShmCommunicator", "torchrun"),
     Row("shm-torch", "tests.table.shm_by_torch", "torchrun"),
-    Row("ring-shm", "tests.table.ring_over_shm", "torchrun"),
+    Row("ring-shm", "tests.table.ring_over_shm", "torchrun", focus=SCHEDULED),
     Row("checked-thread", "tests.table.checked_over_thread", "thread", ONE_PROCESS | CHECKED_LACKS, CHECKED),
     Row("checked-gloo", "tests.table.checked_over_gloo", "torchrun", CHECKED_LACKS, CHECKED[:2]),
     Row("checked-shm", "tests.table.checked_over_shm", "torchrun", CHECKED_LACKS, CHECKED[:2]),
     *(
-        Row(f"{name}-{transport}", f"{name}/{transport}", launcher, lacks, (*zoo.collectives(name), "random_program"))
-        for transport, launcher, lacks in (("thread", "thread", ONE_PROCESS), ("shm", "torchrun", {}))
+        Row(f"{name}-{transport}", f"{name}/{transport}", launcher, lacks, (*focus(name), "random_program"))
+        for transport, launcher, lacks, focus in (
+            ("thread", "thread", ONE_PROCESS, zoo.collectives),
+            ("shm", "torchrun", {}, lambda name: ()),
+        )
         for name in zoo.ALGORITHMS
         if name != "ring"
     ),

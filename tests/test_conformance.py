@@ -73,9 +73,9 @@ def _marks(row: Row, world_size: int, check: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.slow] if _is_slow(row, world_size, check) else []
 
 
-FATAL_BY_DEFAULT = {"gloo": "check_killed_rank_is_named", "ring-mpi": "check_exiting_rank_is_named"}
+FATAL_BY_DEFAULT = {"gloo": "check_killed_rank_is_named"}
 OTHER_LAUNCHER = ("shm-mpirun", "ring-shm-mpirun")
-SIMILAR = ("ring-thread", "group-of-thread", "ring-gloo", "ring-mpi", "ring-shm", "shm-torch")
+SIMILAR = ("ring-thread", "group-of-thread", "ring-gloo", "shm-torch")
 
 
 def _is_slow(row: Row, world_size: int, check: str) -> bool:

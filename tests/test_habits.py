@@ -44,10 +44,10 @@ def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def _cases() -> Iterator[object]:
-    """Yield all programs on all communicators; what is compiled is slow, and by default on shared memory alone."""
+    """Yield all programs on all communicators; by default on two, and what takes a compiler on shared memory alone."""
     for make in (*PROCESSES, *THREADS):
         for name in (*habits.AGAINST_TORCH, *habits.OURS):
-            is_slow = "compiled" in name and make != PROCESSES[0]
+            is_slow = make not in PROCESSES[:2] or ("compiled" in name and make != PROCESSES[0])
             yield pytest.param(make, name, marks=[pytest.mark.slow] if is_slow else [])
 
 
