@@ -11,6 +11,7 @@ time is left out, alike on all ranks, and extrapolated.
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -156,10 +157,14 @@ def in_turn(sizes: Sequence[int]) -> list[int]:
 
 
 def filled(seconds: Mapping[int, float], sizes: Sequence[int]) -> list[float]:
-    """Return the seconds at all sizes: the known ones, and others on the line that fits the largest of those best."""
+    """Return the seconds at all sizes: the known ones, and others on the line that fits the largest of those best.
+
+    None is longer than that of a larger size, as noise only adds to what a message takes.
+    """
     largest = sorted(seconds)[-LATEST:]
     alpha, beta = fitted(largest, [seconds[size] for size in largest])
-    return [seconds[size] if size in seconds else alpha + beta * size for size in sizes]
+    row = [seconds[size] if size in seconds else alpha + beta * size for size in sizes]
+    return list(itertools.accumulate(reversed(row), min))[::-1]
 
 
 def placement(transport: Communicator) -> Placement:

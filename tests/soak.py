@@ -13,6 +13,7 @@ from tests.hosts import Network
 from tests.soak_ranks import WARM_UP_S, Held
 
 HELD = r"Held\(files=(\d+), heaps=(\d+), threads=(\d+), bytes=(\d+)\)"
+HAS = re.compile(rf"rank (\d): has {HELD}")
 BEGIN, END = (re.compile(rf"rank (\d): {phase} with {HELD} after (.*)") for phase in ("begins", "ends"))
 START_S = 120.0
 LEFT_OVER = Held(files=20, heaps=8, threads=8, bytes=2**28)
@@ -34,13 +35,15 @@ def soak(kind: str, seconds: float) -> list[str]:
     assert ranks.status == 0, output
     assert output.count("left") == 4, output
     begins = {rank: Held(*map(int, counts)) for rank, *counts, _ in BEGIN.findall(output)}
+    megabytes = {rank: [int(line[-1]) >> 20 for line in HAS.findall(output) if line[0] == rank] for rank in begins}
     lines = list[str]()
     for rank, *counts, what in sorted(END.findall(output)):
         begin, end = begins[rank], Held(*map(int, counts))
         for name, was, now, most in zip(Held._fields, begin, end, LEFT_OVER, strict=True):
             assert now <= was + most, f"{kind}, rank {rank}: {was} {name} before, {now} after {what}\n{output}"
         changes = (f"{name} {was} to {now}" for name, was, now in zip(Held._fields, begin, end, strict=True))
-        lines.append(f"{kind}, rank {rank}: {', '.join(changes)}, {what}")
+        steps = megabytes[rank][:: max(len(megabytes[rank]) // 8, 1)]
+        lines.append(f"{kind}, rank {rank}: {', '.join(changes)}, {what}; MB on the way: {steps}")
     return lines
 
 

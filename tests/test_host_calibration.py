@@ -154,6 +154,7 @@ def test_what_was_left_out_is_extrapolated() -> None:
     assert in_turn([1, 2, 3, 4, 5]) == [1, 3, 4, 5, 2]
     assert filled({1000: 2.0, 3000: 4.0}, [1000, 2000, 3000, 9000]) == pytest.approx([2.0, 3.0, 4.0, 10.0])
     assert filled({1000: 2.0, 3000: 1.0}, [9000])[0] > 0  # noise: the larger one was faster
+    assert filled({1000: 2.0, 3000: 1.0, 9000: 4.0}, [1000, 3000, 9000]) == [1.0, 1.0, 4.0]
 
 
 def test_presets_of_hosts_are_written_and_read_again(tmp_path: Path) -> None:
