@@ -9,9 +9,13 @@ from collections.abc import Iterator
 import pytest
 
 from tests import habits, harness
+from tests.table import CHECKED
 
-PROCESSES = ("backends.shm.ShmCommunicator", "backends.torch_dist.GlooCommunicator", "tests.table.ring_over_gloo")
-THREADS = ("backends.thread.ThreadCommunicator",)
+PROCESSES = (
+    *("backends.shm.ShmCommunicator", "backends.torch_dist.GlooCommunicator", "tests.table.ring_over_gloo"),
+    f"{CHECKED}backends.shm.ShmCommunicator",
+)
+THREADS = ("backends.thread.ThreadCommunicator", f"{CHECKED}backends.thread.ThreadCommunicator")
 Failures = dict[tuple[str, str], list[str]]
 
 
@@ -44,10 +48,13 @@ def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def _cases() -> Iterator[object]:
-    """Yield all programs on all communicators; what is compiled is slow, and by default on shared memory alone."""
+    """Yield all programs on all communicators.
+
+    What is compiled is slow, and by default on shared memory alone; within checked communicators all is slow.
+    """
     for make in (*PROCESSES, *THREADS):
         for name in (*habits.AGAINST_TORCH, *habits.OURS):
-            is_slow = "compiled" in name and make != PROCESSES[0]
+            is_slow = make.startswith(CHECKED) or ("compiled" in name and make != PROCESSES[0])
             yield pytest.param(make, name, marks=[pytest.mark.slow] if is_slow else [])
 
 
