@@ -9,7 +9,7 @@ ECOSYSTEM := .venv/ecosystem
 .PHONY: mnist test test-slow check clean
 
 mnist: $(INSTALLED)  ## train on handwritten digits, on 2 ranks
-	$(BIN)/python experiments/mnist.py comm=ring launch.nproc=2
+	$(BIN)/python experiments/mnist.py comm=ring comm.checked=16 launch.nproc=2
 
 test: $(INSTALLED)
 	$(BIN)/pytest $(WORKERS)

@@ -49,7 +49,7 @@ Row = list[int]
 
 
 class Call(NamedTuple):
-    """What a rank calls; ``site`` and ``shape`` are told, but may differ."""
+    """What a rank calls; ``shape``, ``site`` and ``purpose`` are told, but may differ."""
 
     kind: str
     numel: int
@@ -58,6 +58,7 @@ class Call(NamedTuple):
     root: int | None
     shape: tuple[int, ...]
     site: CallSite | None
+    purpose: str = ""
 
     @property
     def word(self) -> int:
@@ -77,7 +78,8 @@ class Call(NamedTuple):
 
     @property
     def where(self) -> str:
-        return f"at {self.site or 'a place in no code of the user'}"
+        purpose = f"for {self.purpose} " if self.purpose else ""
+        return f"{purpose}at {self.site or 'a place in no code of the user'}"
 
 
 class CheckedCommunicator(Wrapper):
@@ -129,7 +131,8 @@ class CheckedCommunicator(Wrapper):
         keep: bool = False,
     ) -> Work:
         """Note what the user gave: hooks get another op for AVG, and other tensors for some."""
-        self._asked.call = described(operation, (*tensors, *args), self._site())
+        call = described(operation, (*tensors, *args), self._site())
+        self._asked.call = call._replace(purpose=self.purpose) if self.purpose else call
         try:
             return super()._run(operation, tensors, args, async_op, timeout_s, keep)
         finally:
@@ -161,8 +164,12 @@ class CheckedCommunicator(Wrapper):
         def checked(*args: Any) -> None:
             *given, timeout_s = args
             deadline = Deadline(timeout_s)
-            self._compare(described(name, given, site) if asked is None else asked, deadline)
-            run(*given, deadline.left_s)
+            call = described(name, given, site) if asked is None else asked
+            try:
+                self._compare(call, deadline)
+                run(*given, deadline.left_s)
+            except CommTimeoutError as error:
+                raise CommTimeoutError(f"{error}; this rank calls {call.what} {call.where}") from error
 
         return checked
 
@@ -181,18 +188,15 @@ class CheckedCommunicator(Wrapper):
             if self._num_calls % self.every:
                 return
         site = (0, 0) if call.site is None else (_hash(call.site[:2]), _hash((call.site.file, *call.site[2:])))
-        try:
-            rows = self._gathered([self._num_calls, word, *site], deadline)
-            if any(row[:2] != rows[0][:2] for row in rows):
-                self._refuse_call(deadline)
-            # Not for k at once: between two comparisons lines may be taken in any order.
-            if self.every == 1 and self.swaps:
-                # Barriers mix no data: ranks may well take turns in two functions that have one.
-                if self._before and call.dtype is not None and swapped(self._before, rows):
-                    self._refuse_swap(deadline)
-                self._before = rows
-        except CommTimeoutError as error:
-            raise CommTimeoutError(f"{error}; this rank calls {call.what} {call.where}") from error
+        rows = self._gathered([self._num_calls, word, *site], deadline)
+        if any(row[:2] != rows[0][:2] for row in rows):
+            self._refuse_call(deadline)
+        # Not for k at once: between two comparisons lines may be taken in any order.
+        if self.every == 1 and self.swaps:
+            # Barriers mix no data: ranks may well take turns in two functions that have one.
+            if self._before and call.dtype is not None and swapped(self._before, rows):
+                self._refuse_swap(deadline)
+            self._before = rows
 
     def _refuse_call(self, deadline: Deadline) -> None:
         """Raise what is wrong with the first of the recent calls that differs."""

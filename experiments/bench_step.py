@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 
 from backends.processes.rendezvous import meet
 from experiments.drawing.pictures import draw_steps
-from experiments.measuring.compare import Action, communicators, interleaved, report
+from experiments.measuring.compare import communicators, interleaved, report
+from experiments.measuring.steps import step
 from experiments.running.build import build
 from experiments.running.choices import at_least, several
 from experiments.running.run import CONF, main
@@ -47,20 +48,6 @@ OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
 }
 ALONE = "no communication"
 TORCH = "torch DDP, gloo"
-
-
-def step(model: nn.Module, optimizer: Optimizer, shape: list[int], batch_size: int) -> Action:
-    """Return a training step of ``model`` on one random batch."""
-    inputs = torch.randn(batch_size, *shape)
-    targets = torch.randint(10, (batch_size,))
-    loss_fn = nn.CrossEntropyLoss()
-
-    def run() -> None:
-        optimizer.zero_grad()
-        loss_fn(model(inputs), targets).backward()
-        optimizer.step()
-
-    return run
 
 
 def optimizer_of(model: nn.Module, name: str, comm: Communicator | None = None) -> Optimizer:

@@ -68,7 +68,10 @@ class Communicator(Membership):
         world_size: the number of ranks.
         timeout_s: seconds that an operation may take unless it says otherwise.
         traffic: what this rank has sent so far, and how long operations took.
+        purpose: what the operations are for that are started now, told where one of them is wrong; nothing if empty.
     """
+
+    purpose = ""
 
     # Point to point ---------------------------------------------------------------------------
 

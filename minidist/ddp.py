@@ -220,7 +220,9 @@ class DistributedDataParallel(nn.Module):
         for bucket in self.buckets[len(self._works) :]:
             if bucket.missing:
                 break
+            self.comm.purpose = bucket.title
             self._works.append(self.hook(bucket, self.comm))
+        self.comm.purpose = ""
 
     def _on_backward_end(self) -> None:
         """Reduce what backward brought, unless it left something out, or something behind."""

@@ -182,11 +182,11 @@ def run_command(
             returncode = None
         finally:  # also when the tests are interrupted
             if process.poll() is None:
-                _end_launcher(process)
+                end_launcher(process)
     return returncode, output.read_text(errors="replace")
 
 
-def _end_launcher(process: subprocess.Popen[bytes]) -> None:
+def end_launcher(process: subprocess.Popen[bytes]) -> None:
     """Let the launcher end its ranks, which may be in sessions of their own; then end it."""
     os.killpg(process.pid, signal.SIGTERM)
     try:

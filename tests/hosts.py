@@ -160,15 +160,17 @@ class Network:
         on: Sequence[int],
         environment: Mapping[str, str] | None = None,
         master: str | None = None,
+        directory: Path = fork_server.ROOT,
     ) -> Ranks:
         """Start ``python -m`` on ranks, forks that have torch loaded.
 
         Args:
-            program: a module.
+            program: a module, or the path of a script.
             arguments: what follows on the command line.
             on: the host of each rank.
             environment: for all of them.
             master: what they call the host of rank 0; None for its address.
+            directory: where they run.
         """
         self._num_worlds += 1
         port = MASTER_PORT + self._num_worlds
@@ -181,7 +183,7 @@ class Network:
             program,
             arguments,
             len(on),
-            str(fork_server.ROOT),
+            str(directory),
             f"/proc/{os.getpid()}/fd/{output.fileno()}",
             {**os.environ, "OMP_NUM_THREADS": "1"},
             [self.hosts[host].pid for host in on],
@@ -225,8 +227,12 @@ class Ranks:
         until = time.monotonic() + limit_s
         while self.output.count(text) < count:
             assert time.monotonic() < until, f"{text!r} did not come {count} times in {limit_s} s:\n{self.output}"
-            assert not self._running.has_ended(0), f"they ended before {text!r} came {count} times:\n{self.output}"
+            assert not self.has_ended(), f"they ended before {text!r} came {count} times:\n{self.output}"
             time.sleep(0.01)
+
+    def has_ended(self) -> bool:
+        """Whether all of them have."""
+        return self._running.has_ended(0)
 
     def end(self, limit_s: float = 60.0) -> str:
         """Wait for their end, and return what they wrote."""

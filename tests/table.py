@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
 
@@ -53,6 +53,7 @@ class Row:
         launcher: torchrun, mpirun, thread, or none for one rank that nobody starts.
         lacks: a part of the names of checks that it cannot pass, with the reason.
         focus: parts of the names of the checks that are not slow for it; all, if empty.
+        only: the number of ranks, if it runs on one alone, and then slowly.
     """
 
     name: str
@@ -60,13 +61,26 @@ class Row:
     launcher: str
     lacks: Mapping[str, str] = field(default_factory=dict)
     focus: Sequence[str] = ()
+    only: int | None = None
 
     def missing(self, check: str) -> str | None:
         """Return why the check is not for this communicator, or None."""
         return next((why for part, why in self.lacks.items() if part in check), None)
 
 
-CHECKED = ("all_reduce_values", "reduce_scatter_values", "gather_object", "split", "random_program", "training_mlp")
+CHECKED = "checked+"
+"""Before the path of what makes a communicator: within a checked one."""
+CHECKED_FOCUS = {
+    "thread": (
+        "all_reduce_values",
+        "reduce_scatter_values",
+        "gather_object",
+        "split",
+        "random_program",
+        "training_mlp",
+    ),
+    **dict.fromkeys(("gloo", "shm"), ("all_reduce_values", "reduce_scatter_values")),
+}
 CHECKED_LACKS = {"traffic": "what ranks compare is counted too"}
 HIERARCHICAL = ("all_reduce_values", "reduce_scatter_values", "all_gather_values", "random_program", "training_mlp")
 PACED = (*HIERARCHICAL, "split", "messages_keep", "any_source_and", "timeout_of_recv")
@@ -74,7 +88,7 @@ SCHEDULED = ("all_reduce", "reduce_scatter_values", "messages_keep", "random_pro
 """Of a ring over what is checked in full by itself."""
 ONE_PROCESS = dict.fromkeys(("killed_rank", "exiting_rank"), "its ranks share a process")
 
-ROWS = (
+UNCHECKED = (
     Row("serial", "backends.serial.SerialCommunicator", "none"),
     Row("thread", "backends.thread.ThreadCommunicator", "thread", ONE_PROCESS),
     Row("ring-thread", "tests.table.ring_over_thread", "thread", ONE_PROCESS),
@@ -99,9 +113,6 @@ ROWS = (
     Row("shm", "backends.shm.ShmCommunicator", "torchrun"),
     Row("shm-torch", "tests.table.shm_by_torch", "torchrun"),
     Row("ring-shm", "tests.table.ring_over_shm", "torchrun", focus=SCHEDULED),
-    Row("checked-thread", "tests.table.checked_over_thread", "thread", ONE_PROCESS | CHECKED_LACKS, CHECKED),
-    Row("checked-gloo", "tests.table.checked_over_gloo", "torchrun", CHECKED_LACKS, CHECKED[:2]),
-    Row("checked-shm", "tests.table.checked_over_shm", "torchrun", CHECKED_LACKS, CHECKED[:2]),
     *(
         Row(f"{name}-{transport}", f"{name}/{transport}", launcher, lacks, (*focus(name), "random_program"))
         for transport, launcher, lacks, focus in (
@@ -116,8 +127,22 @@ ROWS = (
 )
 
 
+def checked(row: Row) -> Row:
+    """Return the row of a communicator within a checked one: the whole suite, in which no right call is refused."""
+    make, lacks = f"{CHECKED}{row.make}", {**row.lacks, **CHECKED_LACKS}
+    if row.name in CHECKED_FOCUS:
+        return replace(row, name=f"checked-{row.name}", make=make, lacks=lacks, focus=CHECKED_FOCUS[row.name])
+    return replace(row, name=f"checked-{row.name}", make=make, lacks=lacks, only=3)
+
+
+ROWS = (*UNCHECKED, *(checked(row) for row in UNCHECKED if row.name != "serial"))
+
+
 def made_by(path: str) -> Callable[[], Communicator]:
-    """Return what a dotted path names, or what makes the communicator of ``algorithm/transport``."""
+    """Return what a dotted path names, or what makes ``algorithm/transport``; after `CHECKED`, within a checked one."""
+    if path.startswith(CHECKED):
+        make = made_by(path.removeprefix(CHECKED))
+        return lambda: CheckedCommunicator(make())
     if "/" in path:
         return partial(zoo.make, path)
     module, _, name = path.rpartition(".")
@@ -138,18 +163,6 @@ def ring_over_mpi() -> Communicator:
 
 def ring_over_shm() -> Communicator:
     return RingCommunicator(made_by("backends.shm.ShmCommunicator")())
-
-
-def checked_over_thread() -> Communicator:
-    return CheckedCommunicator(ThreadCommunicator())
-
-
-def checked_over_gloo() -> Communicator:
-    return CheckedCommunicator(made_by("backends.torch_dist.GlooCommunicator")())
-
-
-def checked_over_shm() -> Communicator:
-    return CheckedCommunicator(made_by("backends.shm.ShmCommunicator")())
 
 
 def hierarchical_over_thread() -> Communicator:

@@ -172,6 +172,18 @@ def test_bench_c10d_compares_a_communicator_with_torch_over_it(tmp_path: Path) -
     assert all(row["latency_us"] > 0 for row in rows)
 
 
+def test_bench_checked_compares_each_cadence_with_none(tmp_path: Path) -> None:
+    program = str(ROOT / "experiments" / "bench_checked.py")
+    small = ("model.width=2", "batch_size=2", "warmup=1", "iterations=2", "burst=2", "every=[1,3]")
+    done = run(tmp_path, "torchrun", "--nproc-per-node=2", program, "comms=[gloo,ring]", *small)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((only_run(tmp_path) / "bench_checked.json").read_text())["rows"]
+    variants = [(comm, checked) for comm in ("gloo", "ring") for checked in ("no", "every=1", "every=3")]
+    assert [(row["comm"], row["checked"]) for row in rows] == variants
+    assert all(row["latency_us"] > 0 and row["step_ratio"] > 0 for row in rows)
+    assert [row["step_ratio"] for row in rows if row["checked"] == "no"] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("script", "setting", "message"),
     [

@@ -17,8 +17,10 @@ from backends.thread import ThreadCommunicator, spawn_threads
 from experiments.running.build import communicator
 from minidist import config
 from minidist.communicator import Communicator, ReduceOp
+from minidist.ddp import DistributedDataParallel
 from minidist.errors import CommTimeoutError, MismatchError
 from tests import checked_ranks
+from tests.c10d_programs import mismatches
 from tests.c10d_worlds import run_program
 from tests.checked_ranks import MISTAKES, at
 from tests.harness import ROOT, command, run_command, run_forked
@@ -224,6 +226,50 @@ def test_any_communicator_is_checked_where_its_settings_say_so(checked: str, eve
 def test_every_has_to_be_a_number_of_collectives() -> None:
     with pytest.raises(ValueError, match="every must be at least 1 collective, got 0"):
         CheckedCommunicator(ThreadCommunicator(), every=0)
+
+
+def test_what_meets_the_gradients_of_a_bucket_is_told_of_which_layers_they_are() -> None:
+    def job() -> str:
+        with CheckedCommunicator(ThreadCommunicator(timeout_s=20)) as comm:
+            model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+            ddp = DistributedDataParallel(model, comm, bucket_cap_mb=20 / 2**20)
+            ddp(torch.ones(2, 4)).sum().backward()
+            assert comm.purpose == ""
+            loss = ddp(torch.ones(2, 4)).sum()
+            with pytest.raises(MismatchError) as caught:
+                comm.all_reduce(torch.ones(3)) if comm.rank == 1 else loss.backward()
+            return str(caught.value)
+
+    here = r"at .*test_checked.py:\d+;"
+    of_0 = r"all_reduce of float32 \[8\] with op SUM for bucket 0 of DDP \(1.bias..1.weight\)"
+    for message in spawn_threads(job, 2):
+        assert re.search(rf": rank 1 calls {re.escape(SUM)} {here} rank 0 calls {of_0} {here} every", message), message
+
+
+IN_STOCK = {
+    "shape": (r"broadcast of float32 \[12\] with root 0", r"broadcast of float32 \[11\] with root 0"),
+    "dtype": (r"all_reduce of int64 \[1\] with op SUM", r"all_reduce of float32 \[1\] with op SUM"),
+    "op": (r"all_reduce of float32 \[3\] with op MAX", r"all_reduce of float32 \[3\] with op SUM"),
+    "order": (r"all_reduce of float32 \[10\] with op SUM", r"all_reduce of float32 \[1\] with op SUM"),
+    "collective": (r"barrier", r"all_reduce of float32 \[3\] with op SUM"),
+}
+"""What rank 1 calls, and rank 0."""
+
+
+def test_the_six_mistakes_are_named_in_stock_programs(tmp_path: Path) -> None:
+    file = mismatches.__file__
+    ranks = run_program("mismatches.all_six", "checked/gloo", 2, tmp_path)
+    for said in ranks:
+        for name, (of_1, of_0) in IN_STOCK.items():
+            lines = [at(f"{name}: rank {rank}" if name == "collective" else name, file) for rank in (1, 0)]
+            line_of_1, line_of_0 = (re.escape(line.removeprefix(f"{ROOT}/")) for line in lines)
+            assert re.search(
+                rf"MismatchError: .*: rank 1 calls {of_1} at \S*{line_of_1}; rank 0 calls {of_0} at \S*{line_of_0}; ",
+                said[name],
+            ), said[name]
+    alone = re.escape(at("missing rank", file).removeprefix(f"{ROOT}/"))
+    told = ranks[0]["missing_rank"]
+    assert re.search(rf"CommTimeoutError: .*; this rank calls {IN_STOCK['collective'][1]} at \S*{alone}$", told), told
 
 
 def test_a_mistake_in_a_stock_program_is_named_with_its_line(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def check_run(path: Path, comm: str, world_size: int, rank_files: int | None = N
         (("python",), (), "gloo", 1),
         (("torchrun", "--nproc-per-node=2"), ("comm=ring",), "ring/gloo", 2),
         (("mpirun", "-n", "4", "python"), ("comm=mpi",), "mpi", 4),
-        (("python",), ("comm=ring", "launch.nproc=2"), "ring/gloo", 2),
+        (("python",), ("comm=ring", "comm.checked=16", "launch.nproc=2"), "ring/gloo", 2),
         pytest.param(("mpirun", "-n", "2", "python"), ("comm=shm",), "shm", 2, marks=pytest.mark.slow),
         pytest.param(
             ("python",), ("comm=ring", "comm/transport=mpi", "launch.nproc=2"), "ring/mpi", 2, marks=pytest.mark.slow

@@ -42,6 +42,8 @@ def _world_sizes(config: pytest.Config, row: Row) -> list[int]:
         return [1]
     if chosen := config.getoption("--world-sizes"):
         return [int(size) for size in chosen.split(",")]
+    if row.only is not None:
+        return [row.only]
     more = [5, 8] if row.launcher != "thread" else [5] if row.name == "thread" else []
     return [1, 2, 3, 4, *(more if config.getoption("--slow") else [])]
 
@@ -80,6 +82,8 @@ SIMILAR = ("ring-thread", "group-of-thread", "ring-gloo", "shm-torch")
 
 def _is_slow(row: Row, world_size: int, check: str) -> bool:
     """By default: processes in threes, and what is much like another one; shared memory in twos too, and training."""
+    if row.only is not None:
+        return True
     if row.focus:
         in_focus = any(check.startswith(f"check_{part}") for part in row.focus)
         return not in_focus or world_size != 3 or (row.launcher == "torchrun" and needs_of(check).own_world)

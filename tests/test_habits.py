@@ -9,9 +9,13 @@ from collections.abc import Iterator
 import pytest
 
 from tests import habits, harness
+from tests.table import CHECKED
 
-PROCESSES = ("backends.shm.ShmCommunicator", "backends.torch_dist.GlooCommunicator", "tests.table.ring_over_gloo")
-THREADS = ("backends.thread.ThreadCommunicator",)
+PROCESSES = (
+    *("backends.shm.ShmCommunicator", "backends.torch_dist.GlooCommunicator", "tests.table.ring_over_gloo"),
+    f"{CHECKED}backends.shm.ShmCommunicator",
+)
+THREADS = ("backends.thread.ThreadCommunicator", f"{CHECKED}backends.thread.ThreadCommunicator")
 Failures = dict[tuple[str, str], list[str]]
 
 

@@ -53,6 +53,7 @@ class Bucket:
         index: its place among the buckets; they are communicated in this order.
         flat: all the memory, 1-d and contiguous: what a hook sends.
         names, parameters: whose gradients it holds.
+        title: what errors call it.
         views: the place of each parameter's gradient in ``flat``, in the parameter's shape.
         held: whether gradients wait there to be reduced, so that nothing may be computed there.
         missing: the slots (places in ``parameters``) whose gradient is not there yet in this backward pass.
@@ -62,6 +63,7 @@ class Bucket:
         self.index = index
         self.names = list(named)
         self.parameters = list(named.values())
+        self.title = f"bucket {index} of DDP ({self.names[0]}..{self.names[-1]})"
         self.lay_out(flat)
         self.reset()
         self.held = False
