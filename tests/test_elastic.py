@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,8 +20,6 @@ from minidist.errors import CheckpointError
 from minidist.training.checkpoint import Checkpoints
 from minidist.training.report import Summary
 from minidist.training.sampler import ShardedSampler
-from tests.fork_server import ROOT
-from tests.ports import free_port
 
 NUM_SAMPLES, BATCH_SIZE = 23, 2
 
@@ -168,50 +159,3 @@ def test_a_loader_that_cannot_be_cut_anew_is_named(tmp_path: Path) -> None:
     run_threads(lambda comm: job(comm, 2), 2, timeout_s=30)
     with pytest.raises(ValueError, match=r"this loader cannot share out the rest of it anew; use ShardedSampler"):
         run_threads(lambda comm: job(comm, 0), 1, timeout_s=30)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_a_lost_node_of_torchrun_leaves_a_smaller_world_that_goes_on(tmp_path: Path) -> None:
-    """Two agents on this machine; one is killed with its rank."""
-    settings = {"engine.epochs": 25, "engine.checkpoint_every_steps": 5, "engine.log_every": 20}
-    settings |= {"engine.checkpoint_dir": tmp_path / "checkpoints", "hydra.run.dir": tmp_path / "run"}
-    switches = ("engine.resume=true", "engine.elastic=true", "engine.progress=false", "data=digits", "comm=gloo")
-    job = [ROOT / "experiments" / "mnist.py", *switches, *(f"{name}={value}" for name, value in settings.items())]
-    agents = [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-backend=c10d", "--rdzv-id=elastic", "--nnodes=1:2"]
-    agents += ["--nproc-per-node=1", "--max-restarts=3", "--local-addr=127.0.0.1"]
-    outputs = [tmp_path / f"output{node}.txt" for node in range(2)]
-    nodes = []
-    try:
-        for node, output in enumerate(outputs):
-            conf = f"--rdzv-conf=is_host={1 - node},last_call_timeout=10"
-            command = [sys.executable, "-m", "torch.distributed.run", conf, *agents, *map(str, job)]
-            with output.open("w") as file:
-                nodes.append(subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True))
-        until = time.monotonic() + 150
-        while not any("Step 60" in output.read_text() for output in outputs):
-            assert time.monotonic() < until, [output.read_text() for output in outputs]
-            time.sleep(0.1)
-        os.killpg(nodes[1].pid, signal.SIGKILL)
-        _kill_workers_of(nodes[1].pid)
-        assert nodes[0].wait(200) == 0, outputs[0].read_text()
-    finally:
-        for node in nodes:
-            with suppress(ProcessLookupError):
-                os.killpg(node.pid, signal.SIGKILL)
-            _kill_workers_of(node.pid)
-            node.wait()
-    said = outputs[0].read_text()
-    assert re.search(r"rank \d is gone|on 1 rank", said), said
-    assert "gloo on 1 rank" in said, said
-    assert "Finished after 25 epochs" in said, said
-    assert int(re.findall(r"Step (\d+)", said.split("gloo on 1 rank")[1])[0]) > 40, "it went on, and did not begin anew"
-
-
-def _kill_workers_of(session: int) -> None:
-    """End the ranks of an agent, which have process groups of their own in its session."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, ProcessLookupError):
-            fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                os.kill(int(path.parent.name), signal.SIGKILL)
