@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from minidist.communicator import Communicator
+from minidist.contract.call_site import call_site
 from minidist.errors import CheckpointError
 from minidist.launch import counted_ranks
 from minidist.training.storable import original, storable
@@ -194,7 +195,7 @@ class Checkpoints:
                 problem = str(error)
         result, problem = self._comm.broadcast_object((result, problem), src=0)
         if problem:
-            raise CheckpointError(f"{self._comm.who(operation)}: {problem}")
+            raise CheckpointError(f"{self._comm.who(operation)}: {problem} (called at {call_site()})")
         return result
 
     def _prepare(self) -> None:
@@ -231,7 +232,7 @@ class Checkpoints:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise CheckpointError(
-                f"{path} cannot be written ({error.strerror}); free space or choose another directory; "
+                f"{path} cannot be written by rank 0 ({error.strerror}); free space or choose another directory; "
                 "the checkpoints before it are whole"
             ) from error
         # A later one is a damaged one that was passed over: it must not push a whole one out.
