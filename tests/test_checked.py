@@ -179,7 +179,7 @@ def test_a_timeout_tells_what_the_rank_has_called() -> None:
             return message
 
     assert re.search(
-        r"no answer from rank 1 .*; this rank calls barrier at .*test_checked.py:\d+$", spawn_threads(job, 2)[0]
+        r"no answer from rank 1 .*; this rank calls barrier at .*test_checked.py:\d+;", spawn_threads(job, 2)[0]
     )
 
 
