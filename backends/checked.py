@@ -38,10 +38,9 @@ from backends.wrapper import Wrapper
 from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.contract.call_site import CallSite, call_site
 from minidist.contract.checks import spell
-from minidist.errors import CommTimeoutError, MismatchError
+from minidist.contract.recorder import BLOCK
+from minidist.errors import CommError, CommTimeoutError, MismatchError
 
-BLOCK = {"all_gather": 1, "gather": 1}
-"""Which tensor of a collective all ranks have in one size, where that is not the first."""
 WORDS_BYTES = 512
 ROLL = 0x9E3779B97F4A7C15
 """Odd, so that no call is lost from a rolled hash."""
@@ -172,6 +171,10 @@ class CheckedCommunicator(Wrapper):
                 raise CommTimeoutError(f"{error}; this rank calls {call.what} {call.where}") from error
 
         return checked
+
+    def _is_explained(self, failure: CommError) -> bool:
+        """A comparison names all calls itself."""
+        return super()._is_explained(failure) and not isinstance(failure, MismatchError)
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:
         child = super()._split(groups)

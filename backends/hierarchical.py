@@ -314,4 +314,6 @@ def _joined(neighbours: Communicator, make: Callable[..., Communicator] | None) 
     if make is None:
         return neighbours
     with neighbours:
-        return make(place=place_among(neighbours))
+        made = make(place=place_among(neighbours))
+        made.recorder.among(range(made.world_size), neighbours.recorder)
+        return made

@@ -126,6 +126,9 @@ class Level:
     comm: Communicator
     ranks: Sequence[int]
 
+    def __post_init__(self) -> None:
+        self.comm.recorder.explains = False  # whoever has both levels knows of all ranks
+
     def run(self, operation: str, *args: Any, deadline: Deadline) -> None:
         """Run an operation of the communicator, by its name."""
         with self._named():

@@ -16,6 +16,7 @@ from backends.schedules import DEFAULTS
 from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.contract import checks
 from minidist.contract.inner import Inner
+from minidist.contract.standing import Standing
 from minidist.errors import CommError, PeerLostError
 
 
@@ -101,6 +102,10 @@ class GroupCommunicator(ScheduledCommunicator):
 
     def _abort(self, reason: str) -> None:
         self._parent.comm.abort(reason)
+
+    def _standings(self, channel: int, timeout_s: float) -> Mapping[int, Standing]:
+        found = self._parent.standings(channel, timeout_s)
+        return {self._ranks.index(rank): standing for rank, standing in found.items() if rank in self._ranks}
 
     def _gone(self) -> Mapping[int, str]:
         gone = self._parent.gone()

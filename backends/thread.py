@@ -28,6 +28,7 @@ from backends.scheduled import ScheduledCommunicator
 from minidist.communicator import Work
 from minidist.contract.envelope import received, to
 from minidist.contract.rank import ANY_SOURCE
+from minidist.contract.standing import Standing
 from minidist.errors import BackendUnavailableError, CommError, MismatchError, PeerLostError
 from minidist.launch import detect
 
@@ -67,10 +68,12 @@ class _Board:
         changed: notified of each message that is complete and of each rank that goes.
         left: ranks that are gone, for whatever reason.
         lost: those of them that failed and why, the first one first.
+        standing_on: what tells how far a rank has come on a channel, by rank.
     """
 
     def __init__(self, world_size: int) -> None:
         self._ranks = range(world_size)
+        self.standing_on: dict[int, Callable[[int], Standing | None]] = {}
         self.changed = threading.Condition()
         self.left: set[int] = set()
         self.lost: dict[int, str] = {}
@@ -165,6 +168,7 @@ class ThreadCommunicator(ScheduledCommunicator):
         world, rank = place or (ThreadWorld(1), 0)
         super().__init__(rank, world.world_size, timeout_s, segment_bytes)
         self.board = world.next_board(rank)
+        self.board.standing_on[rank] = self._standing
 
     @classmethod
     def check_available(cls) -> None:
@@ -192,10 +196,20 @@ class ThreadCommunicator(ScheduledCommunicator):
         return contact_lost(peer, self.board.left, self.world_size) or deadline.missed_by(peer)
 
     def _close(self) -> None:
-        self.board.leave(self.rank, None)
+        self._leave(None)
 
     def _abort(self, reason: str) -> None:
+        self._leave(reason)
+
+    def _leave(self, reason: str | None) -> None:
+        standings = {channel: self._standing(channel) for channel in self._channels}
+        self.board.standing_on[self.rank] = standings.get  # the board may outlive the communicator
         self.board.leave(self.rank, reason)
+
+    def _standings(self, channel: int, timeout_s: float) -> Mapping[int, Standing]:
+        """All are in this process, so that none needs to be asked."""
+        found = {rank: standing_on(channel) for rank, standing_on in self.board.standing_on.copy().items()}
+        return {rank: standing for rank, standing in found.items() if standing is not None}
 
     def _gone(self) -> Mapping[int, str]:
         return self.board.lost

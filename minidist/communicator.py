@@ -69,6 +69,7 @@ class Communicator(Membership):
         timeout_s: seconds that an operation may take unless it says otherwise.
         traffic: what this rank has sent so far, and how long operations took.
         purpose: what the operations are for that are started now, told where one of them is wrong; nothing if empty.
+        recorder: what it has called last; its ``step`` is for you to set, and then named by errors.
     """
 
     purpose = ""
@@ -252,7 +253,11 @@ class Communicator(Membership):
         answers = self.all_gather_object((color, key))
         colors = sorted({c for c, _ in answers if c is not None})
         by_key = sorted(range(self.world_size), key=lambda rank: (answers[rank][1], rank))
-        return self._split([[rank for rank in by_key if answers[rank][0] == c] for c in colors])
+        child = self._split([[rank for rank in by_key if answers[rank][0] == c] for c in colors])
+        if child is not None:
+            mine = [rank for rank in by_key if answers[rank][0] == color]
+            child.recorder.among(mine, self.recorder)
+        return child
 
     def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:
         """Return an uninitialised tensor in the memory that this backend moves fastest."""

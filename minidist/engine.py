@@ -154,6 +154,7 @@ class Engine:
     def _step(self, group: Sequence[Batch]) -> None:
         """Take one optimizer step on the batches of ``group``; only the last one's backward communicates."""
         self.position.advance(len(group))
+        self.comm.recorder.step = self.position.step
         self.optimizer.zero_grad()
         for index, batch in enumerate(group, start=1):
             with nullcontext() if index == len(group) else self.model.no_sync():

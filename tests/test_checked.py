@@ -181,7 +181,7 @@ def test_a_timeout_tells_what_the_rank_has_called() -> None:
             return message
 
     assert re.search(
-        r"no answer from rank 1 .*; this rank calls barrier at .*test_checked.py:\d+$", spawn_threads(job, 2)[0]
+        r"no answer from rank 1 .*; this rank calls barrier at .*test_checked.py:\d+;", spawn_threads(job, 2)[0]
     )
 
 
@@ -269,7 +269,11 @@ def test_the_six_mistakes_are_named_in_stock_programs(tmp_path: Path) -> None:
             ), said[name]
     alone = re.escape(at("missing rank", file).removeprefix(f"{ROOT}/"))
     told = ranks[0]["missing_rank"]
-    assert re.search(rf"CommTimeoutError: .*; this rank calls {IN_STOCK['collective'][1]} at \S*{alone}$", told), told
+    assert re.search(
+        rf"CommTimeoutError: .*; this rank calls {IN_STOCK['collective'][1]} at \S*{alone}; "
+        rf"rank 1 is at \S*mismatches.py:\d+ and has not called all_reduce #\d+, which rank 0 waits for at \S*{alone} since",
+        told,
+    ), told
 
 
 def test_a_mistake_in_a_stock_program_is_named_with_its_line(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from minidist.communicator import Communicator
 from minidist.contract import checks
 from minidist.contract.addresses import LOOPBACK
 from minidist.contract.place import Place
+from minidist.contract.standing import Standing
 from minidist.launch import host_id
 
 
@@ -52,7 +53,14 @@ class ProcessCommunicator(ScheduledCommunicator):
         self._store = place.store
         self._num_splits = 0
         self._lifeline = Lifeline(
-            place.store, place.host, self.rank, self.world_size, self._interrupt, self._start.left_s, outage_s
+            place.store,
+            place.host,
+            self.rank,
+            self.world_size,
+            self._interrupt,
+            self._start.left_s,
+            outage_s,
+            self._standing,
         )
 
     def _interrupt(self) -> None:
@@ -87,6 +95,9 @@ class ProcessCommunicator(ScheduledCommunicator):
     def _abort(self, reason: str) -> None:
         self._lifeline.abort(reason)
         self._interrupt()
+
+    def _standings(self, channel: int, timeout_s: float) -> Mapping[int, Standing]:
+        return self._lifeline.standings(channel, self.world_size, timeout_s)
 
     def _gone(self) -> Mapping[int, str]:
         return self._lifeline.lost

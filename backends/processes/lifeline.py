@@ -10,6 +10,8 @@ host that cannot be reached; the first such news names the cause, and all that f
 
 An outage of the network is survived if it is over within ``outage_s``; 2 s later at the latest it is a loss.
 
+Ranks also ask each other over it how far they have come, see `backends.processes.inquiry`.
+
 To have left is not to be lost: who needs nothing of a rank any more may go on without it. So a farewell only makes the
 end of a connection harmless, and whoever finds that it still needs the rank reports it lost.
 """
@@ -23,28 +25,26 @@ import secrets
 import selectors
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from backends.deadline import Deadline
+from backends.processes.inquiry import Inquiry, OwnStanding, nothing_known
+from backends.processes.line import SEND_TIMEOUT_S, Line, Message
+from minidist.contract.call_site import uncaught
 from minidist.contract.forks import closed_in_forks, only_here
+from minidist.contract.standing import Standing
 from minidist.errors import CommError, CommTimeoutError, PeerLostError
 
 DIED = "its process ended"
 CUT = "the connection to it was lost"
 OUTAGE_S = 5.0
-PROBE_S = 1
-"""How often the kernel asks a silent connection whether its other end is there."""
 OVERTAKEN_S = 0.5
 """How long worse news may come after a farewell: they take another way, over another rank's connection."""
-SEND_TIMEOUT_S = 5.0
 EXIT_S = 1.0
 """How long a process that ends waits for what it does about a loss."""
-READ_BYTES = 2**16
-Message = dict[str, str | int]
 
 
 class Lifeline:
@@ -57,6 +57,7 @@ class Lifeline:
         on_lost: called, in a thread of the lifeline, when a rank is lost.
         timeout_s: for all ranks to connect.
         outage_s: how long a host may be out of reach.
+        own_standing: tells how far this rank has come on a channel; called in the lifeline's thread, too.
 
     Attributes:
         lost: ranks that died, aborted or left while they were needed, and why; the first one first.
@@ -72,6 +73,7 @@ class Lifeline:
         on_lost: Callable[[], None],
         timeout_s: float,
         outage_s: float = OUTAGE_S,
+        own_standing: OwnStanding = nothing_known,
     ) -> None:
         self.rank = rank
         self.lost: dict[int, str] = {}
@@ -80,6 +82,7 @@ class Lifeline:
         self._acting = threading.Lock()
         self._leaving = self._exiting = False
         self._news = threading.Condition()
+        self._inquiry = Inquiry(rank, own_standing, self._send)
         store.set_timeout(timedelta(seconds=timeout_s))
         if rank == 0:
             self._lines = _serve(store, world_size, timeout_s)
@@ -105,6 +108,13 @@ class Lifeline:
         """Tell everybody that this rank fails, and hang up."""
         self.report(self.rank, why)
         self._hang_up()
+
+    def standings(self, channel: int, world_size: int, timeout_s: float) -> dict[int, Standing]:
+        """Return how far each rank has come on a channel; of those that are gone, what they said last."""
+        if threading.current_thread() is self._listener:
+            return {}  # nobody else hears the answers
+        with self._news:
+            return self._inquiry.ask(channel, world_size, self._news, lambda: self.left | set(self.lost), timeout_s)
 
     def wait_for_news(self, timeout_s: float, peer: int | None = None) -> None:
         """Wait until ``peer``, or any rank, is known to be gone; a farewell may have been overtaken by worse news."""
@@ -134,7 +144,7 @@ class Lifeline:
                 # What came together with the last message that was read while the ranks met is in no socket any more,
                 # so that select would not tell of it.
                 for message in line.complete():
-                    self._learn(message, came_from=rank)
+                    self._take(message, came_from=rank)
             while selector.get_map() and not self._leaving:
                 for key, _ in selector.select(timeout=1.0):
                     self._read(selector, key.data)
@@ -154,12 +164,25 @@ class Lifeline:
             why = f"{CUT} (host {line.host})"
         for message in messages:
             if message is not None:
-                self._learn(message, came_from=rank)
+                self._take(message, came_from=rank)
             elif not self._leaving:  # else it is this rank that hung up
                 selector.unregister(line.socket)
                 # A farewell comes before the end on the same connection, so by now it has been read.
                 if rank not in self.left:
                     self._learn({"rank": rank, "lost": why}, came_from=rank)
+
+    def _take(self, message: Message, came_from: int) -> None:
+        if not self._inquiry.concerns(message):
+            return self._learn(message, came_from)
+        with self._news:
+            self._inquiry.take(message, came_from)
+            self._news.notify_all()
+
+    def _send(self, message: Message, came_from: int | None) -> None:
+        """Send a message of this rank, or pass one on if this is rank 0; under the lock, as messages are not to mix."""
+        for peer, line in self._lines.items():
+            if peer != came_from:
+                line.send(message)
 
     def _learn(self, message: Message, came_from: int | None) -> None:
         """Take in a message, and pass it on if this is rank 0 or its source."""
@@ -193,83 +216,20 @@ class Lifeline:
     def _finish_acting(self) -> None:
         """Let no thread be inside of a library when the process ends: torch's C++ takes it for a crash to be cut off.
 
-        The connections stay as they are: that they end with the process is what the other ranks listen for.
+        If an error ends it, that is told first: what the others hear then is why, and not only that it ended. The
+        connections stay as they are: that they end with the process is what the other ranks listen for.
         """
+        error = uncaught()
+        if error is not None and self.rank not in self.left:
+            self.report(self.rank, f"{type(error).__name__}: {error}")
         self._exiting = True  # first: who gets the lock from now on does nothing with it
         if self._acting.acquire(timeout=EXIT_S):
             self._acting.release()
 
 
-class _Line:
-    """One connection: a JSON object per line.
-
-    Attributes:
-        host: that of the rank at the other end, as it calls itself.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = closed_in_forks(connection)
-        self.host = ""
-        self._unread = b""
-        connection.settimeout(SEND_TIMEOUT_S)
-
-    def notice_outages(self, outage_s: float) -> None:
-        """Let the kernel give the connection up when its other end has been silent for longer."""
-        # What was heard last may be a probe's time older than the outage. The limit holds for what was sent and not
-        # acknowledged too, during which there are no probes.
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        limit_ms = int((outage_s + PROBE_S) * 1000)
-        for name, value in (("KEEPIDLE", PROBE_S), ("KEEPINTVL", PROBE_S), ("USER_TIMEOUT", limit_ms)):
-            self.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
-
-    def send(self, message: Message) -> None:
-        try:
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            return  # the other end is gone, and its line says so to whoever reads it
-
-    def messages(self) -> Iterator[Message | None]:
-        """Read once and yield the complete messages; None where the other end hung up."""
-        data = self.socket.recv(READ_BYTES)
-        self._unread += data
-        yield from self.complete()
-        if not data:
-            yield None
-
-    def complete(self) -> Iterator[Message]:
-        """Yield the complete messages among what was read."""
-        *lines, self._unread = self._unread.split(b"\n")
-        yield from map(json.loads, lines)
-
-    def first(self, timeout_s: float) -> Message | None:
-        """Wait for the first message, and keep what comes with it; None where the other end hung up.
-
-        Raises:
-            OSError: it does not come in time.
-            ValueError: something longer than any first message came.
-        """
-        deadline = time.monotonic() + timeout_s
-        while b"\n" not in self._unread:
-            self.socket.settimeout(max(deadline - time.monotonic(), 1e-3))
-            data = self.socket.recv(READ_BYTES)
-            if not data:
-                return None
-            self._unread += data
-            if len(self._unread) > READ_BYTES:
-                raise ValueError(f"more than {READ_BYTES} bytes without an end")
-        self.socket.settimeout(SEND_TIMEOUT_S)
-        first, _, self._unread = self._unread.partition(b"\n")
-        message: Message = json.loads(first)
-        return message
-
-    def shut_down(self) -> None:
-        with contextlib.suppress(OSError):  # the other end may have been faster
-            self.socket.shutdown(socket.SHUT_RDWR)
-
-
-def _serve(store: dist.Store, world_size: int, timeout_s: float) -> dict[int, _Line]:
+def _serve(store: dist.Store, world_size: int, timeout_s: float) -> dict[int, Line]:
     """Accept the other ranks; strangers, who do not know the store's secret, are turned away."""
-    lines: dict[int, _Line] = {}
+    lines: dict[int, Line] = {}
     if world_size == 1:
         return lines
     deadline = Deadline(timeout_s)
@@ -279,7 +239,7 @@ def _serve(store: dist.Store, world_size: int, timeout_s: float) -> dict[int, _L
         while len(lines) < world_size - 1:
             server.settimeout(deadline.left_s)
             try:
-                line = _Line(opened.enter_context(server.accept()[0]))
+                line = Line(opened.enter_context(server.accept()[0]))
             except TimeoutError as error:
                 missing = sorted(set(range(1, world_size)) - set(lines))
                 raise CommTimeoutError(f"[rank 0] ranks {missing} did not come within {timeout_s:g} s") from error
@@ -301,7 +261,7 @@ def _server(backlog: int) -> socket.socket:
     return socket.create_server(("", 0), backlog=backlog)
 
 
-def _accepted_rank(line: _Line, secret: str) -> int | None:
+def _accepted_rank(line: Line, secret: str) -> int | None:
     try:
         hello = line.first(SEND_TIMEOUT_S)
     except (OSError, ValueError, RecursionError):
@@ -312,7 +272,7 @@ def _accepted_rank(line: _Line, secret: str) -> int | None:
     return int(hello["rank"])
 
 
-def _connect(store: dist.Store, host: str, rank: int, timeout_s: float) -> _Line:
+def _connect(store: dist.Store, host: str, rank: int, timeout_s: float) -> Line:
     """Connect to rank 0, and wait until it has heard from everybody."""
     deadline = Deadline(timeout_s)
     try:
@@ -320,7 +280,7 @@ def _connect(store: dist.Store, host: str, rank: int, timeout_s: float) -> _Line
     except dist.DistStoreError as error:
         raise _incomplete(rank, timeout_s) from error
     with contextlib.ExitStack() as opened:
-        line = _Line(opened.enter_context(_connection(host, port, rank, deadline)))
+        line = Line(opened.enter_context(_connection(host, port, rank, deadline)))
         try:
             line.send({"rank": rank, "secret": secret, "host": socket.gethostname()})
             answer = line.first(deadline.left_s)

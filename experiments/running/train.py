@@ -25,6 +25,7 @@ from experiments.tasks import data
 from experiments.tasks.datasets import Samples, loader
 from minidist.communicator import Communicator
 from minidist.config import Config, EngineConfig
+from minidist.contract.records import RecordsOnSignal
 from minidist.ddp import DistributedDataParallel
 from minidist.engine import Engine
 from minidist.errors import ConfigError
@@ -42,10 +43,11 @@ def train(cfg: DictConfig, checked: Config) -> float:
     """Train as one of the ranks and report; returns the final test accuracy."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads_per_rank(detect().local_world_size))
-    with communicator(cfg.comm) as comm:
+    with communicator(cfg.comm) as comm, RecordsOnSignal():
+        directory = Path(HydraConfig.get().runtime.output_dir)
+        comm.recorder.folder = comm.recorder.folder or str(directory)
         device = _device(checked.engine.device, comm)
         chosen = data.load(checked.data, comm, checked.engine.seed)
-        directory = Path(HydraConfig.get().runtime.output_dir)
         seed_everything(checked.engine.seed, comm.rank)
         model = build(cfg.model, "model", shape=chosen.shape, num_classes=chosen.num_classes).to(device)
         loaders = [_loader(samples, checked, comm, samples is chosen.train) for samples in (chosen.train, chosen.test)]

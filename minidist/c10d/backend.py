@@ -22,6 +22,7 @@ from minidist.c10d.choice import Choice
 from minidist.c10d.reductions import OPS, Reduction, is_plain
 from minidist.c10d.work import TorchWork
 from minidist.communicator import Communicator, Work
+from minidist.contract.call_site import uncaught
 from minidist.contract.forks import only_here
 from minidist.errors import CommError
 
@@ -64,7 +65,7 @@ class MinidistBackend(Backend):
         self._sequence = 0
         self._num_barriers = 0
         # Torch's debug mode holds its C++ half alone, so until the end of the group or of the process this holds it.
-        self._at_exit = only_here(self.shutdown)
+        self._at_exit = only_here(self._end)
         atexit.register(self._at_exit)
 
     @property
@@ -195,7 +196,9 @@ class MinidistBackend(Backend):
                 f"{self.comm.who('split_group')}: this rank is in none of the groups, which torch does not take from a "
                 "backend written in Python; name every rank in split_ranks, or call new_group"
             )
-        return self._make_child(store, list(ranks).index(self.comm.rank), len(ranks), options._timeout)
+        child = self._make_child(store, list(ranks).index(self.comm.rank), len(ranks), options._timeout)
+        child.comm.recorder.among(ranks, self.comm.recorder)
+        return child
 
     def set_timeout(self, timeout: timedelta) -> None:
         self.comm.timeout_s = timeout.total_seconds()
@@ -210,6 +213,14 @@ class MinidistBackend(Backend):
             self.comm.abort(f"it left after {type(error).__name__}")
         else:
             self.comm.close()
+
+    def _end(self) -> None:
+        """Leave as the process ends, and say why if an error ends it."""
+        error = uncaught()
+        if error is None:
+            return self.shutdown()
+        where = self.comm.recorder.raised(error, error.__traceback__)
+        self.comm.abort(f"{type(error).__name__}: {error}{where}")
 
     def abort(self) -> None:
         atexit.unregister(self._at_exit)

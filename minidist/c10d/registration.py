@@ -15,6 +15,7 @@ from minidist.c10d.backend import MinidistBackend
 from minidist.c10d.choice import Choice, made
 from minidist.c10d.meeting import find_place
 from minidist.communicator import Communicator
+from minidist.contract.records import RecordsOnSignal
 
 NAME = "minidist"
 VARIABLE = "MINIDIST_COMM"
@@ -34,10 +35,18 @@ class _Creator:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._on_signal: RecordsOnSignal | None = None
 
     def __call__(self, given: Any, options: Any) -> MinidistBackend:
         choice = None if isinstance(options, Backend.Options) else options
-        return self._make(given.store, given.group_rank, given.group_size, given.timeout, choice)
+        backend = self._make(given.store, given.group_rank, given.group_size, given.timeout, choice)
+        recorder = backend.comm.recorder
+        recorder.name = f"group {given.group_id}"
+        recorder.ranks = tuple(given.global_ranks_in_group) or recorder.ranks  # none of the default group
+        if recorder.folder and self._on_signal is None:
+            self._on_signal = RecordsOnSignal()
+            self._on_signal.start()
+        return backend
 
     def _make(
         self, store: dist.Store, rank: int, world_size: int, timeout: timedelta, choice: Choice | None

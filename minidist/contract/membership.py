@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -14,19 +15,23 @@ import torch
 from torch import Tensor
 
 from minidist.collective import Run
-from minidist.contract import checks, envelope
+from minidist.contract import checks, envelope, records
 from minidist.contract.carriers import as_carried
+from minidist.contract.diagnosis import diagnose, differences
 from minidist.contract.enveloped import Late
 from minidist.contract.forks import Maker
 from minidist.contract.fused_step import FusedStep
+from minidist.contract.message import Message
 from minidist.contract.opaque import opaque_methods
 from minidist.contract.open_sends import OpenSends
-from minidist.contract.rank import ANY_SOURCE
+from minidist.contract.recorder import Recorder
+from minidist.contract.records import ANSWER_S
 from minidist.contract.reduce_op import ReduceOp
 from minidist.contract.staging import Staged, staged
+from minidist.contract.standing import Standing
 from minidist.contract.traffic import Traffic
 from minidist.contract.work import DONE, Progress, Work
-from minidist.errors import CommClosedError, CommError, PeerLostError
+from minidist.errors import CommClosedError, CommError, CommTimeoutError, MismatchError, PeerLostError
 from minidist.schedule import Schedule
 
 
@@ -56,6 +61,8 @@ class Membership(ABC):
         self.world_size = world_size
         self.timeout_s = timeout_s
         self.traffic = Traffic()
+        self.recorder = Recorder(rank, world_size, type(self).__name__)
+        self.recorder.asks(self._standings)
         self._maker = Maker(f"[rank {rank}/{world_size}] ")
         self._progress = Progress(f"minidist-rank{rank}", self.traffic, self._maker)
         self._closed = ""
@@ -65,6 +72,7 @@ class Membership(ABC):
         self._sends = OpenSends()
         self._late_receives: dict[int, Late] = {}  # by tag
         self._root: Membership = self
+        self._recorders = weakref.WeakValueDictionary({0: self.recorder})  # by channel, where this is the root
 
     @classmethod
     def check_available(cls) -> None:
@@ -90,6 +98,7 @@ class Membership(ABC):
             if self._failure is None and (lost := self._sends.finish(self.timeout_s)):
                 warnings.warn(f"{self.who('close')}: {lost}", stacklevel=2)
             self._closed = "it is closed"
+            self.recorder.is_closed = True
             self._close()
 
     @final
@@ -109,7 +118,11 @@ class Membership(ABC):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close() if error is None else self.abort(f"{type(error).__name__}: {error}")
+        if error is None:
+            return self.close()
+        # A CommError says only that another rank has gone, or has not come.
+        where = "" if isinstance(error, CommError) else self.recorder.raised(error, traceback)
+        self.abort(f"{type(error).__name__}: {error}{where}")
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -153,7 +166,7 @@ class Membership(ABC):
         if not async_op and self._progress.idle:
             job()
             return DONE
-        return self._dispatch(job, async_op)
+        return self._dispatch(self.recorder.placed(job), async_op)
 
     def _refuse(self, operation: str) -> NoReturn:
         """Say why this communicator cannot be used."""
@@ -190,6 +203,7 @@ class Membership(ABC):
         """
         self.ensure_usable(operation)
         seconds = self.timeout_s if timeout_s is None else checks.timeout(self, operation, timeout_s)
+        entry = self.recorder.note(operation, tensors, args)
         divisor = 1 if args and isinstance(args[-1], ReduceOp) else 0
         if ReduceOp.AVG in args:
             divisor = self.world_size  # before the sum, which could overflow float16
@@ -202,7 +216,8 @@ class Membership(ABC):
         def run() -> None:
             if self._closed or self._failure is not None:  # by one that ran before this one, and met nobody
                 self._refuse(operation)
-            started = time.perf_counter()
+            self.recorder.num_started = entry.number = self.recorder.num_started + 1
+            entry.began = started = time.perf_counter()
             try:
                 job(*args, seconds)
             except Exception as error:
@@ -211,7 +226,8 @@ class Membership(ABC):
                 self._failure = CommError(f"{self.who(operation)}: interrupted by {type(error).__name__}")
                 raise
             finally:
-                self.traffic.seconds += time.perf_counter() - started
+                entry.ended = ended = time.perf_counter()
+                self.traffic.seconds += ended - started
 
         return self._dispatch(run, async_op)
 
@@ -238,6 +254,7 @@ class Membership(ABC):
     ) -> Work:
         self.ensure_usable(operation)
         seconds = self.timeout_s if timeout_s is None else checks.timeout(self, operation, timeout_s)
+        entry = self.recorder.note(operation, (tensor,), (peer, tag))
         staged_tensor = Staged(tensor.detach(), self.device_type)
         if operation == "isend":
             staged_tensor.load()
@@ -252,7 +269,7 @@ class Membership(ABC):
                 work = post(self, hook, memory, peer, tag, seconds)
         except Exception as error:
             self._fail(operation, error)
-        message = _Message(self, operation, work, staged_tensor, peer, tag)
+        message = Message(self, operation, work, staged_tensor, peer, tag, entry)
         if operation == "isend":
             self._sends.add(message)
         return message
@@ -265,11 +282,38 @@ class Membership(ABC):
             failure = self._lost()  # in this group's numbering: the error may come from a communicator beneath
         else:
             failure = error if isinstance(error, CommError) else self._translate(error)
-        failure.args = (f"{self.who(operation)}: {failure}",)
+        failure.args = (f"{self.who(operation)}: {failure}{self._explained(failure)}",)
+        self.recorder.fail()
+        if self._failure is None:
+            records.write(str(failure), [self.recorder.world_rank])
         self._failure = failure
         if failure is error:
             raise failure
         raise failure from error
+
+    def _explained(self, failure: CommError) -> str:
+        """Say who waits where for whom, or what differs; of the first failure alone, as to ask may take ANSWER_S."""
+        if self._failure is not None or self.world_size == 1 or not self._is_explained(failure):
+            return ""
+        self.recorder.heard = standings = self.recorder.ask(ANSWER_S)
+        differ = isinstance(failure, MismatchError)
+        said = differences(standings) if differ else diagnose(standings, range(self.world_size), self._gone())
+        return "".join(f"; {sentence}" for sentence in said)
+
+    def _is_explained(self, failure: CommError) -> bool:
+        """Whether the ranks ask each other where they are because of a failure; not for what says that itself."""
+        return self.recorder.explains and isinstance(failure, CommTimeoutError | MismatchError)
+
+    @property
+    def _channels(self) -> list[int]:
+        """Those that it knows of its transport, which this is."""
+        return list(self._recorders)
+
+    @final
+    def _standing(self, channel: int) -> Standing | None:
+        """Return how far this rank has come on a channel of its transport, which this is; None if it has none."""
+        recorder = self._recorders.get(channel)
+        return None if recorder is None else recorder.standing()
 
     def _lost(self) -> PeerLostError:
         """Name the rank that left first: the others most often left because of it."""
@@ -292,6 +336,14 @@ class Membership(ABC):
 
     def _gone(self) -> Mapping[int, str]:
         """Return the ranks that are known to be gone and why, the first to go first."""
+        return {}
+
+    def _standings(self, channel: int, timeout_s: float) -> Mapping[int, Standing]:
+        """Return how far each rank has come on a channel, as far as they answer within ``timeout_s``.
+
+        Ranks answer that hang, too: another thread than their own, and on another way than data takes. Here nothing is
+        known; what ranks write down is then all that there is, see `minidist.contract.records`.
+        """
         return {}
 
     def _agree(
@@ -324,70 +376,3 @@ class Membership(ABC):
     def _translate(self, error: Exception) -> CommError:
         """Return what an error of the backend's library means; the one place where they are mapped."""
         return CommError(f"{type(error).__name__}: {error}")
-
-
-class _Message(Work):
-    """A send or receive on its way, with what its caller still expects of it."""
-
-    def __init__(
-        self, comm: Membership, operation: str, work: Work, staged_tensor: Staged, peer: int, tag: int
-    ) -> None:
-        self._comm = comm
-        self.peer = None if peer == ANY_SOURCE else peer
-        self._tag = tag
-        self._operation = operation
-        self._work = work
-        self._staged: Staged | None = staged_tensor
-        self._error: CommError | None = None
-
-    def wait(self) -> None:
-        if self._error is not None:
-            raise self._error
-        if self._staged is None:
-            return
-        self._comm._maker.ensure_here(self._operation)
-        started = time.perf_counter()
-        try:
-            self._work.wait()
-        except Exception as error:
-            try:
-                self._comm._fail(self._operation, error)
-            except CommError as failure:
-                self._error = failure
-                raise
-        finally:
-            self._comm.traffic.add_blocked(time.perf_counter() - started)
-            self._comm._sends.remove(self)
-        if self.peer is None:
-            self.peer = self._work.peer
-        if self._operation == "irecv":
-            self._staged.store()
-        self._staged = None
-
-    def __str__(self) -> str:
-        assert self._staged is not None  # asked of what was not received
-        tensor = self._staged.tensor
-        return f"{tensor.numel()} {checks.spell(tensor.dtype)} to rank {self.peer} with tag {self._tag}"
-
-    def failure(self) -> Exception | None:
-        """Return why a message that has ended failed; unlike `exception`, that leaves the communicator as it is."""
-        error = self._work.exception()
-        if isinstance(error, Exception):
-            return error
-        try:
-            self._work.wait()
-        except Exception as error:
-            return error
-        return None
-
-    def is_done(self) -> bool:
-        would_raise = not self._comm._maker.is_here or bool(self._comm._gone())
-        return self._staged is None or would_raise or self._work.is_done()
-
-    def exception(self) -> BaseException | None:
-        if self._error is None and self._staged is not None and self.is_done():
-            try:
-                self.wait()
-            except CommError as error:
-                return error
-        return self._error

@@ -1,0 +1,150 @@
+"""What ranks have recorded as files, one of each rank, which ``python -m minidist.doctor`` reads.
+
+They are written where the environment variable MINIDIST_RECORDS says, or `Recorder.folder`: at a CommError, and at the
+signals that `RecordsOnSignal` waits for. What the other ranks have said when they were asked is in them, too, so that
+one file tells the most of it where the other ranks could not write any.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from minidist.contract.diagnosis import diagnose
+from minidist.contract.forks import only_here
+from minidist.contract.recorder import NUM_ENTRIES, Recorder, recorders
+
+FORMAT = "minidist records 1"
+ANSWER_S = 2.0
+"""How long the other ranks have to answer, all together."""
+LONG_S = 1.0
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+
+def write(why: str, world_ranks: Iterable[int] | None = None) -> list[Path]:
+    """Write what the ranks of this process have recorded, as far as they are told where; return the files.
+
+    Args:
+        why: what happened.
+        world_ranks: of which ranks, where they are threads; None for all.
+    """
+    by_rank: dict[int, list[Recorder]] = {}
+    for recorder in _in_use():
+        by_rank.setdefault(recorder.world_rank, []).append(recorder)
+    wanted = by_rank.keys() if world_ranks is None else by_rank.keys() & set(world_ranks)
+    return [path for rank in sorted(wanted) if (path := _write(rank, by_rank[rank], why)) is not None]
+
+
+def _in_use() -> list[Recorder]:
+    """Return the recorders of communicators that are not closed, the first one made first."""
+    return sorted((one for one in recorders.all() if not one.is_closed), key=lambda one: one.made_at)
+
+
+def _write(rank: int, of_rank: list[Recorder], why: str) -> Path | None:
+    folder = next((recorder.folder for recorder in reversed(of_rank) if recorder.folder), "")
+    if not folder:
+        return None
+    whole = {
+        "format": FORMAT,
+        "rank": rank,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "time": time.time(),
+        "why": why,
+        "communicators": [_as_json(recorder) for recorder in of_rank if recorder.folder in ("", folder)],
+    }
+    path = Path(folder, f"records-rank{rank}.json")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.part")
+        partial.write_text(json.dumps(whole, indent=1) + "\n")
+        partial.replace(path)
+    except OSError as error:  # what happened is the news, and not that it cannot be written down
+        warnings.warn(f"[rank {rank}] cannot write {path}: {error}", stacklevel=2)
+        return None
+    return path
+
+
+def _as_json(recorder: Recorder) -> dict[str, Any]:
+    return {
+        "name": recorder.name,
+        "ranks": list(recorder.ranks),
+        "standing": recorder.standing(NUM_ENTRIES).as_json(),
+        "heard": [standing.as_json() for rank, standing in recorder.heard.items() if rank != recorder.rank],
+    }
+
+
+def ask_and_write(why: str) -> None:
+    """Ask the other ranks how far they have come, say on stderr who waits for whom, and write."""
+    until = time.monotonic() + ANSWER_S
+    for recorder in _in_use():
+        if recorder.explains and recorder.world_size > 1:
+            recorder.heard = recorder.ask(max(until - time.monotonic(), 0.0))
+            for sentence in diagnose(recorder.heard, range(recorder.world_size)) if _is_long(recorder) else []:
+                sys.stderr.write(f"[rank {recorder.rank}/{recorder.world_size}] {why}: {sentence}\n")
+    write(why)
+    sys.stderr.flush()
+
+
+def write_soon(why: str, wait_s: float = 0.0) -> None:
+    """Do `ask_and_write` in another thread, as a handler of a signal has to: its own may hold what that needs.
+
+    Args:
+        why: what happened.
+        wait_s: how long to wait for it.
+    """
+    thread = threading.Thread(target=ask_and_write, args=(why,), daemon=True)
+    thread.start()
+    thread.join(wait_s)
+
+
+def _is_long(recorder: Recorder) -> bool:
+    """Whether a rank has waited for longer than it does while all goes well."""
+    waits = (standing.waits_in for standing in recorder.heard.values())
+    return any(call is not None and call.seconds > LONG_S for call in waits)
+
+
+class RecordsOnSignal:
+    """Writes records at SIGUSR1 and SIGTERM for as long as it is entered, which has to be in the main thread.
+
+    Then it does what the signal did before; SIGUSR1, which would have ended the process, nothing more. A fork leaves
+    records alone. Python runs handlers between two of its instructions: while a rank is inside of a library that does
+    not return, nothing is written, but the other ranks can ask it.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, Any] = {}
+        self._write_soon = only_here(write_soon)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Enter it until the process ends."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {one: signal.signal(one, self._handle) for one in SIGNALS}
+
+    def __exit__(self, *error: object) -> None:
+        for one, before in self._before.items():
+            signal.signal(one, before)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        before = self._before[signum]
+        ends = signum == signal.SIGTERM and before is signal.SIG_DFL
+        self._write_soon(signal.Signals(signum).name, 2 * ANSWER_S if ends else 0.0)
+        if ends:
+            signal.signal(signum, before)
+            os.kill(os.getpid(), signum)
+        elif callable(before):
+            before(signum, frame)
