@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
 from minidist.engine import Engine
-from minidist.methods import EveryStep, LocalSGD, Method
+from minidist.methods import DiLoCo, EveryStep, Gossip, LocalSGD, Method, SparseLoCo, StreamingDiLoCo
+from minidist.methods.gossip import Graph, exponential
 from minidist.training.checkpoint import Checkpoints
 from minidist.training.sampler import ShardedSampler
 from tests import models, training_checks
@@ -26,6 +27,10 @@ PERIOD = 3
 METHODS: dict[str, Make] = {
     "local_sgd": lambda: LocalSGD(PERIOD),
     "post_local_sgd": lambda: LocalSGD(PERIOD, local_after=4),
+    "diloco": lambda: DiLoCo(PERIOD),
+    "streaming_diloco": lambda: StreamingDiLoCo(PERIOD, num_fragments=2, tau=1),
+    "sparse_loco": lambda: SparseLoCo(PERIOD, fraction=0.2),
+    "gossip": Gossip,
 }
 """Each with a period of `PERIOD`, where it has one."""
 
@@ -123,6 +128,83 @@ def check_equals_ddp(comm: Communicator, make: Make) -> None:
     ours, ddp = (Run(comm, method, plain_sgd).steps(6).parameters() for method in (make(), EveryStep()))
     for left, right in zip(ours, ddp, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=1e-13)
+
+
+# One process ----------------------------------------------------------------------------------------
+
+
+def one_process(method: DiLoCo | StreamingDiLoCo, world_size: int, steps: int) -> list[list[Tensor]]:
+    """Return the parameters of all ranks after so many steps, computed here with torch alone, by the papers."""
+    fragments, tau, mixing = [range(4)], 0, 0.0
+    if isinstance(method, StreamingDiLoCo):
+        fragments, tau, mixing = [range(1), range(1, 4)], method.tau, method.mixing  # 40 numbers, and 35
+    replicas = [models.seeded(models.mlp().double()) for _ in range(world_size)]
+    optimizers = [sgd(replica) for replica in replicas]
+    outer = [nn.Parameter(parameter.detach().clone()) for parameter in replicas[0].parameters()]
+    settings = {"lr": method.outer_lr, "momentum": method.outer_momentum, "nesterov": True}
+    outer_optimizers = [torch.optim.SGD([outer[i] for i in fragment], **settings) for fragment in fragments]
+    for step in range(1, steps + 1):
+        for rank, (replica, optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
+            inputs, targets = training_checks.batch(step, rank)
+            optimizer.zero_grad()
+            training_checks.loss_of(replica(inputs), targets).backward()
+            optimizer.step()
+        for number, fragment in enumerate(fragments):
+            offset = (number + 1) * method.period // len(fragments)
+            if step >= offset and (step - offset) % method.period == 0:
+                for i in fragment:
+                    deltas = [outer[i].detach() - list(replica.parameters())[i].detach() for replica in replicas]
+                    outer[i].grad = sum(delta / world_size for delta in deltas)
+            if step - tau >= offset and (step - tau - offset) % method.period == 0:
+                outer_optimizers[number].step()
+                for replica in replicas:
+                    for i in fragment:
+                        own = list(replica.parameters())[i]
+                        own.data.copy_(own.data.lerp(outer[i].data, 1 - mixing))
+    return [[parameter.detach() for parameter in replica.parameters()] for replica in replicas]
+
+
+def check_equals_one_process(comm: Communicator, make: Callable[[], DiLoCo | StreamingDiLoCo]) -> None:
+    """Bit for bit on 2 ranks, whose sums know one order."""
+    method = make()
+    expected = one_process(method, comm.world_size, 11)[comm.rank]
+    got = Run(comm, method, model=models.seeded(models.mlp().double())).steps(11).parameters()
+    for left, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0 if comm.world_size <= 2 else 1e-13)
+
+
+def check_gossip_conserves_the_sum(comm: Communicator, graph: Graph, make: Callable[[Graph], Gossip] = Gossip) -> None:
+    """Of x and of the weights, without training; z goes to the mean, whoever tells whom."""
+    method = make(graph)
+    run = Run(comm, method, lambda module: torch.optim.SGD(module.parameters(), lr=0.0))
+    with torch.no_grad():
+        for parameter in run.ddp.parameters():
+            parameter.copy_(torch.full_like(parameter, 3.0 * comm.rank))
+    method.begin_anew()
+    mean = 1.5 * (comm.world_size - 1)
+    for _ in range(100):
+        run.steps(1)
+        told = comm.all_gather_object((method.weight, method.shared[0][0].item()))
+        assert abs(sum(weight for weight, _ in told) - comm.world_size) < 1e-12
+        assert abs(sum(x for _, x in told) - mean * comm.world_size) < 1e-12
+        rounds = (comm.world_size - 1).bit_length()
+        if graph is exponential and comm.world_size in (2, 4) and run.step >= rounds:
+            assert all((parameter == mean).all() for parameter in run.parameters()), "exact after log2(n) rounds"
+    for parameter in run.parameters():
+        torch.testing.assert_close(parameter, torch.full_like(parameter, mean), rtol=0, atol=1e-8)
+
+
+# Bytes --------------------------------------------------------------------------------------------
+
+
+def bytes_per_period(comm: Communicator, make: Make) -> int:
+    """Return what this rank sends in a period, the third one, for a layer of 36 weights and 6 biases."""
+    run = Run(comm, make(), model=nn.Linear(6, 6).double())
+    before = 0
+    for run.step in range(1, 3 * PERIOD + 1):
+        run.on(lambda model: model(torch.ones(2, 6).double()).square().mean())
+        before = comm.traffic.bytes if run.step == 2 * PERIOD else before
+    return comm.traffic.bytes - before
 
 
 # Replicas -----------------------------------------------------------------------------------------

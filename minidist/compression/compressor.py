@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import weakref
 from abc import ABC, abstractmethod
+from types import FunctionType
 from typing import Any, final
 
 import torch
@@ -160,4 +161,6 @@ def _spelled(value: object) -> str:
     """Return a setting in words that are the same in every process."""
     if value is None or isinstance(value, bool | int | float | str):
         return str(value)
+    if isinstance(value, FunctionType):
+        return value.__qualname__
     return value.describe() if hasattr(value, "describe") else type(value).__name__

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
+from minidist.errors import ConfigError
 from minidist.gradients.replicas import SharedBuffers, make_replicas
 from minidist.methods.method import Method
 from minidist.methods.pieces import Piece, make_pieces, trained
@@ -174,7 +175,7 @@ class LocalMethod(Method):
             )
         num_parameters = len(trained(replica.module))
         if self.num_fragments > num_parameters:
-            raise ValueError(
+            raise ConfigError(
                 f"{who}: num_fragments is {self.num_fragments}, and there are {num_parameters} parameters to share "
                 "out among them; use fewer"
             )
