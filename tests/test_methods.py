@@ -387,3 +387,25 @@ def test_all_of_it_holds_over_gloo(tmp_path: Path) -> None:
         "tests.method_ranks", str(tmp_path), world_size=2, output=tmp_path / "output.txt", limit_s=110
     )
     assert returncode == 0, output
+
+
+def test_a_summary_says_what_a_rank_sent(tmp_path: Path) -> None:
+    """Without evaluations and checkpoints, which cost more here; a roll call has less than 100 bytes per rank."""
+
+    def job(comm: Communicator) -> float:
+        engine = method_checks.engine(comm, LocalSGD(4), tmp_path)
+        return engine.fit(method_checks.loader(comm), 2, method_checks.loader(comm, train=False)).sent_bytes
+
+    nbytes = 8 * (5 * 8 + 8 + 8 * 3 + 3 + 3 + 3)
+    for sent in run_threads(job, 2, timeout_s=60):
+        assert 4 * nbytes < sent < 4 * nbytes + 16 * 100 + 2 * 500
+
+
+def test_what_is_on_its_way_at_the_end_of_an_epoch_counts(tmp_path: Path) -> None:
+    def job(comm: Communicator) -> float:
+        engine = method_checks.engine(comm, StreamingDiLoCo(8, num_fragments=1, tau=2), tmp_path)
+        return engine.fit(method_checks.loader(comm), 3, method_checks.loader(comm, train=False)).sent_bytes
+
+    nbytes = 8 * (5 * 8 + 8 + 8 * 3 + 3 + 3 + 3)
+    for sent in run_threads(job, 2, timeout_s=60):
+        assert 2 * nbytes < sent < 3 * nbytes + 24 * 100 + 3 * 500

@@ -35,7 +35,7 @@ class DiLoCo(_Rounds):
 
     def __init__(
         self,
-        period: int = 32,
+        period: int = 16,
         outer_lr: float = 0.7,
         outer_momentum: float = 0.9,
         hook: Hook = AllReduce(),  # noqa: B008  (an AllReduce has no state)
@@ -61,7 +61,7 @@ class SparseLoCo(_Rounds):
 
     def __init__(
         self,
-        period: int = 32,
+        period: int = 16,
         fraction: float = 0.03,
         decay: float = 0.95,
         outer_lr: float = 1.0,

@@ -34,7 +34,7 @@ class StreamingDiLoCo(OuterMethod):
 
     def __init__(
         self,
-        period: int = 32,
+        period: int = 16,
         num_fragments: int = 4,
         tau: int = 2,
         mixing: float = 0.5,
