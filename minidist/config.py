@@ -4,7 +4,7 @@
 them, so a misspelt key or a wrong type fails while the configuration is composed. Hydra merges into
 untyped containers, so ranges are checked in `check`, which turns those into the dataclasses.
 
-The sections ``comm``, ``model`` and ``optim`` are open: whatever ``_target_`` takes is a setting there.
+The sections ``comm``, ``model``, ``optim`` and ``method`` are open: whatever ``_target_`` takes is a setting there.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class LaunchConfig:
 
 @dataclass
 class Config:
-    """The whole configuration of a job; ``comm``, ``model``, ``optim`` and, if chosen, ``network`` are open."""
+    """The whole configuration of a job; ``comm``, ``model``, ``optim``, ``method`` and a ``network`` are open."""
 
     data: DataConfig
     ddp: DdpConfig
@@ -173,10 +173,11 @@ class Config:
     comm: Any
     model: Any
     optim: Any
+    method: Any
     network: Any = None
 
 
-OPEN_SECTIONS = ("comm", "model", "optim", "ddp.hook")
+OPEN_SECTIONS = ("comm", "model", "optim", "method", "ddp.hook")
 SCHEMAS: dict[str, type] = {
     "data": DataConfig,
     "synthetic": SyntheticConfig,
@@ -193,6 +194,13 @@ _OPEN_LIMITS: dict[str, Callable[[str, float], None]] = {
     "momentum": lambda key, value: _at_least(key, value, 0),
     "width": lambda key, value: _at_least(key, value, 1),
     "depth": lambda key, value: _at_least(key, value, 1),
+    "outer_lr": lambda key, value: _above(key, value, 0),
+    "outer_momentum": lambda key, value: _at_least(key, value, 0),
+    "num_fragments": lambda key, value: _at_least(key, value, 1),
+    "tau": lambda key, value: _at_least(key, value, 0),
+    "period": lambda key, value: _at_least(key, value, 1),
+    "local_after": lambda key, value: _at_least(key, value, 0),
+    "ranks_per_worker": lambda key, value: _at_least(key, value, 1),
 }
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
+from minidist.methods.method import EveryStep, Method
 from minidist.training.checkpoint import Checkpoints
 from minidist.training.learning_rate import LearningRate
 from minidist.training.loaders import Batch, Loader, ensure_eval_batches
@@ -35,7 +36,7 @@ class Engine:
     All ranks construct it and call `fit` and `evaluate` together, each with its own share of the data.
 
     Args:
-        model: on ``device``.
+        model: on ``device``, wrapped over what ``method.replica_comm(comm)`` returns.
         optimizer: over the model's parameters.
         loss_fn: ``loss_fn(outputs, targets)``, the mean over the samples of a batch.
         comm: the ranks that train.
@@ -44,6 +45,7 @@ class Engine:
         log_every: a log line after so many steps.
         checkpoints: where and how often to save; None for never.
         report: who is told; None for nobody but the log lines.
+        method: what replicas exchange, and when; None for their gradients in every step.
 
     Raises:
         ValueError: an argument is out of range.
@@ -61,6 +63,7 @@ class Engine:
         log_every: int = 100,
         checkpoints: Checkpoints | None = None,
         report: Report | None = None,
+        method: Method | None = None,
     ) -> None:
         if log_every < 1:
             raise ValueError(f"Engine: log_every must be at least 1, got {log_every}")
@@ -73,11 +76,13 @@ class Engine:
         self.log_every = log_every
         self.checkpoints = checkpoints
         self.report = report or Report(None, comm.rank, progress=False)
+        self.method = method or EveryStep()
+        self.method.begin(model, optimizer, comm)
         self.learning_rate = LearningRate(optimisation.scheduler, optimizer)
         self.position = Position()
         self.tallies = Tallies()
         self.training = Training(
-            model.module, optimizer, optimisation.scheduler, self.position, self.tallies, model.hook
+            model.module, optimizer, optimisation.scheduler, self.position, self.tallies, self.method, model.hook
         )
         self.stop_signal = StopSignal()
         self.roll_call = RollCall(comm, self.stop_signal)
@@ -85,8 +90,9 @@ class Engine:
     def fit(self, train_loader: Loader, epochs: int, eval_loader: Iterable[Batch] | None = None) -> Summary:
         """Train until ``epochs`` epochs are complete, those before a resume included.
 
-        After each epoch it evaluates and saves a checkpoint. On SIGTERM all ranks stop after the same step,
-        within about a second, save, and return.
+        After each epoch it evaluates and saves a checkpoint. Where the method lets replicas differ, what is evaluated,
+        and what is in the module when this returns, is the model that it shows; a second call goes on from the
+        replicas. On SIGTERM all ranks stop after the same step, within about a second, save, and return.
 
         Loaders have to be equally long on all ranks. A resume is exact with `minidist.training.sampler.ShardedSampler`,
         and with anything else that draws its order from the global generators; a generator of the loader's own would
@@ -102,11 +108,13 @@ class Engine:
             raise ValueError(f"{self.comm.who('Engine.fit')}: epochs must be at least 1, got {epochs}")
         ensure_eval_batches(eval_loader, self.comm)
         self.learning_rate.ensure_evaluated(eval_loader)
+        self.method.hide()
         begin(self.training, self.checkpoints)
         self.roll_call.start(self.position.step)
         with self.stop_signal:
             while self.position.epoch < epochs and not self.roll_call.stopping:
                 self._train_epoch(train_loader, eval_loader)
+        self.method.show()
         return self.report.finish(self.position, self.tallies, self.roll_call.stopping)
 
     @torch.no_grad()
@@ -115,11 +123,12 @@ class Engine:
 
         The model is left in evaluation mode.
         """
-        self.model.eval()
-        self.model.sync_buffers()
         sums = MetricSums(self.device)
-        for batch in loader:
-            sums.add(*self._forward(self.model.module, batch))
+        with self.method.shown():
+            self.model.eval()
+            self.model.sync_buffers()
+            for batch in loader:
+                sums.add(*self._forward(self.model.module, batch))
         return sums.over_all_ranks(self.comm)
 
     def _train_epoch(self, train_loader: Loader, eval_loader: Iterable[Batch] | None) -> None:
@@ -152,17 +161,19 @@ class Engine:
         self.learning_rate.end_epoch(metrics)
 
     def _step(self, group: Sequence[Batch]) -> None:
-        """Take one optimizer step on the batches of ``group``; only the last one's backward communicates."""
+        """Take one optimizer step on the batches of ``group``; at most the last one's backward communicates."""
         self.position.advance(len(group))
         self.comm.recorder.step = self.position.step
         self.optimizer.zero_grad()
+        averages = self.method.averages_gradients(self.position.step)
         for index, batch in enumerate(group, start=1):
-            with nullcontext() if index == len(group) else self.model.no_sync():
+            with nullcontext() if averages and index == len(group) else self.model.no_sync():
                 _, targets, loss = self._forward(self.model, batch)
                 (loss / len(group)).backward()  # type: ignore[no-untyped-call]
             self.roll_call.note(loss, len(targets), self.position.step)
         self.optimisation.clip(self.optimizer, self.model)
         self.optimizer.step()
+        self.method.after_step(self.position.step)
         self.learning_rate.step()
 
     def _forward(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -271,7 +271,8 @@ def test_the_six_mistakes_are_named_in_stock_programs(tmp_path: Path) -> None:
     told = ranks[0]["missing_rank"]
     assert re.search(
         rf"CommTimeoutError: .*; this rank calls {IN_STOCK['collective'][1]} at \S*{alone}; "
-        rf"rank 1 is at \S*mismatches.py:\d+ and has not called all_reduce #\d+, which rank 0 waits for at \S*{alone} since",
+        rf"rank 1 is at \S*mismatches.py:\d+ and has not called all_reduce #\d+, "
+        rf"which rank 0 waits for at \S*{alone} since",
         told,
     ), told
 

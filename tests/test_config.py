@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from backends.checked import CheckedCommunicator
-from experiments.running import build
+from experiments.running import build, method
 from experiments.running.refusal import REFUSALS, explain
 from minidist import config
 from minidist.errors import BackendUnavailableError, ConfigError
@@ -73,7 +73,7 @@ def test_every_training_job_is_valid(name: str) -> None:
     assert config.check(composed(name=name)).data.name in ("mnist", "cifar10")
 
 
-@pytest.mark.parametrize("group", ["comm", "model", "optim"])
+@pytest.mark.parametrize("group", ["comm", "model", "optim", "method"])
 def test_every_target_can_be_imported(group: str) -> None:
     for path in (CONF / group).glob("*.yaml"):
         assert callable(pkgutil.resolve_name(composed(f"{group}={path.stem}")[group]._target_))
@@ -139,10 +139,43 @@ def test_only_rank_0_writes_the_configuration() -> None:
         ("comm.timeout_s=soon", "comm.timeout_s must be a number, got 'soon'"),
         ("optim.lr=-1", "optim.lr must be greater than 0, got -1"),
         ("model.width=0", "model.width must be at least 1, got 0"),
+        ("method=local_sgd method.period=0", "method.period must be at least 1, got 0"),
+        ("method=diloco method.outer_lr=0", "method.outer_lr must be greater than 0, got 0"),
+        ("method=streaming_diloco method.num_fragments=0", "method.num_fragments must be at least 1, got 0"),
     ],
 )
 def test_values_out_of_range_are_named(override: str, message: str) -> None:
-    assert refusal(override) == message
+    assert refusal(*override.split()) == message
+
+
+@pytest.mark.parametrize(
+    ("override", "num_ranks", "message"),
+    [
+        ("method=local_sgd method.local_after=9 method.ranks_per_worker=2", 4, "LocalSGD: local_after=9 averages the"),
+        ("method=streaming_diloco method.period=4 method.tau=4", 2, "StreamingDiLoCo: tau must be below period, 4"),
+        ("method=sparse_loco method.fraction=0", 2, "fraction must be above 0 and at most 1, got 0"),
+        ("method=sparse_loco method.fraction=1.5", 2, "fraction must be above 0 and at most 1, got 1.5"),
+        ("method=gossip", 1, "method: Gossip: there is nobody to tell with one worker; use more ranks"),
+        ("method=diloco method.ranks_per_worker=2", 3, "ranks_per_worker is 2, which does not divide"),
+        ("method=diloco optim.sharded=true", 2, "optim.sharded=true: it has all ranks step one model together"),
+        ("method=diloco ddp/hook=int8", 2, "with DiLoCo no gradients are averaged; use ddp/hook=all_reduce"),
+        ("method._target_=torch.nn.Identity", 2, "method._target_=torch.nn.Identity is not a Method"),
+    ],
+)
+def test_methods_that_would_fail_on_the_way_are_refused(override: str, num_ranks: int, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        method.check(composed(*override.split()), num_ranks)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (CONF / "method").glob("*.yaml")])
+def test_every_method_can_be_made(name: str) -> None:
+    method.check(composed(f"method={name}"), 2)
+
+
+def test_pseudo_gradients_travel_by_any_hook() -> None:
+    cfg = composed("method=diloco", "ddp/hook@method.hook=power_sgd")
+    assert "PowerSGD(rank=2" in method.method(cfg).describe()
 
 
 def test_ranges_hold_inside_of_nested_communicators() -> None:

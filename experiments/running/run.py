@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from backends.processes.rendezvous import run_id
 from backends.thread import spawn_threads
-from experiments.running import build, job, optim, start
+from experiments.running import build, job, method, optim, start
 from experiments.running.choices import check_groups
 from experiments.running.refusal import FULL_ERROR, REFUSALS, TRACEBACKS, refuse
 from experiments.running.sweep import RESULTS
@@ -84,6 +84,7 @@ def _on_ranks(cfg: DictConfig, part: Part[T]) -> T | None:
     optim.check(cfg)
     world = detect()
     nproc = checked.launch.nproc
+    method.check(cfg, (nproc or 1) if world.launcher == "alone" else world.world_size)
     if world.launcher != "alone":
         start.die_with_launcher()
         if nproc not in (None, world.world_size) and world.rank == 0:

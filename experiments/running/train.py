@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from experiments.running import optim, resume
+from experiments.running import method, optim, resume
 from experiments.running.build import build, communicator
 from experiments.running.start import threads_per_rank
 from experiments.running.sweep import RESULTS
@@ -30,6 +31,7 @@ from minidist.ddp import DistributedDataParallel
 from minidist.engine import Engine
 from minidist.errors import ConfigError
 from minidist.launch import counted_ranks, detect
+from minidist.methods import Method
 from minidist.training.checkpoint import Checkpoints
 from minidist.training.optimisation import Optimisation
 from minidist.training.report import Report, Summary
@@ -43,7 +45,8 @@ def train(cfg: DictConfig, checked: Config) -> float:
     """Train as one of the ranks and report; returns the final test accuracy."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads_per_rank(detect().local_world_size))
-    with communicator(cfg.comm) as comm, RecordsOnSignal():
+    chosen_method = method.method(cfg)
+    with communicator(cfg.comm) as comm, closing(chosen_method), RecordsOnSignal():
         directory = Path(HydraConfig.get().runtime.output_dir)
         comm.recorder.folder = comm.recorder.folder or str(directory)
         device = _device(checked.engine.device, comm)
@@ -51,9 +54,9 @@ def train(cfg: DictConfig, checked: Config) -> float:
         seed_everything(checked.engine.seed, comm.rank)
         model = build(cfg.model, "model", shape=chosen.shape, num_classes=chosen.num_classes).to(device)
         loaders = [_loader(samples, checked, comm, samples is chosen.train) for samples in (chosen.train, chosen.test)]
-        replica = _replica(cfg, checked, comm, model)
+        replica = _replica(cfg, checked, chosen_method.replica_comm(comm), model)
         optimizer = optim.optimizer(cfg, replica)
-        engine = _engine(replica, optimizer, checked.engine, device, len(loaders[0]), directory)
+        engine = _engine(replica, optimizer, comm, chosen_method, checked.engine, device, len(loaders[0]), directory)
         if comm.rank == 0:
             _announce(comm, chosen, model)
         summary = engine.fit(loaders[0], checked.engine.epochs, loaders[1])
@@ -90,12 +93,13 @@ def _replica(cfg: DictConfig, checked: Config, comm: Communicator, model: nn.Mod
 def _engine(
     replica: DistributedDataParallel,
     optimizer: Optimizer,
+    comm: Communicator,
+    chosen: Method,
     settings: EngineConfig,
     device: torch.device,
     num_batches: int,
     directory: Path,
 ) -> Engine:
-    comm = replica.comm
     optimisation = Optimisation(
         _scheduler(optimizer, settings, num_batches),
         settings.accumulation_steps,
@@ -112,6 +116,7 @@ def _engine(
         log_every=settings.log_every,
         checkpoints=_checkpoints(settings, comm, directory),
         report=Report(directory, comm.rank, settings.progress, settings.tensorboard),
+        method=chosen,
     )
 
 

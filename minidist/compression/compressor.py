@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import weakref
 from abc import ABC, abstractmethod
+from types import FunctionType
 from typing import Any, final
 
 import torch
@@ -81,9 +82,7 @@ class Compressor(ABC):
 
     def describe(self) -> str:
         """Return the class and the arguments that it was made with, which a state that is loaded has to agree with."""
-        names = inspect.signature(type(self).__init__).parameters
-        settings = {name: vars(self)[name] for name in names if name in vars(self)}
-        return f"{type(self).__name__}({', '.join(f'{name}={_spelled(value)}' for name, value in settings.items())})"
+        return described(self)
 
     def _ensure_own(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> None:
         """Raise RuntimeError if the bucket is of another model than those before, or its state of another bucket."""
@@ -117,6 +116,13 @@ class Compressor(ABC):
         other.states = {index: _copy(state) for index, state in self.states.items()}
         other._served, other._parts = {}, {}
         return other
+
+
+def described(made: object) -> str:
+    """Return the class of an object and the arguments that it was made with, as far as it keeps them by their names."""
+    names = inspect.signature(type(made).__init__).parameters
+    settings = {name: vars(made)[name] for name in names if name in vars(made)}
+    return f"{type(made).__name__}({', '.join(f'{name}={_spelled(value)}' for name, value in settings.items())})"
 
 
 def real(flat: Tensor) -> Tensor:
@@ -155,4 +161,6 @@ def _spelled(value: object) -> str:
     """Return a setting in words that are the same in every process."""
     if value is None or isinstance(value, bool | int | float | str):
         return str(value)
+    if isinstance(value, FunctionType):
+        return value.__qualname__
     return value.describe() if hasattr(value, "describe") else type(value).__name__

@@ -24,14 +24,18 @@ class ErrorFeedback(Compressor):
 
     Args:
         compressor: what sends the gradients.
+        decay: what an error is multiplied by when the next gradients are added to it, 0 to 1.
 
     Raises:
         TypeError: it is no `Compressor`.
-        ValueError: it scales up what it sends to be unbiased, and feeding back its error would diverge.
+        ValueError: ``decay`` is out of range; or the compressor scales up what it sends to be unbiased, and feeding
+            back its error would diverge.
     """
 
-    def __init__(self, compressor: Compressor) -> None:
+    def __init__(self, compressor: Compressor, decay: float = 1.0) -> None:
         super().__init__()
+        if not 0 <= decay <= 1:
+            raise ValueError(f"ErrorFeedback: decay must be at least 0 and at most 1, got {decay}")
         if not isinstance(compressor, Compressor):
             raise TypeError(
                 "ErrorFeedback: compressor must be a Compressor, which tells what it has sent, got "
@@ -45,6 +49,7 @@ class ErrorFeedback(Compressor):
                 "use unbiased=False (ddp.hook.compressor.unbiased=false)"
             )
         self.compressor = compressor
+        self.decay = float(decay)
         compressor.is_asked = True
 
     def start(self, bucket: Bucket, values: Tensor, state: State, comm: Communicator) -> Work:
@@ -52,7 +57,7 @@ class ErrorFeedback(Compressor):
         if error is None:
             state["error"] = error = values.clone()
         else:
-            values.add_(error)
+            values.add_(error, alpha=self.decay)
             error.copy_(values)
 
         def keep_the_rest() -> None:

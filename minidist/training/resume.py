@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from minidist.compression.compressor import Compressor
 from minidist.contract.checks import spell
 from minidist.launch import counted_ranks
+from minidist.methods.method import Method
 from minidist.sharded import ShardedOptimizer
 from minidist.training.checkpoint import Checkpoints, Signature, State
 from minidist.training.learning_rate import Scheduler
@@ -26,11 +27,13 @@ class Training:
     """All of a training that outlives its process.
 
     The model's buffers are kept per rank besides, since they may differ, as do the random states in the position.
-    The state of a `Compressor` is kept, per rank; that of any other hook is not.
+    The state of a `Compressor` is kept, per rank; that of any other hook is not. Where the method lets replicas differ,
+    each rank's own is kept besides the one that it shows.
 
     On another number of ranks it goes on like this: parameters, optimizer and schedule as they were, which count steps
     and not samples; buffers of rank 0; random numbers of the ranks that there were; what is left of the epoch shared
-    out among all, by as many samples per rank and batch as before; and a hook without what it held back.
+    out among all, by as many samples per rank and batch as before; a hook without what it held back; and a method from
+    the model that it showed.
     """
 
     module: nn.Module
@@ -38,6 +41,7 @@ class Training:
     scheduler: Scheduler | None
     position: Position
     tallies: Tallies
+    method: Method
     hook: Any = None
 
     def signature(self) -> Signature:
@@ -45,13 +49,15 @@ class Training:
         kinds = {"the optimizer": _kind(self.optimizer), "the scheduler": _kind(self.scheduler)}
         if isinstance(self.hook, Compressor):
             kinds["the hook"] = self.hook.describe()
+        if settings := self.method.describe():
+            kinds["the method"] = settings
         named = [*self.module.named_parameters(), *self.module.named_buffers()]
         return kinds | {name: f"{spell(t.dtype)}{list(t.shape)}" for name, t in named}
 
     def state(self) -> State:
-        """Return where it stands; what ranks share is taken from rank 0. Collective, if the optimizer is sharded."""
+        """Return where it stands; what ranks share is taken from rank 0. Collective."""
         shared = {
-            "model": self.module.state_dict(),
+            "model": self.method.shared_model(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "status": self.tallies.state(),
@@ -61,6 +67,8 @@ class Training:
         local = {"position": self.position.state(), "buffers": buffers}
         if isinstance(self.hook, Compressor):
             local["hook"] = self.hook.state_dict()
+        if own := self.method.state_dict():
+            local["method"] = own
         return State(self.position.step, self.signature(), shared, local)
 
     def restore(self, state: State) -> None:
@@ -75,6 +83,10 @@ class Training:
             self.scheduler.load_state_dict(state.shared["scheduler"])
         if "hook" in state.local and not changed:
             self.hook.load_state_dict(state.local["hook"])
+        if "method" in state.local and not changed:
+            self.method.load_state_dict(state.local["method"])
+        else:
+            self.method.begin_anew()
         self.tallies.restore(state.shared["status"])
         own = state.local or state.first
         # Last, as what came before may draw random numbers.
@@ -94,8 +106,9 @@ def begin(training: Training, checkpoints: Checkpoints | None) -> None:
         checkpoints.refuse_existing()
     elif (state := checkpoints.load(training.signature())) is not None:
         training.restore(state)
-        if "hook" in state.first and checkpoints.is_writer:
-            log.warning("the hook begins anew: its state is of %s", counted_ranks(state.ranks_before))
+        for part in ("hook", "method"):
+            if part in state.first and checkpoints.is_writer:
+                log.warning("the %s begins anew: its state is of %s", part, counted_ranks(state.ranks_before))
     checkpoints.ensure_storable(training.state())
 
 

@@ -85,6 +85,7 @@ class RollCall:
             num_samples=told["num_samples"].sum().item(),
             seconds=told["seconds"].max().item(),
             blocked_seconds=told["blocked_seconds"].mean().item(),
+            sent_bytes=told["sent_bytes"].mean().item(),
         )
         self._plan_next(step, tally.seconds)
         return tally
@@ -98,6 +99,7 @@ class RollCall:
             "num_samples": own.num_samples,
             "seconds": own.seconds,
             "blocked_seconds": own.blocked_seconds,
+            "sent_bytes": own.sent_bytes,
             "first_bad_step": first_bad_step,
             "stop": self._stop_signal.received,
         }
@@ -105,6 +107,7 @@ class RollCall:
         row = torch.tensor(list(mine.values()), dtype=torch.float64, device=self._comm.device_type)
         rows = row.new_empty((self._comm.world_size, len(mine)))
         self._comm.all_gather(rows, row)
+        self._own.told()
         return dict(zip(mine, rows.cpu().unbind(dim=1), strict=True))
 
     def _plan_next(self, step: int, seconds: float) -> None:

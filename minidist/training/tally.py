@@ -23,12 +23,14 @@ class Tally:
         num_samples: samples, counted on every rank.
         seconds: wall time of the slowest rank.
         blocked_seconds: time in which training waited for communication, the mean of the ranks.
+        sent_bytes: what a rank sent while it trained, the mean of the ranks.
     """
 
     loss_sum: float = 0.0
     num_samples: float = 0.0
     seconds: float = 0.0
     blocked_seconds: float = 0.0
+    sent_bytes: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -51,6 +53,7 @@ class Tally:
         self.num_samples += other.num_samples
         self.seconds += other.seconds
         self.blocked_seconds += other.blocked_seconds
+        self.sent_bytes += other.sent_bytes
 
 
 class Tallies:
@@ -107,12 +110,19 @@ class OwnTally:
         self._traffic = traffic
         self._loss_sum = torch.zeros((), dtype=torch.float64)
         self._num_samples = 0
+        self._sent_before = traffic.bytes
+        self._untold_bytes = 0
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave the time until now out: it was not spent on training."""
+        """Leave the time until now out, and what was sent since it was told: they were not spent on training."""
         self._since = time.perf_counter()
         self._blocked_since = self._traffic.blocked_seconds
+        self._sent_before = self._traffic.bytes - self._untold_bytes
+
+    def told(self) -> None:
+        """Note that what was drained has been told: what was on its way then has been sent, and is told next time."""
+        self._untold_bytes = self._traffic.bytes - self._sent_before
 
     def add(self, loss: Tensor, num_samples: int) -> None:
         """Add the mean ``loss`` of some samples."""
@@ -123,10 +133,17 @@ class OwnTally:
         """Return the sums of this rank and begin anew; waits for the device."""
         loss_sum = self._loss_sum.item()
         now = time.perf_counter()  # after .item(), so that what the device still had to compute counts
-        blocked_seconds = self._traffic.blocked_seconds
-        own = Tally(loss_sum, self._num_samples, now - self._since, blocked_seconds - self._blocked_since)
+        blocked_seconds, sent = self._traffic.blocked_seconds, self._traffic.bytes
+        own = Tally(
+            loss_sum,
+            self._num_samples,
+            now - self._since,
+            blocked_seconds - self._blocked_since,
+            sent - self._sent_before,
+        )
         self._loss_sum.zero_()
         self._num_samples = 0
         self._since = now
         self._blocked_since = blocked_seconds
+        self._sent_before = sent
         return own
