@@ -163,6 +163,7 @@ class Engine:
         self.optimisation.clip(self.optimizer, self.model)
         self.optimizer.step()
         self.learning_rate.step()
+        self.comm.clock.step_done()
 
     def _forward(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
@@ -181,7 +182,7 @@ class Engine:
         tally = self.roll_call.hold(self.position.epoch, step)
         self.tallies.add(tally)
         line = self.tallies.end_line() if log else None
-        self.report.progressed(self.position, tally, self.optimizer.param_groups[0]["lr"], line)
+        self.report.progressed(self.position, tally, self.optimizer.param_groups[0]["lr"], self.tallies.run, line)
         if save or self.roll_call.stopping:
             self._save()
 

@@ -56,4 +56,5 @@ class Inner:
         """Let the messages of ``outer``, some of these ranks, travel on a channel that `_new_channel` has given."""
         outer._root = self.comm._root
         outer._channel = channel
+        outer.clock = self.comm.clock
         outer.tag_bits = self.comm.tag_bits

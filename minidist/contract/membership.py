@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from minidist.collective import Run
 from minidist.contract import checks, envelope
 from minidist.contract.carriers import as_carried
+from minidist.contract.clock import Clock
 from minidist.contract.enveloped import Late
 from minidist.contract.forks import Maker
 from minidist.contract.fused_step import FusedStep
@@ -46,6 +46,8 @@ class Membership(ABC):
     receives_from_any: bool = False
     """Whether a receive may leave open whom it comes from. Messages of a tag then have to go to their receives in the
     order in which these were posted, whether they name a source or not, unless ``checks_dtypes``."""
+    clock: Clock = Clock()
+    """What its operations, and training over it, are measured with."""
     tag_bits: int = 15
     """How much of a transport's tag is the user's; a channel takes the bits above. The two largest are for collectives:
     one for the messages of schedules, one for collectives that are made of several others."""
@@ -202,7 +204,7 @@ class Membership(ABC):
         def run() -> None:
             if self._closed or self._failure is not None:  # by one that ran before this one, and met nobody
                 self._refuse(operation)
-            started = time.perf_counter()
+            started = self.clock.now_s()
             try:
                 job(*args, seconds)
             except Exception as error:
@@ -211,7 +213,7 @@ class Membership(ABC):
                 self._failure = CommError(f"{self.who(operation)}: interrupted by {type(error).__name__}")
                 raise
             finally:
-                self.traffic.seconds += time.perf_counter() - started
+                self.traffic.seconds += self.clock.now_s() - started
 
         return self._dispatch(run, async_op)
 
@@ -346,7 +348,7 @@ class _Message(Work):
         if self._staged is None:
             return
         self._comm._maker.ensure_here(self._operation)
-        started = time.perf_counter()
+        started = self._comm.clock.now_s()
         try:
             self._work.wait()
         except Exception as error:
@@ -356,7 +358,7 @@ class _Message(Work):
                 self._error = failure
                 raise
         finally:
-            self._comm.traffic.add_blocked(time.perf_counter() - started)
+            self._comm.traffic.add_blocked(self._comm.clock.now_s() - started)
             self._comm._sends.remove(self)
         if self.peer is None:
             self.peer = self._work.peer

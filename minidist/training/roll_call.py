@@ -40,7 +40,7 @@ class RollCall:
     def __init__(self, comm: Communicator, stop_signal: StopSignal) -> None:
         self._comm = comm
         self._stop_signal = stop_signal
-        self._own = OwnTally(comm.traffic)
+        self._own = OwnTally(comm)
         self._first_bad_step = FirstBadStep()
         self.stopping = False
         self._last_step = 0
@@ -85,6 +85,7 @@ class RollCall:
             num_samples=told["num_samples"].sum().item(),
             seconds=told["seconds"].max().item(),
             blocked_seconds=told["blocked_seconds"].mean().item(),
+            bytes=told["bytes"].mean().item(),
         )
         self._plan_next(step, tally.seconds)
         return tally
@@ -98,6 +99,7 @@ class RollCall:
             "num_samples": own.num_samples,
             "seconds": own.seconds,
             "blocked_seconds": own.blocked_seconds,
+            "bytes": own.bytes,
             "first_bad_step": first_bad_step,
             "stop": self._stop_signal.received,
         }

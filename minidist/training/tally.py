@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minidist.contract.traffic import Traffic
+from minidist.communicator import Communicator
 from minidist.training.metrics import Metrics
 
 
@@ -21,14 +20,16 @@ class Tally:
     Attributes:
         loss_sum: the samples' losses.
         num_samples: samples, counted on every rank.
-        seconds: wall time of the slowest rank.
+        seconds: time of the slowest rank, by the clock of its communicator.
         blocked_seconds: time in which training waited for communication, the mean of the ranks.
+        bytes: what a rank sent meanwhile, the mean of the ranks.
     """
 
     loss_sum: float = 0.0
     num_samples: float = 0.0
     seconds: float = 0.0
     blocked_seconds: float = 0.0
+    bytes: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -51,6 +52,7 @@ class Tally:
         self.num_samples += other.num_samples
         self.seconds += other.seconds
         self.blocked_seconds += other.blocked_seconds
+        self.bytes += other.bytes
 
 
 class Tallies:
@@ -100,19 +102,20 @@ class OwnTally:
     """This rank's steps since it was last drained; adding to it waits for no device.
 
     Args:
-        traffic: of the communicator that training waits for.
+        comm: what training waits for; its clock counts.
     """
 
-    def __init__(self, traffic: Traffic) -> None:
-        self._traffic = traffic
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
         self._loss_sum = torch.zeros((), dtype=torch.float64)
         self._num_samples = 0
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave the time until now out: it was not spent on training."""
-        self._since = time.perf_counter()
-        self._blocked_since = self._traffic.blocked_seconds
+        self._since = self._comm.clock.now_s()
+        self._blocked_since = self._comm.traffic.blocked_seconds
+        self._bytes_since = self._comm.traffic.bytes
 
     def add(self, loss: Tensor, num_samples: int) -> None:
         """Add the mean ``loss`` of some samples."""
@@ -122,11 +125,17 @@ class OwnTally:
     def drain(self) -> Tally:
         """Return the sums of this rank and begin anew; waits for the device."""
         loss_sum = self._loss_sum.item()
-        now = time.perf_counter()  # after .item(), so that what the device still had to compute counts
-        blocked_seconds = self._traffic.blocked_seconds
-        own = Tally(loss_sum, self._num_samples, now - self._since, blocked_seconds - self._blocked_since)
+        now = self._comm.clock.now_s()  # after .item(), so that what the device still had to compute counts
+        blocked_seconds, sent = self._comm.traffic.blocked_seconds, self._comm.traffic.bytes
+        own = Tally(
+            loss_sum,
+            self._num_samples,
+            now - self._since,
+            blocked_seconds - self._blocked_since,
+            sent - self._bytes_since,
+        )
         self._loss_sum.zero_()
         self._num_samples = 0
         self._since = now
-        self._blocked_since = blocked_seconds
+        self._blocked_since, self._bytes_since = blocked_seconds, sent
         return own
