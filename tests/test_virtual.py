@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,7 @@ def test_computing_is_measured_unless_it_is_given() -> None:
 
     def job() -> tuple[float, float]:
         with VirtualCommunicator(FLAT, timeout_s=60.0) as comm:
+            torch.randn(200, 200) @ torch.randn(200, 200)  # the first time takes longer
             comm.barrier()
             before = comm.clock.now_s()
             for _ in range(40 if comm.rank else 1):
@@ -291,3 +293,19 @@ def test_one_object_is_shared_by_the_ranks_of_a_communicator() -> None:
     (one, other), again = spawn_threads(job, 2)
     assert again == (one, other)
     assert one is not other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_real_steps_on_the_paced_network_are_no_faster_than_their_collectives(world_size: int, tmp_path: Path) -> None:
+    """How much slower they are than virtual ones depends on the machine; the program prints it."""
+    program = Path(__file__).parent.parent / "experiments" / "truth.py"
+    settings = ("network=ethernet_1g", "widths=[256]", "iterations=5", f"hydra.run.dir={tmp_path}")
+    command = ("torchrun", f"--nproc-per-node={world_size}", str(program), *settings)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "truth.json").read_text())["rows"]
+    network = Flat(5e-5, 8e-9, 1e-10)
+    nbytes = 4 * round(1e6 * row["parameters_M"])
+    collectives = simulate(ring_all_reduce, Run("all_reduce", world_size), nbytes, network).seconds
+    assert min(row["real_ms"], row["virtual_ms"]) >= 1e3 * collectives * 0.99

@@ -167,8 +167,8 @@ class Meeting:
     def send(self, src: int, dst: int, tag: int, nbytes: int, begins: Times) -> Times:
         """Say that a message leaves; return when it arrives, as far as its sender can tell."""
         alpha, takes = self.costs.message(src, dst, nbytes)
-        self._out[src] = left = np.maximum(begins, self._out[src]) + takes
-        with self._changed:
+        with self._changed:  # a rank may send beside an operation of its own that runs in the background
+            self._out[src] = left = np.maximum(begins, self._out[src]) + takes
             self._arrivals[src, dst, tag].append((left, takes, alpha))
         return left + alpha
 
@@ -176,5 +176,5 @@ class Meeting:
         """Return when the next message with this tag arrives, which has come; each is asked for once."""
         with self._changed:
             left, takes, alpha = self._arrivals[src, dst, tag].popleft()
-        self._into[dst] = served = np.maximum(left, self._into[dst] + takes)
+            self._into[dst] = served = np.maximum(left, self._into[dst] + takes)
         return served + alpha
