@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -79,6 +79,7 @@ class _Board:
         self.lost: dict[int, str] = {}
         self._waiting: dict[tuple[int, int, int, bool], deque[_Half]] = defaultdict(deque)
         self._num_waited = 0
+        self._made: Any = None
 
     def leave(self, rank: int, why: str | None) -> None:
         with self.changed:
@@ -87,6 +88,13 @@ class _Board:
                 self.lost[rank] = why
             self.left.add(rank)
             self.changed.notify_all()
+
+    def once(self, make: Callable[[], T]) -> T:
+        with self.changed:
+            if self._made is None:
+                self._made = make()
+            made: T = self._made
+            return made
 
     def post(self, half: _Half, src: int, dst: int, tag: int, is_send: bool) -> None:
         """Copy if the other half is there already, else leave this one to be found."""
@@ -188,6 +196,10 @@ class ThreadCommunicator(ScheduledCommunicator):
         half = _Half(self, tensor, src, timeout_s)
         self.board.post(half, src, self.rank, tag, is_send=False)
         return half
+
+    def shared(self, make: Callable[[], T]) -> T:
+        """Return one object for all ranks, which the first one to ask makes; every rank asks with the same ``make``."""
+        return self.board.once(make)
 
     def why_hopeless(self, peer: int, deadline: Deadline) -> Exception | None:
         """Return why to wait for ``peer`` any longer is hopeless, if it is."""

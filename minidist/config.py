@@ -77,6 +77,27 @@ class SyntheticConfig(DataConfig):
 
 
 @dataclass
+class TextConfig(DataConfig):
+    """Text, to be predicted character by character.
+
+    Attributes:
+        context: characters of a sample.
+        num_files, num_test_files: how many files there are to train and to evaluate on, about.
+    """
+
+    name: str = "stdlib"
+    context: int = 64
+    num_files: int = 64
+    num_test_files: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("data.context", self.context, 1)
+        _at_least("data.num_files", self.num_files, 1)
+        _at_least("data.num_test_files", self.num_test_files, 1)
+
+
+@dataclass
 class DdpConfig:
     """Arguments of `minidist.ddp.DistributedDataParallel`; ``hook`` is an open section."""
 
@@ -181,6 +202,7 @@ OPEN_SECTIONS = ("comm", "model", "optim", "method", "ddp.hook")
 SCHEMAS: dict[str, type] = {
     "data": DataConfig,
     "synthetic": SyntheticConfig,
+    "text": TextConfig,
     "ddp": DdpConfig,
     "engine": EngineConfig,
     "launch": LaunchConfig,

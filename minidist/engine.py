@@ -173,6 +173,7 @@ class Engine:
             self.roll_call.note(loss, len(targets), self.position.step)
         self.optimisation.clip(self.optimizer, self.model)
         self.optimizer.step()
+        self.comm.clock.step_done()
         self.method.after_step(self.position.step)
         self.learning_rate.step()
 
@@ -193,7 +194,7 @@ class Engine:
         tally = self.roll_call.hold(self.position.epoch, step)
         self.tallies.add(tally)
         line = self.tallies.end_line() if log else None
-        self.report.progressed(self.position, tally, self.optimizer.param_groups[0]["lr"], line)
+        self.report.progressed(self.position, tally, self.optimizer.param_groups[0]["lr"], self.tallies.run, line)
         if save or self.roll_call.stopping:
             self._save()
 

@@ -14,6 +14,7 @@ from backends.paced import PacedCommunicator
 from backends.ring import RingCommunicator
 from backends.shm import ShmCommunicator
 from backends.thread import ThreadCommunicator
+from backends.virtual import VirtualCommunicator
 from minidist.analysis.network import Flat
 from minidist.communicator import Communicator
 from tests import (
@@ -105,6 +106,14 @@ UNCHECKED = (
     Row("hierarchical-thread", "tests.table.hierarchical_over_thread", "thread", ONE_PROCESS, HIERARCHICAL),
     Row("hierarchical", "tests.table.hierarchical_over_shm_and_ring", "torchrun", focus=HIERARCHICAL),
     Row("paced-thread", "tests.table.paced_over_thread", "thread", ONE_PROCESS, PACED),
+    Row(
+        "virtual",
+        "tests.table.virtual",
+        "thread",
+        ONE_PROCESS,
+        (*PACED, "traffic", "mismatch", "async", "rank_is_named"),
+    ),
+    Row("ring-virtual", "tests.table.ring_over_virtual", "thread", ONE_PROCESS, PACED),
     Row("paced-shm", "tests.table.paced_over_shm", "torchrun", focus=("random_program",)),
     Row("gloo", "backends.torch_dist.GlooCommunicator", "torchrun"),
     Row("ring-gloo", "tests.table.ring_over_gloo", "torchrun"),
@@ -186,6 +195,14 @@ def paced_over_thread() -> Communicator:
 
 def paced_over_shm() -> Communicator:
     return PacedCommunicator(ShmCommunicator(), Flat(alpha=1e-6, beta=1e-12))
+
+
+def virtual() -> Communicator:
+    return VirtualCommunicator(Flat(alpha=1e-3, beta=1e-6))
+
+
+def ring_over_virtual() -> Communicator:
+    return RingCommunicator(virtual())
 
 
 def group_of_thread() -> Communicator:

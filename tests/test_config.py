@@ -53,7 +53,7 @@ def choice(path: Path) -> tuple[str, ...]:
         "comm/inter": ("comm=hierarchical",),
         "ddp/hook/compressor": ("ddp/hook=error_feedback",),
     }
-    network = ("network=flat",) if path.stem == "paced" else ()
+    network = ("network=flat",) if path.stem in ("paced", "virtual") else ()
     return (*needed.get(group, ()), f"{group}={path.stem}", *network)
 
 

@@ -201,9 +201,22 @@ def test_report_writes_one_json_object_per_line(tmp_path, capsys):
     summary = on_ranks(job, 2)[0]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {2, 4, 5, 6, 8, 10} <= {record["step"] for record in records}
-    assert records[0].keys() == {"epoch", "step", "loss", "lr", "samples_per_s", "comm_share"}
+    assert records[0].keys() == {
+        "epoch",
+        "step",
+        "loss",
+        "lr",
+        "samples_per_s",
+        "comm_share",
+        "seconds",
+        "bytes",
+    }
     assert records[-1]["accuracy"] == summary.accuracy
     assert records[-1]["train_loss"] == summary.loss
+    for spent in ("seconds", "bytes"):
+        totals = [record[spent] for record in records]
+        assert totals == sorted(totals)
+        assert totals[0] > 0
     assert 0 < summary.comm_share < 1
     assert summary.samples_per_s > 0
     out = capsys.readouterr().out

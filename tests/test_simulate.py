@@ -87,6 +87,18 @@ def test_all_ranks_at_once_take_the_same_time_as_one_by_one(network: Network, th
     assert fast.num_messages == slow.num_messages == len(slow.messages) == theory.messages(n)
 
 
+@pytest.mark.parametrize("record", [False, True])
+def test_ranks_start_at_times_of_their_own(record: bool) -> None:
+    """On two ranks an all-gather is an exchange: it begins with the later one, whichever that is."""
+    run = Run("all_gather", 2)
+    for starts in ([0.0, 5.0], [5.0, 0.0]):
+        assert simulate(ring_all_gather, run, M, FLAT, record, starts).ends == [5 + A + M / 2 * B] * 2
+    late = simulate(ring_all_reduce, Run("all_reduce", 4), M, FLAT, record, [3.0] * 4).ends
+    assert late == pytest.approx([3 + simulate(ring_all_reduce, Run("all_reduce", 4), M, FLAT).seconds] * 4)
+    with pytest.raises(ValueError, match="starts must have a time for each of the 2 ranks, got 1"):
+        simulate(ring_all_gather, run, M, FLAT, record, [0.0])
+
+
 def test_messages_are_recorded_with_their_times() -> None:
     first, *_, last = simulate(ring_all_reduce, Run("all_reduce", 3), 3 * 2**20, FLAT, record=True).messages
     assert (first.src, first.dst, first.begins, first.ends) == (0, 1, 0.0, A + 2**20 * B)

@@ -17,7 +17,7 @@ from minidist.communicator import Communicator
 from minidist.schedule import Schedule
 
 CONF = Path(__file__).parent.parent / "conf" / "comm"
-WRAPPERS = ("checked", "delayed", "killed", "lossy", "paced")
+WRAPPERS = ("checked", "delayed", "killed", "lossy", "paced", "virtual")
 """What runs over a transport and is no algorithm."""
 ALGORITHMS = sorted(
     path.stem for path in CONF.glob("*.yaml") if "transport: " in path.read_text() and path.stem not in WRAPPERS

@@ -43,10 +43,10 @@ AUTOCAST_DTYPES = {"none": None, "bfloat16": torch.bfloat16}
 
 def train(cfg: DictConfig, checked: Config) -> float:
     """Train as one of the ranks and report; returns the final test accuracy."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads_per_rank(detect().local_world_size))
     chosen_method = method.method(cfg)
     with communicator(cfg.comm) as comm, closing(chosen_method), RecordsOnSignal():
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(threads_per_rank(_ranks_here(comm)))
         directory = Path(HydraConfig.get().runtime.output_dir)
         comm.recorder.folder = comm.recorder.folder or str(directory)
         device = _device(checked.engine.device, comm)
@@ -63,6 +63,11 @@ def train(cfg: DictConfig, checked: Config) -> float:
         if comm.rank == 0:
             _write_results(directory, summary, comm.world_size, chosen.name)
     return summary.accuracy
+
+
+def _ranks_here(comm: Communicator) -> int:
+    """Return how many ranks share this machine; those of threads have no launcher that would say so."""
+    return comm.world_size if detect().launcher == "alone" else detect().local_world_size
 
 
 def _device(name: str, comm: Communicator) -> torch.device:

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from experiments.tasks.datasets import Images, Samples, Synthetic
+from experiments.tasks.text import NUM_CHARACTERS, Text, standard_library
 from minidist.communicator import Communicator
-from minidist.config import DataConfig, SyntheticConfig
+from minidist.config import DataConfig, SyntheticConfig, TextConfig
 from minidist.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ SOURCES = {
         "synthetic",
     ),
 }
-NAMES = (*SOURCES, "digits", "synthetic")
+NAMES = (*SOURCES, "digits", "synthetic", "stdlib")
 
 
 def load(config: DataConfig, comm: Communicator, seed: int) -> Data:
@@ -208,6 +209,15 @@ def _embedded(config: DataConfig, seed: int) -> Data:
         train = Synthetic(shape, config.num_classes, range(count), seed)
         test = Synthetic(shape, config.num_classes, range(count, count + config.num_test_samples), seed)
         return Data("synthetic", train, test, shape, config.num_classes)
+    if isinstance(config, TextConfig):
+        train_text, test_text = standard_library(config.num_files, config.num_test_files)
+        return Data(
+            "stdlib",
+            Text(train_text, config.context),
+            Text(test_text, config.context),
+            (config.context,),
+            NUM_CHARACTERS,
+        )
     return _digits()
 
 

@@ -8,6 +8,8 @@ from itertools import pairwise
 
 from torch import nn
 
+from experiments.tasks.gpt import Gpt
+
 
 def mlp(shape: Sequence[int], num_classes: int, width: int, depth: int) -> nn.Module:
     """Return ``depth`` hidden layers of ``width`` units; samples may have any shape."""
@@ -16,7 +18,7 @@ def mlp(shape: Sequence[int], num_classes: int, width: int, depth: int) -> nn.Mo
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], num_classes))
 
 
-def cnn(shape: Sequence[int], num_classes: int, width: int) -> nn.Module:
+def cnn(shape: Sequence[int], num_classes: int, width: int, dropout: float = 0.25) -> nn.Module:
     """Return two convolutions of ``width`` and twice as many channels and two fully connected layers."""
     return nn.Sequential(
         nn.Conv2d(shape[0], width, 3, padding=1),
@@ -28,7 +30,7 @@ def cnn(shape: Sequence[int], num_classes: int, width: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(2 * width * 7 * 7, 8 * width),
         nn.ReLU(),
-        nn.Dropout(0.25),
+        nn.Dropout(dropout),
         nn.Linear(8 * width, num_classes),
     )
 
@@ -44,3 +46,14 @@ def resnet18(shape: Sequence[int], num_classes: int) -> nn.Module:
     if small:
         model.maxpool = nn.Identity()
     return model
+
+
+def gpt(shape: Sequence[int], num_classes: int, width: int, depth: int, num_heads: int) -> nn.Module:
+    """Return a transformer for samples of ``shape[0]`` characters, see `Gpt`.
+
+    Raises:
+        ValueError: the samples are no text.
+    """
+    if len(shape) != 1:
+        raise ValueError(f"gpt reads text, and samples of shape {tuple(shape)} are none; choose data=stdlib")
+    return Gpt(shape[0], num_classes, width, depth, num_heads)

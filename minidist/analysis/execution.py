@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,8 +102,8 @@ class Execution(ABC):
     def step_ended(self, rank: RankState) -> None:
         """Take what the step has brought."""
 
-    def execute(self, start: float = 0.0) -> None:
-        """Run every rank from the time ``start`` to the end of its schedule.
+    def execute(self, starts: Sequence[float] | None = None) -> None:
+        """Run every rank from its start, which is 0 unless it is given, to the end of its schedule.
 
         Raises:
             ScheduleError: a step is impossible, or ranks wait for each other for ever.
@@ -112,7 +112,8 @@ class Execution(ABC):
         arguments = self.run.arguments
         self.ranks = [RankState(rank, self._schedule(rank, *arguments)) for rank in range(world_size)]
         # A heap by time: of ranks whose step has ended the earliest goes on, so that nobody posts in another's past.
-        self._ready = [(start, rank) for rank in range(world_size)]
+        self._ready = [(start, rank) for rank, start in enumerate(starts or [0.0] * world_size)]
+        heapq.heapify(self._ready)
         while self._ready:
             time, number = heapq.heappop(self._ready)
             rank = self.ranks[number]

@@ -56,7 +56,7 @@ class Timeline:
     """What happened when.
 
     Attributes:
-        ends: seconds after the start at which each rank has finished.
+        ends: when each rank has finished, in seconds; 0 is the start, unless ranks have times of their own.
         num_messages: how many were sent.
         messages: all of them, in the order in which they began; empty unless they were recorded.
     """
@@ -71,8 +71,15 @@ class Timeline:
         return max(self.ends)
 
 
-def simulate(schedule: Schedule, run: Run, nbytes: float, network: Network, record: bool = False) -> Timeline:
-    """Run ``schedule`` on ranks that start together, and return when everything happened.
+def simulate(
+    schedule: Schedule,
+    run: Run,
+    nbytes: float,
+    network: Network,
+    record: bool = False,
+    starts: Sequence[float] | None = None,
+) -> Timeline:
+    """Run ``schedule`` on ranks that start together, or at times of their own, and return when everything happened.
 
     Args:
         schedule: see `minidist.schedule`.
@@ -80,6 +87,7 @@ def simulate(schedule: Schedule, run: Run, nbytes: float, network: Network, reco
         nbytes: of the larger tensor of the collective, whose chunks are equal parts; a barrier has none.
         network: what a message takes.
         record: whether to keep every message.
+        starts: when each rank starts, in seconds; None for 0.
 
     Raises:
         ScheduleError: the schedule cannot be run; `minidist.analysis.prove` says whether it is right.
@@ -87,11 +95,14 @@ def simulate(schedule: Schedule, run: Run, nbytes: float, network: Network, reco
     """
     if not nbytes >= 0:
         raise ValueError(f"nbytes must be 0 or more, got {nbytes}")
+    if starts is not None and len(starts) != run.world_size:
+        raise ValueError(f"starts must have a time for each of the {run.world_size} ranks, got {len(starts)}")
+    begins = np.full(run.world_size, network.start) + (0.0 if starts is None else np.asarray(starts))
     everyone = np.arange(run.world_size)
     if not record and steps_alike(schedule) and network.alone(everyone, everyone) is not None:
-        return _Together(schedule, run, nbytes, network).timeline()
+        return _Together(schedule, run, nbytes, network).timeline(begins)
     simulation = _OneByOne(schedule, run, nbytes, network, record)
-    simulation.execute(network.start)
+    simulation.execute(begins.tolist())
     return Timeline([rank.ends for rank in simulation.ranks], simulation.num_messages, simulation.messages)
 
 
@@ -173,9 +184,8 @@ class _Together:
         self._chunk_bytes = _chunk_bytes(run, self._num_chunks, nbytes)
         self._everyone = np.arange(run.world_size)
 
-    def timeline(self) -> Timeline:
-        """Run all steps."""
-        now = np.full(self._run.world_size, self._network.start)
+    def timeline(self, now: Seconds) -> Timeline:
+        """Run all steps, from where each rank is now."""
         gammas = self._network.gammas(self._run.world_size)
         number = 0
         for step in self._schedule(self._everyone, *self._run.arguments):

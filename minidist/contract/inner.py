@@ -64,4 +64,5 @@ class Inner:
     def _move(self, outer: Communicator, channel: int) -> None:
         outer._root = self.comm._root
         outer._channel = channel
+        outer.clock = self.comm.clock
         outer.tag_bits = self.comm.tag_bits

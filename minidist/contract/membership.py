@@ -17,6 +17,7 @@ from torch import Tensor
 from minidist.collective import Run
 from minidist.contract import checks, envelope, records
 from minidist.contract.carriers import as_carried
+from minidist.contract.clock import Clock
 from minidist.contract.diagnosis import diagnose, differences
 from minidist.contract.enveloped import Late
 from minidist.contract.forks import Maker
@@ -51,6 +52,8 @@ class Membership(ABC):
     receives_from_any: bool = False
     """Whether a receive may leave open whom it comes from. Messages of a tag then have to go to their receives in the
     order in which these were posted, whether they name a source or not, unless ``checks_dtypes``."""
+    clock: Clock = Clock()
+    """What its operations, and training over it, are measured with."""
     tag_bits: int = 15
     """How much of a transport's tag is the user's; a channel takes the bits above. The two largest are for collectives:
     one for the messages of schedules, one for collectives that are made of several others."""
@@ -217,7 +220,7 @@ class Membership(ABC):
             if self._closed or self._failure is not None:  # by one that ran before this one, and met nobody
                 self._refuse(operation)
             self.recorder.num_started = entry.number = self.recorder.num_started + 1
-            entry.began = started = time.perf_counter()
+            entry.began, started = time.perf_counter(), self.clock.now_s()
             try:
                 job(*args, seconds)
             except Exception as error:
@@ -226,8 +229,8 @@ class Membership(ABC):
                 self._failure = CommError(f"{self.who(operation)}: interrupted by {type(error).__name__}")
                 raise
             finally:
-                entry.ended = ended = time.perf_counter()
-                self.traffic.seconds += ended - started
+                entry.ended = time.perf_counter()
+                self.traffic.seconds += self.clock.now_s() - started
 
         return self._dispatch(run, async_op)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NoReturn, Protocol
 
 from minidist.contract import checks
+from minidist.contract.clock import Clock
 from minidist.contract.forks import Maker
 from minidist.contract.open_sends import OpenSends
 from minidist.contract.rank import ANY_SOURCE, Rank
@@ -20,6 +21,7 @@ from minidist.errors import CommError
 class Owner(Rank, Protocol):
     """The communicator of a message."""
 
+    clock: Clock
     traffic: Traffic
     _maker: Maker
     _sends: OpenSends
@@ -50,7 +52,7 @@ class Message(Work):
         if self._staged is None:
             return
         self._comm._maker.ensure_here(self._operation)
-        self._entry.began = started = time.perf_counter()
+        self._entry.began, started = time.perf_counter(), self._comm.clock.now_s()
         try:
             self._work.wait()
         except Exception as error:
@@ -60,8 +62,8 @@ class Message(Work):
                 self._error = failure
                 raise
         finally:
-            self._entry.ended = ended = time.perf_counter()
-            self._comm.traffic.add_blocked(ended - started)
+            self._entry.ended = time.perf_counter()
+            self._comm.traffic.add_blocked(self._comm.clock.now_s() - started)
             self._comm._sends.remove(self)
         if self.peer is None:
             self.peer = self._work.peer

@@ -51,7 +51,8 @@ class Report:
     """Tells what rank 0 has to say; on other ranks it is silent.
 
     metrics.jsonl gets one JSON object per line, appended: null stands for what is not known, and a resumed run
-    repeats the steps after its checkpoint, so that the last line of a step counts.
+    repeats the steps after its checkpoint, so that the last line of a step counts. The seconds of training, by the
+    clock of the communicator, and the bytes that a rank sent meanwhile are those since the process began.
 
     Args:
         directory: where metrics.jsonl and TensorBoard's files go; None for neither.
@@ -86,9 +87,9 @@ class Report:
             tqdm.write(line)
             sys.stdout.flush()
 
-    def progressed(self, position: Position, tally: Tally, lr: float, line: Tally | None) -> None:
+    def progressed(self, position: Position, tally: Tally, lr: float, run: Tally, line: Tally | None) -> None:
         """Record what a roll call told; at a log point print the line, ``line`` being what came since the last one."""
-        self._record(position, loss=tally.loss, lr=lr, **_speed(tally))
+        self._record(position, loss=tally.loss, lr=lr, **_speed(tally), **_spent(run))
         if line is not None:
             self.say(f"[Epoch {position.epoch}] Step {position.step} | Loss: {line.loss:.4f}")
 
@@ -97,7 +98,12 @@ class Report:
         epoch = tallies.epoch
         metrics = tallies.metrics
         self._record(
-            position, train_loss=epoch.loss, eval_loss=metrics.loss, accuracy=metrics.accuracy, **_speed(epoch)
+            position,
+            train_loss=epoch.loss,
+            eval_loss=metrics.loss,
+            accuracy=metrics.accuracy,
+            **_speed(epoch),
+            **_spent(tallies.run),
         )
         accuracy = "" if math.isnan(metrics.accuracy) else f" | Accuracy: {_percent(metrics.accuracy)}"
         self.say(f"[Epoch {position.epoch}] Done | Loss: {epoch.loss:.4f}{accuracy}")
@@ -138,6 +144,10 @@ class Report:
 
 def _speed(tally: Tally) -> dict[str, float]:
     return {"samples_per_s": tally.samples_per_s, "comm_share": tally.comm_share}
+
+
+def _spent(run: Tally) -> dict[str, float]:
+    return {"seconds": run.seconds, "bytes": run.sent_bytes}
 
 
 def _percent(share: float) -> str:

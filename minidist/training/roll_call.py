@@ -40,7 +40,7 @@ class RollCall:
     def __init__(self, comm: Communicator, stop_signal: StopSignal) -> None:
         self._comm = comm
         self._stop_signal = stop_signal
-        self._own = OwnTally(comm.traffic)
+        self._own = OwnTally(comm)
         self._first_bad_step = FirstBadStep()
         self.stopping = False
         self._last_step = 0

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minidist.contract.traffic import Traffic
+from minidist.communicator import Communicator
 from minidist.training.metrics import Metrics
 
 
@@ -21,7 +20,7 @@ class Tally:
     Attributes:
         loss_sum: the samples' losses.
         num_samples: samples, counted on every rank.
-        seconds: wall time of the slowest rank.
+        seconds: time of the slowest rank, by the clock of its communicator.
         blocked_seconds: time in which training waited for communication, the mean of the ranks.
         sent_bytes: what a rank sent while it trained, the mean of the ranks.
     """
@@ -103,26 +102,26 @@ class OwnTally:
     """This rank's steps since it was last drained; adding to it waits for no device.
 
     Args:
-        traffic: of the communicator that training waits for.
+        comm: what training waits for; its clock counts.
     """
 
-    def __init__(self, traffic: Traffic) -> None:
-        self._traffic = traffic
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
         self._loss_sum = torch.zeros((), dtype=torch.float64)
         self._num_samples = 0
-        self._sent_before = traffic.bytes
+        self._sent_before = comm.traffic.bytes
         self._untold_bytes = 0
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave the time until now out, and what was sent since it was told: they were not spent on training."""
-        self._since = time.perf_counter()
-        self._blocked_since = self._traffic.blocked_seconds
-        self._sent_before = self._traffic.bytes - self._untold_bytes
+        self._since = self._comm.clock.now_s()
+        self._blocked_since = self._comm.traffic.blocked_seconds
+        self._sent_before = self._comm.traffic.bytes - self._untold_bytes
 
     def told(self) -> None:
         """Note that what was drained has been told: what was on its way then has been sent, and is told next time."""
-        self._untold_bytes = self._traffic.bytes - self._sent_before
+        self._untold_bytes = self._comm.traffic.bytes - self._sent_before
 
     def add(self, loss: Tensor, num_samples: int) -> None:
         """Add the mean ``loss`` of some samples."""
@@ -132,8 +131,8 @@ class OwnTally:
     def drain(self) -> Tally:
         """Return the sums of this rank and begin anew; waits for the device."""
         loss_sum = self._loss_sum.item()
-        now = time.perf_counter()  # after .item(), so that what the device still had to compute counts
-        blocked_seconds, sent = self._traffic.blocked_seconds, self._traffic.bytes
+        now = self._comm.clock.now_s()  # after .item(), so that what the device still had to compute counts
+        blocked_seconds, sent = self._comm.traffic.blocked_seconds, self._comm.traffic.bytes
         own = Tally(
             loss_sum,
             self._num_samples,

@@ -1,0 +1,18 @@
+"""What time it is for a rank: that of the machine, unless a communicator has another one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+class Clock:
+    """The time in which operations and training are measured; this one is the machine's, and has no state."""
+
+    # No method, so that what is measured on the way of every gradient enters no function more.
+    now_s: Callable[[], float] = staticmethod(time.perf_counter)
+    """Returns the seconds since some moment in the past, never less than before; differences mean something."""
+
+    def step_done(self) -> None:
+        """Take note that this rank has computed a step of training. A clock may go by steps; this one does not."""
+        return
