@@ -272,7 +272,8 @@ def main() -> None:
         print(f"{fault:<16}" + "".join(f"{cell:<14}" for cell in row), flush=True)
     print(f"{'well':<16}" + "".join(f"{f'{well[comm]} of {there[comm]}':<14}" for comm in comms))
     for word, table in (("none", NOT_THERE), ("ended", UNTOLD)):
-        print("\n".join(f"{word}: {line}" for comm in comms for line in explained(comm, table)))
+        for line in (line for comm in comms for line in explained(comm, table)):
+            print(f"{word}: {line}")
     sys.exit(any(well[comm] < there[comm] for comm in comms))
 
 

@@ -122,3 +122,18 @@ def test_nothing_is_kept_of_communicators_that_are_closed(tmp_path: Path) -> Non
     returncode, output = run_program(HEAD + LEAVES, tmp_path)
     assert returncode == 0, output
     assert output.count("known 1\n") == 2, output
+
+
+NAMED = """
+from pathlib import Path
+with MpiCommunicator(timeout_s=50) as comm:
+    comm.barrier()
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/" in line}
+    print(f"named: {[name for name in mapped if Path(name).is_file()]}", flush=True)
+"""
+
+
+def test_no_name_in_shared_memory_is_left_to_ranks_that_may_be_killed(tmp_path: Path) -> None:
+    returncode, output = run_program(HEAD + NAMED, tmp_path)
+    assert returncode == 0, output
+    assert output.count("named: []") == 2, output

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import math
 import os
+import re
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +20,7 @@ from backends.mpi.notices import Notices
 from minidist import launch
 from minidist.errors import BackendUnavailableError
 
+MPICHS_NAMES = re.compile(r"/dev/shm/mpich_shm_\w+$", re.MULTILINE)
 LAST_WORDS_S = 3.0
 """How long a rank that failed waits for the others to fail before it ends the job."""
 
@@ -85,12 +89,27 @@ def initialised() -> Any:
 @functools.cache
 def notices() -> Notices:
     """Return the notices of this process; the first call is collective."""
+    forget_names()
     return Notices(initialised())
 
 
 def from_rank_0(value: Any) -> Any:
     """Return what rank 0 of the whole world gave; all processes call it."""
+    forget_names()
     return initialised().COMM_WORLD.bcast(value)
+
+
+@functools.cache
+def forget_names() -> None:
+    """Take away the names of MPICH's shared memory, which stay until MPI_Finalize; the first call is collective.
+
+    Ranks that are killed never come to that, and each such job would leave some megabytes in /dev/shm.
+    """
+    initialised().COMM_WORLD.Barrier()  # all ranks of this host have it open
+    maps = Path("/proc/self/maps")
+    for name in set(MPICHS_NAMES.findall(maps.read_text())) if maps.exists() else ():
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+            os.unlink(name)
 
 
 def ensure_own_launcher(mpi_size: int) -> None:
