@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _dump_fr_trace
+
+
+def dump_of(num_open: int) -> bytes:
+    """Return a dump with only that many entries that torch has not retired, as it does a moment after they end."""
+    until = time.monotonic() + 30
+    while True:
+        dump: bytes = _dump_fr_trace()
+        if sum(not entry["retired"] for entry in pickle.loads(dump)["entries"]) == num_open:
+            return dump
+        assert time.monotonic() < until, "what has ended is not retired"
 
 
 def main(folder: str) -> None:
@@ -16,7 +28,7 @@ def main(folder: str) -> None:
     dist.all_reduce(torch.ones(3))
     works = [dist.broadcast(torch.ones(4, dtype=torch.int64), 0, async_op=True) for _ in range(2) if rank == 0]
     works += [dist.all_reduce(torch.ones(5), async_op=True) for _ in range(1) if rank == 0]
-    Path(folder, f"trace_rank{rank}").write_bytes(_dump_fr_trace())
+    Path(folder, f"trace_rank{rank}").write_bytes(dump_of(num_open=len(works)))
     dist.PrefixStore("dumped", store).set(str(rank), "")
     dist.PrefixStore("dumped", store).wait([str(one) for one in range(dist.get_world_size())])
     if rank == 1:

@@ -27,6 +27,8 @@ HOOKS = {
     "_dispatch",
     "_split",
     "_gone",
+    "_standings",
+    "_recorders",
     "_translate",
     "_progress",
     "_root",

@@ -145,8 +145,10 @@ def test_a_message_that_takes_longer_than_its_timeout_does_not_arrive() -> None:
         return str(caught.value)
 
     sent, received = spawn_threads(job, 2)
-    assert sent == "[rank 0/2] isend: no answer from rank 1 within the timeout of 0.3 s; it did not take part"
-    assert received == "[rank 1/2] irecv: no answer from rank 0 within the timeout of 0.3 s; it did not take part"
+    assert sent.startswith("[rank 0/2] isend: no answer from rank 1 within the timeout of 0.3 s; it did not take part")
+    assert received.startswith(
+        "[rank 1/2] irecv: no answer from rank 0 within the timeout of 0.3 s; it did not take part"
+    )
 
 
 def test_who_waits_for_a_message_on_its_way_hears_of_a_lost_rank() -> None:

@@ -83,7 +83,8 @@ class Recorder:
         rank, world_size: the rank.
         name: the communicator's kind.
         ranks: what its ranks are called in the world.
-        folder: where records are written, see `minidist.contract.records`; empty for nowhere.
+        folder: where records are written, see `minidist.contract.records`; empty for nowhere. What is split off later
+            writes there too.
         heard: what the ranks have answered when they were asked last.
         is_closed: whether its communicator is, so that nothing of it is written any more.
         made_at: when, to tell it from others.

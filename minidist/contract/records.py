@@ -61,7 +61,7 @@ def _write(rank: int, of_rank: list[Recorder], why: str) -> Path | None:
         "pid": os.getpid(),
         "time": time.time(),
         "why": why,
-        "communicators": [_as_json(recorder) for recorder in of_rank if recorder.folder in ("", folder)],
+        "communicators": [_as_json(recorder) for recorder in of_rank if recorder.folder == folder],
     }
     path = Path(folder, f"records-rank{rank}.json")
     try:
