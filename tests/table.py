@@ -86,7 +86,7 @@ CHECKED_LACKS = {"traffic": "what ranks compare is counted too"}
 HIERARCHICAL = ("all_reduce_values", "reduce_scatter_values", "all_gather_values", "random_program", "training_mlp")
 PACED = (*HIERARCHICAL, "split", "messages_keep", "any_source_and", "timeout_of_recv")
 SCHEDULED = ("all_reduce", "reduce_scatter_values", "messages_keep", "random_program", "timeout_of", "raising_rank")
-"""Of a ring over what is checked in full by itself."""
+"""Of what is checked in full in another form."""
 ONE_PROCESS = dict.fromkeys(("killed_rank", "exiting_rank"), "its ranks share a process")
 
 UNCHECKED = (
@@ -120,7 +120,12 @@ UNCHECKED = (
     Row("mpi", "backends.mpi.MpiCommunicator", "mpirun"),
     Row("ring-mpi", "tests.table.ring_over_mpi", "mpirun", focus=(*SCHEDULED, "exiting_rank")),
     Row("shm", "backends.shm.ShmCommunicator", "torchrun"),
-    Row("shm-torch", "tests.table.shm_by_torch", "torchrun"),
+    Row(
+        "shm-torch",
+        "tests.table.shm_by_torch",
+        "torchrun",
+        focus=(*SCHEDULED, "all_gather", "objects", "any_source_of"),
+    ),
     Row("ring-shm", "tests.table.ring_over_shm", "torchrun", focus=SCHEDULED),
     *(
         Row(f"{name}-{transport}", f"{name}/{transport}", launcher, lacks, (*focus(name), "random_program"))

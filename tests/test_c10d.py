@@ -189,6 +189,7 @@ def _suite(tmp_path: Path, limit_s: float, *options: str) -> dict[str, str]:
     return {words[3]: words[0] for words in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_torch_own_tests_of_collectives_pass(tmp_path: Path) -> None:
     found = _suite(tmp_path, 850, "--comm", "shm", "-k", PASSES)

@@ -77,7 +77,7 @@ def _marks(row: Row, world_size: int, check: str) -> list[pytest.MarkDecorator]:
 
 FATAL_BY_DEFAULT = {"gloo": "check_killed_rank_is_named"}
 OTHER_LAUNCHER = ("shm-mpirun", "ring-shm-mpirun")
-SIMILAR = ("ring-thread", "group-of-thread", "ring-gloo", "shm-torch")
+SIMILAR = ("ring-thread", "group-of-thread", "ring-gloo")
 
 
 def _is_slow(row: Row, world_size: int, check: str) -> bool:

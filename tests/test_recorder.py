@@ -96,7 +96,7 @@ def test_what_is_made_around_a_transport_has_one_record_with_it() -> None:
     rings: dict[int, Communicator] = {}
 
     def call(comm: Communicator) -> None:
-        rings[comm.rank].all_reduce(torch.ones(4))  # around
+        rings[comm.rank].all_reduce(torch.ones(4), timeout_s=1.0)  # around
 
     def made(comm: Communicator) -> None:
         rings[comm.rank] = RingCommunicator(comm)
