@@ -235,7 +235,7 @@ class CheckedCommunicator(Wrapper):
 
     def _words(self, mine: str, deadline: Deadline) -> list[str]:
         """Return every rank's words, by rank; the end of them, if they are long."""
-        data = mine.encode()[-WORDS_BYTES:].ljust(WORDS_BYTES, b"\0")
+        data = mine.encode(errors="backslashreplace")[-WORDS_BYTES:].ljust(WORDS_BYTES, b"\0")
         rows = self._gathered(torch.frombuffer(bytearray(data), dtype=torch.int64).tolist(), deadline)
         texts = (torch.tensor(row, dtype=torch.int64).numpy().tobytes() for row in rows)
         return [text.rstrip(b"\0").decode(errors="replace") for text in texts]

@@ -64,7 +64,10 @@ class Inquiry:
 
     def _tell(self, channel: int) -> None:
         """Tell all ranks how far this one has come."""
-        standing = self._own_standing(channel)
+        try:
+            standing = self._own_standing(channel)
+        except Exception:  # without an answer a sentence is missing; without the thread that listens, every loss
+            standing = None
         self._told_at[channel] = time.monotonic()
         self._hear(channel, self._rank, standing)
         words = None if standing is None else standing.as_json()

@@ -159,7 +159,7 @@ class Lifeline:
             messages = list(line.messages())
         except ConnectionResetError:  # by the other end
             messages = [None]
-        except OSError:  # it did not answer, or there is no way to it
+        except (OSError, ValueError):  # it did not answer, there is no way to it, or its last message was cut off
             messages = [None]
             why = f"{CUT} (host {line.host})"
         for message in messages:

@@ -43,8 +43,8 @@ class Line:
     def send(self, message: Message) -> None:
         try:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            return  # the other end is gone, and its line says so to whoever reads it
+        except OSError:  # the other end is gone, and its line says so to whoever reads it
+            self.shut_down()  # or it does not read: half a message may be on its way, behind which none has a meaning
 
     def messages(self) -> Iterator[Message | None]:
         """Read once and yield the complete messages; None where the other end hung up."""

@@ -22,6 +22,7 @@ from minidist.c10d.choice import Choice
 from minidist.c10d.reductions import OPS, Reduction, is_plain
 from minidist.c10d.work import TorchWork
 from minidist.communicator import Communicator, Work
+from minidist.contract import records
 from minidist.contract.call_site import uncaught
 from minidist.contract.forks import only_here
 from minidist.errors import CommError
@@ -220,6 +221,7 @@ class MinidistBackend(Backend):
         if error is None:
             return self.shutdown()
         where = self.comm.recorder.raised(error, error.__traceback__)
+        records.write(f"{type(error).__name__}: {error}", [self.comm.recorder.world_rank])
         self.comm.abort(f"{type(error).__name__}: {error}{where}")
 
     def abort(self) -> None:

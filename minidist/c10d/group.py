@@ -56,6 +56,7 @@ class ProcessGroupCommunicator(Communicator):
             c10d._get_pg_default_timeout(group) if hasattr(c10d, "_get_pg_default_timeout") else c10d.default_pg_timeout
         )
         super().__init__(group.rank(), group.size(), own.total_seconds() if timeout_s is None else timeout_s)
+        self.recorder.ranks = tuple(dist.get_process_group_ranks(group))
         kinds = {device.type for device in group._device_types}
         self.device_type = "cpu" if "cpu" in kinds else next(iter(kinds))  # type: ignore[misc]  # the class's is only the default
         # Not held: a group that torch has destroyed would live on, and its threads meet the end of the interpreter.

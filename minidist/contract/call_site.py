@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import threading
+from concurrent import futures
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import NamedTuple
@@ -20,6 +21,7 @@ _PREFIXES = (
     *(str(_ROOT / package) + os.sep for package in ("minidist", "backends")),
     _TORCH,
     threading.__file__,  # beneath all that a thread of a library runs
+    futures.thread.__file__,
     contextlib.__file__,  # and between a library's context manager and whoever uses it
 )
 

@@ -109,6 +109,7 @@ class Membership(ABC):
         """Leave at once and make the other ranks raise PeerLostError with ``reason``; in a fork, do nothing."""
         if not self._closed and self._maker.is_here:
             self._closed = f"it was aborted: {reason}"
+            self.recorder.can_ask = False
             self._progress.stop()
             self._abort(reason)
 
@@ -124,7 +125,10 @@ class Membership(ABC):
         if error is None:
             return self.close()
         # A CommError says only that another rank has gone, or has not come.
-        where = "" if isinstance(error, CommError) else self.recorder.raised(error, traceback)
+        where = ""
+        if not isinstance(error, CommError):
+            where = self.recorder.raised(error, traceback)
+            records.write(f"{type(error).__name__}: {error}", [self.recorder.world_rank])
         self.abort(f"{type(error).__name__}: {error}{where}")
 
     def __init_subclass__(cls) -> None:

@@ -91,6 +91,7 @@ class Recorder:
         channel: what tells it from others on the same transport; the same on all ranks.
         explains: whether errors say who waits for whom. Not those of a communicator inside of another one, that does.
         num_started: how many collectives have begun.
+        can_ask: whether the other ranks may still answer; not those of a communicator that this rank has aborted.
         step: the training's, for whoever reads what was recorded: set by `minidist.engine.Engine`, or by you.
     """
 
@@ -107,6 +108,7 @@ class Recorder:
         self.explains = True
         self.num_started = 0
         self.step: int | None = None
+        self.can_ask = True
         self._job_spot: Spot | None = None  # of a job that runs in another thread
         self._thread = threading.get_ident()
         self._ring = deque[Entry](maxlen=NUM_ENTRIES)  # one thread may call while another runs what was called before
@@ -194,7 +196,8 @@ class Recorder:
         # Of the thread that made the communicator: in a program of processes that is the main one.
         site, inside = doing(sys._current_frames().get(self._thread))
         where = "" if site is None else str(site)
-        return Standing(self.rank, self.num_started, calls, inside, where, self.step, self._raised)
+        step = None if self.step is None else int(self.step)  # of numpy, say, which no file and no message takes
+        return Standing(self.rank, self.num_started, calls, inside, where, step, self._raised)
 
     def _call(self, entry: Entry, now: float) -> Call:
         began = entry.called if entry.began is None else entry.began

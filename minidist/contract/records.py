@@ -7,6 +7,8 @@ one file tells the most of it where the other ranks could not write any.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import os
 import signal
@@ -54,23 +56,28 @@ def _write(rank: int, of_rank: list[Recorder], why: str) -> Path | None:
     folder = next((recorder.folder for recorder in reversed(of_rank) if recorder.folder), "")
     if not folder:
         return None
-    whole = {
-        "format": FORMAT,
-        "rank": rank,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "time": time.time(),
-        "why": why,
-        "communicators": [_as_json(recorder) for recorder in of_rank if recorder.folder == folder],
-    }
     path = Path(folder, f"records-rank{rank}.json")
+    # Two threads may write at once, as one that fails while a signal comes.
+    partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
     try:
+        whole = {
+            "format": FORMAT,
+            "rank": rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": time.time(),
+            "why": why,
+            "communicators": [_as_json(recorder) for recorder in of_rank if recorder.folder == folder],
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.part")
         partial.write_text(json.dumps(whole, indent=1) + "\n")
         partial.replace(path)
-    except OSError as error:  # what happened is the news, and not that it cannot be written down
-        warnings.warn(f"[rank {rank}] cannot write {path}: {error}", stacklevel=2)
+    except (OSError, ValueError, TypeError) as error:
+        # What happened is the news, and not that it cannot be written down: not even where warnings are errors.
+        with contextlib.suppress(OSError, ValueError):
+            partial.unlink(missing_ok=True)
+        with contextlib.suppress(UserWarning):
+            warnings.warn(f"[rank {rank}] cannot write {path}: {error}", stacklevel=2)
         return None
     return path
 
@@ -85,15 +92,16 @@ def _as_json(recorder: Recorder) -> dict[str, Any]:
 
 
 def ask_and_write(why: str) -> None:
-    """Ask the other ranks how far they have come, say on stderr who waits for whom, and write."""
+    """Write, ask the other ranks how far they have come, write that too, and say on stderr who waits for whom."""
+    write(why)  # first: who sends the signal may not wait for the answers
     until = time.monotonic() + ANSWER_S
-    for recorder in _in_use():
-        if recorder.explains and recorder.world_size > 1:
-            recorder.heard = recorder.ask(max(until - time.monotonic(), 0.0))
-            for sentence in diagnose(recorder.heard, range(recorder.world_size)) if _is_long(recorder) else []:
-                sys.stderr.write(f"[rank {recorder.rank}/{recorder.world_size}] {why}: {sentence}\n")
+    asked = [recorder for recorder in _in_use() if recorder.explains and recorder.can_ask and recorder.world_size > 1]
+    for done, recorder in enumerate(asked):
+        recorder.heard = recorder.ask(max(until - time.monotonic(), 0.0) / (len(asked) - done))
     write(why)
-    sys.stderr.flush()
+    for recorder in asked:
+        for sentence in diagnose(recorder.heard, range(recorder.world_size)) if _is_long(recorder) else []:
+            print(f"[rank {recorder.rank}/{recorder.world_size}] {why}: {sentence}", file=sys.stderr, flush=True)
 
 
 def write_soon(why: str, wait_s: float = 0.0) -> None:
@@ -103,9 +111,12 @@ def write_soon(why: str, wait_s: float = 0.0) -> None:
         why: what happened.
         wait_s: how long to wait for it.
     """
+    # A daemon: to start another thread while the interpreter waits for the last ones can hang. But it is waited for.
     thread = threading.Thread(target=ask_and_write, args=(why,), daemon=True)
-    thread.start()
-    thread.join(wait_s)
+    with contextlib.suppress(RuntimeError):  # no thread more can be had
+        thread.start()
+        atexit.register(thread.join, 2 * ANSWER_S)
+        thread.join(wait_s)
 
 
 def _is_long(recorder: Recorder) -> bool:
@@ -133,7 +144,9 @@ class RecordsOnSignal:
     def start(self) -> None:
         """Enter it until the process ends."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {one: signal.signal(one, self._handle) for one in SIGNALS}
+            for one in SIGNALS:
+                self._before[one] = signal.getsignal(one)  # first, as it may come at once
+                signal.signal(one, self._handle)
 
     def __exit__(self, *error: object) -> None:
         for one, before in self._before.items():
@@ -142,9 +155,10 @@ class RecordsOnSignal:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         before = self._before[signum]
         ends = signum == signal.SIGTERM and before is signal.SIG_DFL
+        if ends:
+            signal.signal(signum, before)  # a second one does not wait
         self._write_soon(signal.Signals(signum).name, 2 * ANSWER_S if ends else 0.0)
         if ends:
-            signal.signal(signum, before)
             os.kill(os.getpid(), signum)
         elif callable(before):
             before(signum, frame)

@@ -7,6 +7,8 @@ dumps of torch's flight recorder. It prints what it finds for each communicator,
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 
 from minidist.doctor.group import Group, grouped
 from minidist.doctor.reading import files_in, read
@@ -21,6 +23,8 @@ def main() -> None:
     parser.add_argument("files", nargs="+", help="the files, or folders with them")
     parser.add_argument("--calls", type=int, default=4, help="how many calls of each rank to show")
     given = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name can be any bytes
     try:
         groups = grouped([told for file in files_in(given.files) for told in read(file)])
     except ConfigError as error:

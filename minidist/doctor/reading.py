@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minidist.contract.records import FORMAT
-from minidist.contract.standing import Standing
+from minidist.contract.standing import Call, Standing
 from minidist.doctor import flight_recorder
 from minidist.doctor.group import Told
 from minidist.errors import ConfigError
@@ -39,7 +39,7 @@ def read(path: Path) -> list[Told]:
         if data.startswith(b"{"):
             return _told(json.loads(data))
         return flight_recorder.told(data, path)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path}: is neither a record of minidist ({PATTERN}) nor a dump of torch's flight recorder: {error}"
         ) from error
@@ -51,10 +51,18 @@ def _told(whole: dict[str, Any]) -> list[Told]:
     return [_of_communicator(section) for section in whole["communicators"]]
 
 
+def _to_world(call: Call, ranks: tuple[int, ...]) -> Call:
+    if call.peer is None or call.peer < 0:
+        return call
+    peer = ranks[call.peer]
+    return replace(call, peer=peer, what=call.what.replace(f" rank {call.peer} with tag", f" rank {peer} with tag"))
+
+
 def _of_communicator(section: dict[str, Any]) -> Told:
     """Return it with the ranks called as the world calls them."""
     ranks = tuple(section["ranks"])
     standing, *heard = (
-        replace(one, rank=ranks[one.rank]) for one in map(Standing.of_json, (section["standing"], *section["heard"]))
+        replace(one, rank=ranks[one.rank], calls=tuple(_to_world(call, ranks) for call in one.calls))
+        for one in map(Standing.of_json, (section["standing"], *section["heard"]))
     )
     return Told(section["name"], ranks, standing, tuple(heard))

@@ -38,8 +38,8 @@ class StopSignal:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         # No more than that: a handler runs between any two lines, and communication there would not fit in.
         self.received = True
-        self._write_soon("SIGTERM")
         self._restore()
+        self._write_soon("SIGTERM")
 
     def _restore(self) -> None:
         if threading.current_thread() is threading.main_thread():
