@@ -12,7 +12,7 @@ import torch
 from backends.thread import run_threads
 from minidist.communicator import Communicator, Work
 from minidist.ddp import DistributedDataParallel
-from minidist.errors import CheckpointError, CommError
+from minidist.errors import CheckpointError, CommError, PeerLostError
 from minidist.gradients.buckets import Bucket
 from minidist.gradients.hooks import AllReduce
 from minidist.methods import DiLoCo, EveryStep, Gossip, LocalSGD, Method, SparseLoCo, StreamingDiLoCo
@@ -212,6 +212,26 @@ def test_a_worker_is_a_rank_with_the_batches_of_all_of_its_own() -> None:
         torch.testing.assert_close(left, right, rtol=0, atol=1e-13)
     alone, together = (sum(nbytes for _, nbytes in models_of[k]) for k in (1, 2))
     assert alone <= together <= alone + 4 * 2 * 8  # what fills up the last share
+
+
+def test_a_rank_that_fails_with_parts_on_their_way_waits_for_nobody() -> None:
+    """The others wait for it elsewhere: it would wait out its timeout, and only then tell them why."""
+    told: list[str] = []
+
+    def job(comm: Communicator) -> None:
+        with StreamingDiLoCo(4, 1, 3, ranks_per_worker=2) as method:
+            Run(comm, method).steps(3)
+            if comm.rank == 3:
+                method.after_step(4)
+                raise OSError("the disk is full")
+            with pytest.raises(PeerLostError) as caught:
+                comm.barrier(timeout_s=10)
+            told.append(str(caught.value))
+
+    with pytest.raises(OSError, match="the disk is full"):
+        run_threads(job, 4, timeout_s=20)
+    assert len(told) == 3
+    assert all("rank 3 is gone: OSError: the disk is full" in message for message in told), told
 
 
 @pytest.mark.slow

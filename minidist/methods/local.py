@@ -84,6 +84,11 @@ class LocalMethod(Method):
         for part in self._parts:
             part.close()
 
+    @final
+    def abort(self, reason: str) -> None:
+        for part in self._parts:
+            part.abort(reason)
+
     def averages_gradients(self, step: int) -> bool:
         return self.ranks_per_worker > 1
 
