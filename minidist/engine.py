@@ -174,7 +174,8 @@ class Engine:
         self.optimisation.clip(self.optimizer, self.model)
         self.optimizer.step()
         self.comm.clock.step_done()
-        self.method.after_step(self.position.step)
+        with self.comm.clock.between_steps():
+            self.method.after_step(self.position.step)
         self.learning_rate.step()
 
     def _forward(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
