@@ -334,6 +334,9 @@ def test_fit_goes_on_from_the_replicas(tmp_path: Path) -> None:
         (lambda: LocalSGD(2, -1), "LocalSGD: local_after must be at least 0, got -1"),
         (lambda: LocalSGD(2, 5, 2), "LocalSGD: local_after=5 averages the gradients of all ranks"),
         (lambda: DiLoCo(0), "DiLoCo: period must be at least 1, got 0"),
+        (lambda: DiLoCo(2.5), "DiLoCo: period must be a whole number, got 2.5"),
+        (lambda: LocalSGD("8"), "LocalSGD: period must be a whole number, got '8'"),
+        (lambda: Gossip(ranks_per_worker=1.5), "Gossip: ranks_per_worker must be a whole number, got 1.5"),
         (lambda: DiLoCo(outer_lr=0), "DiLoCo: outer_lr must be greater than 0, got 0"),
         (lambda: DiLoCo(outer_momentum=-1), "DiLoCo: outer_momentum must be at least 0, got -1"),
         (lambda: DiLoCo(ranks_per_worker=0), "DiLoCo: ranks_per_worker must be at least 1, got 0"),
@@ -376,6 +379,8 @@ def test_what_is_put_together_wrongly_is_refused() -> None:
             EveryStep().begin(apart, optimizer, comm)
         with pytest.raises(ValueError, match=r"wrap it over replica_comm\(comm\) of this method"):
             DiLoCo().begin(apart, optimizer, comm)
+        with pytest.raises(ValueError, match=r"wrap it over replica_comm\(comm\) of this method"):
+            DiLoCo(ranks_per_worker=2).begin(ddp, optimizer, comm)  # whose workers nobody has asked for
         method = DiLoCo()
         method.begin(ddp, optimizer, comm)
         with pytest.raises(RuntimeError, match="it serves another training"):

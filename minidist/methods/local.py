@@ -42,7 +42,7 @@ class LocalMethod(Method):
         self.num_fragments = num_fragments
         self.ranks_per_worker = ranks_per_worker
         for name, value in (("num_fragments", num_fragments), ("ranks_per_worker", ranks_per_worker)):
-            ensure_at_least(type(self).__name__, name, value, 1)
+            ensure_count(type(self).__name__, name, value, 1)
         self.pieces: list[Piece] = []
         self._worker: Communicator | None = None  # None: this rank alone
         self._parts: list[Communicator] = []
@@ -173,7 +173,7 @@ class LocalMethod(Method):
             raise RuntimeError(f"{who}: it serves another training and has its state; make each a method of its own")
         if isinstance(optimizer, ShardedOptimizer):
             raise ValueError(f"{who}: a ShardedOptimizer has the ranks step one model together; use a plain optimizer")
-        expected = comm if self._worker is None else self._worker
+        expected = comm if self.ranks_per_worker == 1 else self._worker  # None if nobody has asked for it
         if replica.comm is not expected:
             raise ValueError(
                 f"{who}: the model is wrapped over {replica.comm}; wrap it over replica_comm(comm) of this method"
@@ -197,7 +197,9 @@ class LocalMethod(Method):
         return [*(p for piece in self.pieces for p in piece.named.values()), *self._module.buffers()]
 
 
-def ensure_at_least(method: str, name: str, value: float, least: float) -> None:
-    """Raise ValueError if a setting is too small."""
-    if not value >= least:
+def ensure_count(method: str, name: str, value: int, least: int) -> None:
+    """Raise ValueError if a setting is too small, or no whole number, as it may be where it comes from a file."""
+    if not isinstance(value, int):
+        raise ValueError(f"{method}: {name} must be a whole number, got {value!r}")
+    if value < least:
         raise ValueError(f"{method}: {name} must be at least {least}, got {value}")
