@@ -252,6 +252,26 @@ def test_a_rank_that_waits_for_something_else_loses_its_turn() -> None:
     ends(job, 2)
 
 
+@pytest.mark.parametrize("kind", ["collective", "message"])
+def test_a_rank_that_only_asks_whether_something_is_done_lets_others_do_it(kind: str) -> None:
+    def job(comm: VirtualCommunicator) -> None:
+        if kind == "message" and comm.rank > 0:
+            comm.send(torch.ones(3), 0)
+        else:
+            messages = [comm.irecv(torch.empty(3), src) for src in (1, 2)] if kind == "message" else []
+            works = messages or [comm.all_reduce(torch.ones(3), async_op=True)]
+            while not all(work.is_done() for work in works):
+                pass
+            for work in works:
+                work.wait()
+
+    def run() -> None:
+        with VirtualCommunicator(FLAT, RING, 1.0, timeout_s=20.0) as comm:
+            job(comm)
+
+    spawn_threads(run, 3)
+
+
 def test_turns_let_as_many_compute_as_they_say() -> None:
     turns = Turns(2)
     inside: list[int] = []
