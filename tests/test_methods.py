@@ -426,6 +426,18 @@ def test_a_summary_says_what_a_rank_sent(tmp_path: Path) -> None:
         assert 4 * nbytes < sent < 4 * nbytes + 16 * 100 + 2 * 500
 
 
+def test_what_a_rank_sends_within_its_worker_counts(tmp_path: Path) -> None:
+    """Each step all gradients to the other rank, each fourth the half of the parameters to either neighbour."""
+
+    def job(comm: Communicator) -> float:
+        with LocalSGD(4, ranks_per_worker=2) as method:
+            return method_checks.engine(comm, method, tmp_path).fit(method_checks.loader(comm), 2).sent_bytes
+
+    nbytes = 8 * (5 * 8 + 8 + 8 * 3 + 3 + 3 + 3)
+    for sent in run_threads(job, 4, timeout_s=60):
+        assert (16 + 4) * nbytes < sent < (16 + 4) * nbytes + 16 * 200 + 2 * 1000
+
+
 def test_what_is_on_its_way_at_the_end_of_an_epoch_counts(tmp_path: Path) -> None:
     def job(comm: Communicator) -> float:
         engine = method_checks.engine(comm, StreamingDiLoCo(8, num_fragments=1, tau=2), tmp_path)
