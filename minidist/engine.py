@@ -85,7 +85,7 @@ class Engine:
             model.module, optimizer, optimisation.scheduler, self.position, self.tallies, self.method, model.hook
         )
         self.stop_signal = StopSignal()
-        self.roll_call = RollCall(comm, self.stop_signal)
+        self.roll_call = RollCall(comm, self.stop_signal, self.method.parts)
 
     def fit(self, train_loader: Loader, epochs: int, eval_loader: Iterable[Batch] | None = None) -> Summary:
         """Train until ``epochs`` epochs are complete, those before a resume included.
@@ -174,7 +174,8 @@ class Engine:
         self.optimisation.clip(self.optimizer, self.model)
         self.optimizer.step()
         self.comm.clock.step_done()
-        self.method.after_step(self.position.step)
+        with self.comm.clock.between_steps():
+            self.method.after_step(self.position.step)
         self.learning_rate.step()
 
     def _forward(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from backends.thread import run_threads
 from minidist.communicator import Communicator, Work
 from minidist.ddp import DistributedDataParallel
-from minidist.errors import CheckpointError, CommError
+from minidist.errors import CheckpointError, CommError, PeerLostError
 from minidist.gradients.buckets import Bucket
 from minidist.gradients.hooks import AllReduce
 from minidist.methods import DiLoCo, EveryStep, Gossip, LocalSGD, Method, SparseLoCo, StreamingDiLoCo
@@ -214,6 +214,26 @@ def test_a_worker_is_a_rank_with_the_batches_of_all_of_its_own() -> None:
     assert alone <= together <= alone + 4 * 2 * 8  # what fills up the last share
 
 
+def test_a_rank_that_fails_with_parts_on_their_way_waits_for_nobody() -> None:
+    """The others wait for it elsewhere: it would wait out its timeout, and only then tell them why."""
+    told: list[str] = []
+
+    def job(comm: Communicator) -> None:
+        with StreamingDiLoCo(4, 1, 3, ranks_per_worker=2) as method:
+            Run(comm, method).steps(3)
+            if comm.rank == 3:
+                method.after_step(4)
+                raise OSError("the disk is full")
+            with pytest.raises(PeerLostError) as caught:
+                comm.barrier(timeout_s=10)
+            told.append(str(caught.value))
+
+    with pytest.raises(OSError, match="the disk is full"):
+        run_threads(job, 4, timeout_s=20)
+    assert len(told) == 3
+    assert all("rank 3 is gone: OSError: the disk is full" in message for message in told), told
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WORKERS)
 def test_workers_resume_to_the_same_bits(name: str, tmp_path: Path) -> None:
@@ -314,6 +334,9 @@ def test_fit_goes_on_from_the_replicas(tmp_path: Path) -> None:
         (lambda: LocalSGD(2, -1), "LocalSGD: local_after must be at least 0, got -1"),
         (lambda: LocalSGD(2, 5, 2), "LocalSGD: local_after=5 averages the gradients of all ranks"),
         (lambda: DiLoCo(0), "DiLoCo: period must be at least 1, got 0"),
+        (lambda: DiLoCo(2.5), "DiLoCo: period must be a whole number, got 2.5"),
+        (lambda: LocalSGD("8"), "LocalSGD: period must be a whole number, got '8'"),
+        (lambda: Gossip(ranks_per_worker=1.5), "Gossip: ranks_per_worker must be a whole number, got 1.5"),
         (lambda: DiLoCo(outer_lr=0), "DiLoCo: outer_lr must be greater than 0, got 0"),
         (lambda: DiLoCo(outer_momentum=-1), "DiLoCo: outer_momentum must be at least 0, got -1"),
         (lambda: DiLoCo(ranks_per_worker=0), "DiLoCo: ranks_per_worker must be at least 1, got 0"),
@@ -356,6 +379,8 @@ def test_what_is_put_together_wrongly_is_refused() -> None:
             EveryStep().begin(apart, optimizer, comm)
         with pytest.raises(ValueError, match=r"wrap it over replica_comm\(comm\) of this method"):
             DiLoCo().begin(apart, optimizer, comm)
+        with pytest.raises(ValueError, match=r"wrap it over replica_comm\(comm\) of this method"):
+            DiLoCo(ranks_per_worker=2).begin(ddp, optimizer, comm)  # whose workers nobody has asked for
         method = DiLoCo()
         method.begin(ddp, optimizer, comm)
         with pytest.raises(RuntimeError, match="it serves another training"):
@@ -399,6 +424,18 @@ def test_a_summary_says_what_a_rank_sent(tmp_path: Path) -> None:
     nbytes = 8 * (5 * 8 + 8 + 8 * 3 + 3 + 3 + 3)
     for sent in run_threads(job, 2, timeout_s=60):
         assert 4 * nbytes < sent < 4 * nbytes + 16 * 100 + 2 * 500
+
+
+def test_what_a_rank_sends_within_its_worker_counts(tmp_path: Path) -> None:
+    """Each step all gradients to the other rank, each fourth the half of the parameters to either neighbour."""
+
+    def job(comm: Communicator) -> float:
+        with LocalSGD(4, ranks_per_worker=2) as method:
+            return method_checks.engine(comm, method, tmp_path).fit(method_checks.loader(comm), 2).sent_bytes
+
+    nbytes = 8 * (5 * 8 + 8 + 8 * 3 + 3 + 3 + 3)
+    for sent in run_threads(job, 4, timeout_s=60):
+        assert (16 + 4) * nbytes < sent < (16 + 4) * nbytes + 16 * 200 + 2 * 1000
 
 
 def test_what_is_on_its_way_at_the_end_of_an_epoch_counts(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from minidist.ddp import DistributedDataParallel
 from minidist.engine import Engine
 from minidist.errors import MismatchError
 from minidist.gradients.hooks import AllReduce, BFloat16, Hook
+from minidist.methods import DiLoCo
 from minidist.training.report import Report
 from tests import models
 
@@ -118,6 +119,32 @@ def test_the_background_hides_behind_computing(numel: int) -> None:
     first = 1.0 + 2 * takes  # nothing is known of a step before it
     middle = FORWARD + (1 - FORWARD) / 2
     assert ends(job, 2) == pytest.approx([first + max(middle + takes, 1.0) + takes] * 2)
+
+
+def test_what_starts_between_two_steps_hides_behind_the_next() -> None:
+    def job(comm: VirtualCommunicator) -> None:
+        comm.clock.step_done()
+        with comm.clock.between_steps():
+            work = comm.all_reduce(torch.ones(1000), async_op=True)
+        comm.clock.step_done()
+        work.wait()
+
+    assert ends(job, 2) == [2.0, 2.0]
+
+
+def test_pseudo_gradients_leave_at_the_end_of_their_step() -> None:
+    """And not with the gradients of the next step, of which there are none: it would be computed twice at the end."""
+
+    def job(comm: VirtualCommunicator) -> None:
+        ddp = DistributedDataParallel(nn.Linear(100, 1000, bias=False), comm)
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+        engine = Engine(ddp, optimizer, nn.MSELoss(), comm, method=DiLoCo(2))
+        before = comm.clock.now_s()
+        engine.fit([(torch.ones(2, 100), torch.ones(2, 1000))] * 4, epochs=1)
+        roll_calls = 4 * 2 * ALPHA
+        assert 0 <= comm.clock.now_s() - before - 4 - 2 * ring(2, 100_000) <= roll_calls + 0.01
+
+    ends(job, 2)
 
 
 def test_one_run_tells_the_times_of_several_networks() -> None:
@@ -223,6 +250,26 @@ def test_a_rank_that_waits_for_something_else_loses_its_turn() -> None:
         comm.barrier()
 
     ends(job, 2)
+
+
+@pytest.mark.parametrize("kind", ["collective", "message"])
+def test_a_rank_that_only_asks_whether_something_is_done_lets_others_do_it(kind: str) -> None:
+    def job(comm: VirtualCommunicator) -> None:
+        if kind == "message" and comm.rank > 0:
+            comm.send(torch.ones(3), 0)
+        else:
+            messages = [comm.irecv(torch.empty(3), src) for src in (1, 2)] if kind == "message" else []
+            works = messages or [comm.all_reduce(torch.ones(3), async_op=True)]
+            while not all(work.is_done() for work in works):
+                pass
+            for work in works:
+                work.wait()
+
+    def run() -> None:
+        with VirtualCommunicator(FLAT, RING, 1.0, timeout_s=20.0) as comm:
+            job(comm)
+
+    spawn_threads(run, 3)
 
 
 def test_turns_let_as_many_compute_as_they_say() -> None:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,7 +102,7 @@ class VirtualClock(Clock):
 
     Where a step is given its seconds, what the rank starts in the background is taken to be buckets: the k-th of as
     many as the step before had starts after the forward pass and so much of the backward pass, the last one at its end.
-    What it waits for at once starts where the rank is.
+    What it waits for at once, or starts between two steps, starts where the rank is.
 
     Args:
         pace: how long this rank computes.
@@ -116,6 +117,7 @@ class VirtualClock(Clock):
         self._here = threading.local()
         self.own = Hand(np.zeros(num_networks))
         self._num_started = self._num_before = 0
+        self._is_between_steps = False
         self._done = 0.0  # the part of this step that is computed
         self._factor = self._draw()
         self.now_s = lambda: float(self.times()[0])
@@ -133,6 +135,14 @@ class VirtualClock(Clock):
         self._num_before, self._num_started = self._num_started, 0
         self._factor = self._draw()
 
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        self._is_between_steps = True
+        try:
+            yield
+        finally:
+            self._is_between_steps = False
+
     def computed(self) -> Hand:
         """Return the hand of this thread, after what it has computed until now."""
         hand: Hand = getattr(self._here, "hand", self.own)
@@ -142,6 +152,8 @@ class VirtualClock(Clock):
 
     def starts(self) -> None:
         """Take note that an operation starts that goes on in the background."""
+        if self._is_between_steps:
+            return
         self._num_started += 1
         if self._pace.step_s is not None:
             share = min(self._num_started / self._num_before, 1.0) if self._num_before else 1.0

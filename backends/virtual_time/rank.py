@@ -180,7 +180,7 @@ class _Waited(Work):
         self._comm.traffic.blocked_seconds += float((hand.at - before)[0])
 
     def is_done(self) -> bool:
-        return self._work.is_done()
+        return _is_done(self._work, self._comm.place.turns)
 
     def exception(self) -> BaseException | None:
         return self._work.exception()
@@ -210,7 +210,13 @@ class _Message(Work):
         hand.wait_until(self._at)
 
     def is_done(self) -> bool:
-        return self._work.is_done()
+        return _is_done(self._work, self._comm.place.turns)
 
     def exception(self) -> BaseException | None:
         return self._work.exception()
+
+
+def _is_done(work: Work, turns: Turns) -> bool:
+    if not work.is_done():
+        turns.pass_on()
+    return work.is_done()

@@ -47,20 +47,37 @@ class Turns:
         self._free = num_at_once
         self._changed = threading.Condition()
         self._holders: dict[int, _Holder] = {}
+        self._num_waiting = 0
 
     def take(self) -> None:
         """Wait for a turn of this thread."""
         me = threading.get_ident()
         with self._changed:
-            while not self._free:
-                if not self._changed.wait(GLANCE_S):
-                    self._end_idle()
+            self._num_waiting += 1
+            try:
+                while not self._free:
+                    if not self._changed.wait(GLANCE_S):
+                        self._end_idle()
+            finally:
+                self._num_waiting -= 1
             self._free -= 1
             self._holders[me] = _Holder()
 
     def end(self) -> bool:
         """End the turn of this thread; return whether it had one."""
         return self._end(threading.get_ident())
+
+    def pass_on(self) -> None:
+        """Let one who waits for a turn go first.
+
+        For who only asks, again and again, whether something is done: it computes, so it would keep its turn, and what
+        it waits for would never be done.
+        """
+        with self._changed:
+            if not self._num_waiting or not self.end():
+                return
+            self._changed.wait(GLANCE_S)  # behind those who wait
+        self.take()
 
     @contextmanager
     def let_go(self) -> Iterator[None]:

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ AUTOCAST_DTYPES = {"none": None, "bfloat16": torch.bfloat16}
 def train(cfg: DictConfig, checked: Config) -> float:
     """Train as one of the ranks and report; returns the final test accuracy."""
     chosen_method = method.method(cfg)
-    with communicator(cfg.comm) as comm, closing(chosen_method), RecordsOnSignal():
+    with communicator(cfg.comm) as comm, chosen_method, RecordsOnSignal():
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(threads_per_rank(_ranks_here(comm)))
         directory = Path(HydraConfig.get().runtime.output_dir)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class Clock:
@@ -16,3 +17,8 @@ class Clock:
     def step_done(self) -> None:
         """Take note that this rank has computed a step of training. A clock may go by steps; this one does not."""
         return
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Take note that what starts inside is no part of a step, where a clock goes by steps."""
+        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -42,7 +43,7 @@ class LocalMethod(Method):
         self.num_fragments = num_fragments
         self.ranks_per_worker = ranks_per_worker
         for name, value in (("num_fragments", num_fragments), ("ranks_per_worker", ranks_per_worker)):
-            ensure_at_least(type(self).__name__, name, value, 1)
+            ensure_count(type(self).__name__, name, value, 1)
         self.pieces: list[Piece] = []
         self._worker: Communicator | None = None  # None: this rank alone
         self._parts: list[Communicator] = []
@@ -79,10 +80,19 @@ class LocalMethod(Method):
         self.pieces = make_pieces(trained(self._module), self.num_fragments, self._worker)
         self.begin_anew()
 
+    @property
+    def parts(self) -> Sequence[Communicator]:
+        return self._parts
+
     @final
     def close(self) -> None:
         for part in self._parts:
             part.close()
+
+    @final
+    def abort(self, reason: str) -> None:
+        for part in self._parts:
+            part.abort(reason)
 
     def averages_gradients(self, step: int) -> bool:
         return self.ranks_per_worker > 1
@@ -168,7 +178,7 @@ class LocalMethod(Method):
             raise RuntimeError(f"{who}: it serves another training and has its state; make each a method of its own")
         if isinstance(optimizer, ShardedOptimizer):
             raise ValueError(f"{who}: a ShardedOptimizer has the ranks step one model together; use a plain optimizer")
-        expected = comm if self._worker is None else self._worker
+        expected = comm if self.ranks_per_worker == 1 else self._worker  # None if nobody has asked for it
         if replica.comm is not expected:
             raise ValueError(
                 f"{who}: the model is wrapped over {replica.comm}; wrap it over replica_comm(comm) of this method"
@@ -192,7 +202,9 @@ class LocalMethod(Method):
         return [*(p for piece in self.pieces for p in piece.named.values()), *self._module.buffers()]
 
 
-def ensure_at_least(method: str, name: str, value: float, least: float) -> None:
-    """Raise ValueError if a setting is too small."""
-    if not value >= least:
+def ensure_count(method: str, name: str, value: int, least: int) -> None:
+    """Raise ValueError if a setting is too small, or no whole number, as it may be where it comes from a file."""
+    if not isinstance(value, int):
+        raise ValueError(f"{method}: {name} must be a whole number, got {value!r}")
+    if value < least:
         raise ValueError(f"{method}: {name} must be at least {least}, got {value}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from minidist.communicator import ReduceOp
-from minidist.methods.local import LocalMethod, ensure_at_least
+from minidist.methods.local import LocalMethod, ensure_count
 
 
 class LocalSGD(LocalMethod):
@@ -31,8 +31,8 @@ class LocalSGD(LocalMethod):
 
     def __init__(self, period: int = 8, local_after: int = 0, ranks_per_worker: int = 1) -> None:
         super().__init__(ranks_per_worker=ranks_per_worker)
-        ensure_at_least("LocalSGD", "period", period, 1)
-        ensure_at_least("LocalSGD", "local_after", local_after, 0)
+        ensure_count("LocalSGD", "period", period, 1)
+        ensure_count("LocalSGD", "local_after", local_after, 0)
         if local_after and ranks_per_worker > 1:
             raise ValueError(
                 f"LocalSGD: local_after={local_after} averages the gradients of all ranks, and ranks_per_worker="

@@ -16,9 +16,9 @@ A *worker* is the ranks that have one replica between them and average its gradi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, Self, final
 
 from torch.optim import Optimizer
 
@@ -64,9 +64,30 @@ class Method(ABC):
             RuntimeError: it has served another training.
         """
 
+    @property
+    def parts(self) -> Sequence[Communicator]:
+        """The communicators that it has made, which count what it and the replica send there."""
+        return ()
+
     def close(self) -> None:
         """Close the communicators that it has made; closing twice is fine."""
         return
+
+    def abort(self, reason: str) -> None:
+        """Leave the communicators that it has made at once, and tell the ranks that wait there why."""
+        return
+
+    @final
+    def __enter__(self) -> Self:
+        return self
+
+    @final
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Close it; or, after an error, do not wait for ranks that may wait for this one elsewhere."""
+        if error is None:
+            self.close()
+        else:
+            self.abort(f"{type(error).__name__}: {error}")
 
     @abstractmethod
     def averages_gradients(self, step: int) -> bool:

@@ -21,7 +21,7 @@ from minidist.communicator import Communicator, Work
 from minidist.compression.compressor import Compressor
 from minidist.contract.work import DONE
 from minidist.gradients.hooks import Hook
-from minidist.methods.local import LocalMethod, ensure_at_least
+from minidist.methods.local import LocalMethod, ensure_count
 from minidist.methods.pieces import Piece
 
 
@@ -107,10 +107,11 @@ class OuterMethod(LocalMethod):
     ) -> None:
         super().__init__(num_fragments, ranks_per_worker)
         name = type(self).__name__
-        ensure_at_least(name, "period", period, 1)
-        ensure_at_least(name, "outer_momentum", outer_momentum, 0)
+        ensure_count(name, "period", period, 1)
         if not outer_lr > 0:
             raise ValueError(f"{name}: outer_lr must be greater than 0, got {outer_lr}")
+        if not outer_momentum >= 0:
+            raise ValueError(f"{name}: outer_momentum must be at least 0, got {outer_momentum}")
         self.period = period
         self.outer_lr = outer_lr
         self.outer_momentum = outer_momentum

@@ -12,7 +12,7 @@ A fragment takes part of its outer values, and keeps part of the steps that it t
 from __future__ import annotations
 
 from minidist.gradients.hooks import AllReduce, Hook
-from minidist.methods.local import ensure_at_least
+from minidist.methods.local import ensure_count
 from minidist.methods.outer import OuterMethod
 
 
@@ -44,7 +44,7 @@ class StreamingDiLoCo(OuterMethod):
         ranks_per_worker: int = 1,
     ) -> None:
         super().__init__(period, outer_lr, outer_momentum, hook, num_fragments, ranks_per_worker)
-        ensure_at_least("StreamingDiLoCo", "tau", tau, 0)
+        ensure_count("StreamingDiLoCo", "tau", tau, 0)
         if tau >= period:
             raise ValueError(
                 f"StreamingDiLoCo: tau must be below period, {period}, or a fragment would leave before it has come "

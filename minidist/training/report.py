@@ -32,8 +32,8 @@ class Summary:
         accuracy: of the last evaluation, 0 to 1; nan without one.
         samples_per_s: samples per second of training, of all ranks together; nan if there was none.
         comm_share: share of the training time spent waiting for communication, 0 to 1; nan likewise.
-        sent_bytes: what a rank sent over the engine's communicator while it trained, the mean of the ranks; without
-            evaluations, checkpoints, what was sent before a resume, and what was on its way at the end.
+        sent_bytes: what a rank sent while it trained, the mean of the ranks; without evaluations, checkpoints, what was
+            sent before a resume, and what was on its way at the end.
         stopped: whether it ended because of a SIGTERM, possibly in the last step of all.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -103,25 +104,27 @@ class OwnTally:
 
     Args:
         comm: what training waits for; its clock counts.
+        parts: of its ranks, for which training waits besides.
     """
 
-    def __init__(self, comm: Communicator) -> None:
+    def __init__(self, comm: Communicator, parts: Sequence[Communicator] = ()) -> None:
         self._comm = comm
+        self._traffics = [comm.traffic, *(part.traffic for part in parts)]
         self._loss_sum = torch.zeros((), dtype=torch.float64)
         self._num_samples = 0
-        self._sent_before = comm.traffic.bytes
+        self._sent_before = self._sent
         self._untold_bytes = 0
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave the time until now out, and what was sent since it was told: they were not spent on training."""
         self._since = self._comm.clock.now_s()
-        self._blocked_since = self._comm.traffic.blocked_seconds
-        self._sent_before = self._comm.traffic.bytes - self._untold_bytes
+        self._blocked_since = self._blocked
+        self._sent_before = self._sent - self._untold_bytes
 
     def told(self) -> None:
         """Note that what was drained has been told: what was on its way then has been sent, and is told next time."""
-        self._untold_bytes = self._comm.traffic.bytes - self._sent_before
+        self._untold_bytes = self._sent - self._sent_before
 
     def add(self, loss: Tensor, num_samples: int) -> None:
         """Add the mean ``loss`` of some samples."""
@@ -132,7 +135,7 @@ class OwnTally:
         """Return the sums of this rank and begin anew; waits for the device."""
         loss_sum = self._loss_sum.item()
         now = self._comm.clock.now_s()  # after .item(), so that what the device still had to compute counts
-        blocked_seconds, sent = self._comm.traffic.blocked_seconds, self._comm.traffic.bytes
+        blocked_seconds, sent = self._blocked, self._sent
         own = Tally(
             loss_sum,
             self._num_samples,
@@ -146,3 +149,11 @@ class OwnTally:
         self._blocked_since = blocked_seconds
         self._sent_before = sent
         return own
+
+    @property
+    def _sent(self) -> int:
+        return sum(traffic.bytes for traffic in self._traffics)
+
+    @property
+    def _blocked(self) -> float:
+        return sum(traffic.blocked_seconds for traffic in self._traffics)
