@@ -221,7 +221,8 @@ class MinidistBackend(Backend):
         if error is None:
             return self.shutdown()
         where = self.comm.recorder.raised(error, error.__traceback__)
-        records.write(f"{type(error).__name__}: {error}", [self.comm.recorder.world_rank])
+        if not self.comm.recorder.has_failed:  # else that has been written, and ``error`` says it once more
+            records.write(f"{type(error).__name__}: {error}", [self.comm.recorder.world_rank])
         self.comm.abort(f"{type(error).__name__}: {error}{where}")
 
     def abort(self) -> None:

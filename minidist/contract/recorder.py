@@ -92,6 +92,7 @@ class Recorder:
         explains: whether errors say who waits for whom. Not those of a communicator inside of another one, that does.
         num_started: how many collectives have begun.
         can_ask: whether the other ranks may still answer; not those of a communicator that this rank has aborted.
+        has_failed: whether an operation has failed, after which the communicator is of no use.
         step: the training's, for whoever reads what was recorded: set by `minidist.engine.Engine`, or by you.
     """
 
@@ -109,6 +110,7 @@ class Recorder:
         self.num_started = 0
         self.step: int | None = None
         self.can_ask = True
+        self.has_failed = False
         self._job_spot: Spot | None = None  # of a job that runs in another thread
         self._thread = threading.get_ident()
         self._ring = deque[Entry](maxlen=NUM_ENTRIES)  # one thread may call while another runs what was called before
@@ -163,6 +165,7 @@ class Recorder:
 
     def fail(self) -> None:
         """Note that what is waited for is waited for in vain."""
+        self.has_failed = True
         for entry in self.entries():
             entry.has_failed = entry.has_failed or _state(entry) == WAITING
 
