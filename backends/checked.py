@@ -113,6 +113,7 @@ class CheckedCommunicator(Wrapper):
         self._num_calls = self._rolled = 0
         self._recent = deque[Call](maxlen=max(every, 2))
         self._before: list[Row] = []
+        self._has_refused = False
         self._targets: dict[int, Tensor] = {}  # by the length of a row
 
     def fuses_steps(self, dtype: torch.dtype) -> bool:
@@ -174,7 +175,7 @@ class CheckedCommunicator(Wrapper):
 
     def _is_explained(self, failure: CommError) -> bool:
         """A comparison names all calls itself."""
-        return super()._is_explained(failure) and not isinstance(failure, MismatchError)
+        return super()._is_explained(failure) and not self._has_refused
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:
         child = super()._split(groups)
@@ -204,6 +205,7 @@ class CheckedCommunicator(Wrapper):
     def _refuse_call(self, deadline: Deadline) -> None:
         """Raise what is wrong with the first of the recent calls that differs."""
         back = 1
+        self._has_refused = True
         if self.every > 1:
             histories = self._gathered([call.word for call in list(self._recent)[-self.every :]], deadline)
             different = [len(set(words)) > 1 for words in zip(*histories, strict=True)]
@@ -214,6 +216,7 @@ class CheckedCommunicator(Wrapper):
         )
 
     def _refuse_swap(self, deadline: Deadline) -> None:
+        self._has_refused = True
         first, second = list(self._recent)[-2:]
         words = self._words(f"{first.what} {first.where} and then {second.where}", deadline)
         said = difference(words, [""] * self.world_size, self._num_calls - 1)

@@ -217,12 +217,12 @@ class DistributedDataParallel(nn.Module):
 
     def _start_full_buckets(self) -> None:
         """Start what can start, in the order of the buckets: it has to be the same on every rank."""
-        for bucket in self.buckets[len(self._works) :]:
-            if bucket.missing:
-                break
-            self.comm.purpose = bucket.title
-            self._works.append(self.hook(bucket, self.comm))
-        self.comm.purpose = ""
+        try:
+            while len(self._works) < len(self.buckets) and not (bucket := self.buckets[len(self._works)]).missing:
+                self.comm.purpose = bucket.title
+                self._works.append(self.hook(bucket, self.comm))
+        finally:
+            self.comm.purpose = ""
 
     def _on_backward_end(self) -> None:
         """Reduce what backward brought, unless it left something out, or something behind."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -115,5 +116,27 @@ def leave_at_once(kind: str) -> None:
     say("left and named")
 
 
+def give_up(kind: str) -> None:
+    """Give up a collective that nobody else comes to, as if it hung in Gloo."""
+    comm = GlooCommunicator(timeout_s=60)
+    comm.barrier()
+    if comm.rank == 0:
+        work = comm.all_reduce(torch.ones(3), async_op=True)  # given up
+        while comm.recorder.waits_in is None:
+            time.sleep(1e-3)
+        comm._give_up()
+        for each in (work.wait, comm.barrier):
+            try:
+                each()
+            except CommError as error:
+                say(f"{type(error).__name__}: {error}")
+        comm._store.set("given up", "")
+    else:
+        comm._store.wait(["given up"])
+    comm.abort("the test is over")
+
+
+WHATS = {one.__name__: one for one in (disagree, send_others, leave_at_once, give_up)}
+
 if __name__ == "__main__":
-    {"disagree": disagree, "send_others": send_others, "leave_at_once": leave_at_once}[sys.argv[1]](sys.argv[2])
+    WHATS[sys.argv[1]](sys.argv[2])

@@ -16,9 +16,10 @@ from backends.ring import RingCommunicator
 from backends.thread import ThreadCommunicator, spawn_threads
 from experiments.running.build import communicator
 from minidist import config
-from minidist.communicator import Communicator, ReduceOp
+from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.ddp import DistributedDataParallel
 from minidist.errors import CommTimeoutError, MismatchError
+from minidist.gradients.buckets import Bucket
 from tests import checked_ranks
 from tests.c10d_programs import mismatches
 from tests.c10d_worlds import run_program
@@ -244,6 +245,17 @@ def test_what_meets_the_gradients_of_a_bucket_is_told_of_which_layers_they_are()
     of_0 = r"all_reduce of float32 \[8\] with op SUM for bucket 0 of DDP \(1.bias..1.weight\)"
     for message in spawn_threads(job, 2):
         assert re.search(rf": rank 1 calls {re.escape(SUM)} {here} rank 0 calls {of_0} {here} every", message), message
+
+
+def test_a_hook_that_raises_leaves_no_word_of_its_bucket_behind() -> None:
+    def fail(bucket: Bucket, comm: Communicator) -> Work:
+        raise ArithmeticError("on purpose")
+
+    with ThreadCommunicator() as comm:
+        ddp = DistributedDataParallel(torch.nn.Linear(4, 3), comm, hook=fail)
+        with pytest.raises(ArithmeticError, match="on purpose"):
+            ddp(torch.ones(2, 4)).sum().backward()
+        assert comm.purpose == ""
 
 
 IN_STOCK = {

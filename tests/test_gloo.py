@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,16 @@ def test_no_message_ends_a_process(kind: str, tmp_path: Path) -> None:
 
 def test_a_rank_may_leave_as_soon_as_it_has_come(tmp_path: Path) -> None:
     assert run_ranks("leave_at_once", "gloo", tmp_path, 2) == ["left and named"] * 2
+
+
+def test_what_is_given_up_is_named_with_its_line(tmp_path: Path) -> None:
+    lines = run_ranks("give_up", "gloo", tmp_path, 2)
+    source = (Path(__file__).parent / "gloo_ranks.py").read_text().splitlines()
+    at = next(number for number, line in enumerate(source, 1) if line.endswith("# given up"))
+    assert re.match(
+        r"CommTimeoutError: \[rank 0/2\] all_reduce: not every rank came within 60 s; "
+        r"rank 1 is at tests/gloo_ranks.py:\d+ "
+        rf"and has not called all_reduce #\d+, which rank 0 waits for at tests/gloo_ranks.py:{at}",
+        lines[0],
+    ), lines
+    assert lines[1].startswith("CommTimeoutError: [rank 0/2] barrier: unusable since [rank 0/2] all_reduce: not every")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from backends.hierarchical import HierarchicalCommunicator
 from backends.ring import RingCommunicator
 from backends.thread import ThreadCommunicator, run_threads
 from minidist.communicator import Communicator, ReduceOp
-from minidist.contract.standing import DONE, Call, Standing
+from minidist.contract.standing import DONE, FAILED, Call, Standing
 from minidist.errors import CommError, CommTimeoutError, MismatchError, PeerLostError
 from tests.harness import run_forked
 
@@ -173,7 +174,7 @@ def test_a_rank_that_raised_is_named_with_its_line() -> None:
         comm.recorder.step = 3
         if comm.rank == 1:
             raise ValueError("boom")  # raised
-        comm.barrier()
+        comm.barrier()  # needed
 
     texts: list[str] = []
 
@@ -187,7 +188,63 @@ def test_a_rank_that_raised_is_named_with_its_line() -> None:
     with pytest.raises(ValueError, match="boom"):
         run_threads(both, 2, timeout_s=20)
     where = f"at {line_of('raised')} in step 3, after barrier #1"
-    assert texts == [f"[rank 0/2] barrier: rank 1 is gone: ValueError: boom {where}"]
+    own = f"rank 0 calls barrier at {line_of('needed')}"
+    assert texts == [f"[rank 0/2] barrier: rank 1 is gone: ValueError: boom {where}; {own}"]
+
+
+def test_a_rank_that_hears_of_a_loss_before_its_next_call_is_told_the_line_of_that() -> None:
+    gone = threading.Event()
+
+    def job(comm: Communicator) -> str:
+        if comm.rank == 1:
+            comm.abort("no more data")
+            gone.set()
+            return ""
+        assert gone.wait(LIMIT_S)
+        with pytest.raises(PeerLostError) as error:
+            comm.all_reduce(torch.ones(3))  # too late
+        refused = comm.recorder.standing().calls[-1]
+        assert (refused.number, refused.state, refused.where) == (None, FAILED, line_of("too late"))
+        return str(error.value)
+
+    told = f"[rank 0/2] all_reduce: rank 1 is gone: no more data; rank 0 calls all_reduce at {line_of('too late')}"
+    assert run_threads(job, 2, timeout_s=20) == [told, ""]
+
+
+def test_a_message_that_does_not_come_is_named_with_its_line() -> None:
+    def job(comm: Communicator) -> str:
+        if comm.rank == 1:
+            return ""
+        with pytest.raises(PeerLostError) as error:
+            comm.irecv(torch.ones(3), 1, tag=7).wait()  # message
+        return str(error.value)
+
+    text = run_threads(job, 2, timeout_s=20)[0]
+    assert text.endswith(f"; rank 0 calls irecv of 3 float32 from rank 1 with tag 7 at {line_of('message')}")
+
+
+def test_the_second_of_two_threads_is_told_of_the_first_and_so_are_the_other_ranks() -> None:
+    def reduce(comm: Communicator) -> None:
+        with pytest.raises(CommError):
+            comm.all_reduce(torch.ones(3))  # first thread
+
+    def job(comm: Communicator) -> str:
+        if comm.rank == 1:
+            thread = threading.Thread(target=reduce, args=(comm,))
+            thread.start()
+            while comm.recorder.waits_in is None:
+                time.sleep(1e-3)
+        with pytest.raises(CommError) as error:
+            comm.recv(torch.ones(1), 1) if comm.rank == 0 else comm.barrier()  # second thread
+        if comm.rank == 1:
+            comm.abort(str(error.value))
+            thread.join(LIMIT_S)
+        return str(error.value)
+
+    first = f"rank 1 is in all_reduce of 3 float32 with op SUM at {line_of('first thread')} in another thread"
+    texts = run_threads(job, 2, timeout_s=20)
+    assert all(first in text for text in texts), texts
+    assert texts[1].endswith(f"; rank 1 calls barrier at {line_of('second thread')}")
 
 
 # What is kept ----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from minidist.contract.addresses import LOOPBACK
 from minidist.contract.carriers import bytes_of
 from minidist.contract.forks import kept_in_forks, never_destroy
 from minidist.contract.place import Place, from_everyone
-from minidist.errors import CommClosedError, CommError, CommTimeoutError, PeerLostError
+from minidist.errors import CommClosedError, CommError, CommTimeoutError
 
 OPS = {
     ReduceOp.SUM: dist.ReduceOp.SUM,
@@ -285,19 +285,21 @@ class GlooCommunicator(TorchDistCommunicator):
 
         What is left behind holds the tensors that Gloo may still write into, and ends with its own timeout.
         """
-        self._progress.give_up(self._why_hopeless)
+        self._progress.give_up(self._given_up)
         for message in list(self.waited_for):
             message.give_up(self._why_hopeless())
         if self._progress.is_left_behind:
             never_destroy(self._group)
 
+    def _given_up(self) -> CommError:
+        """Return what to tell who waits for a collective; while they connect, there is none yet."""
+        entry = self.recorder.waits_in
+        return self._why_hopeless() if entry is None else self._failed(entry.operation, self._why_hopeless(), entry)
+
     def _why_hopeless(self) -> CommError:
         if self._closed:
-            return CommClosedError(f"{self.who('wait')}: {self._closed}")
-        if not self._gone():
-            return CommTimeoutError(f"not every rank came within {self.timeout_s:g} s")
-        lost = self._lost()
-        return PeerLostError(f"{self.who('wait')}: {lost}", lost.peers)
+            return CommClosedError(self._closed)
+        return self._lost() if self._gone() else CommTimeoutError(f"not every rank came within {self.timeout_s:g} s")
 
 
 def _later(seconds: float, action: Callable[[], None]) -> threading.Timer:

@@ -18,15 +18,13 @@ from minidist.collective import Run
 from minidist.contract import checks, envelope, records
 from minidist.contract.carriers import as_carried
 from minidist.contract.clock import Clock
-from minidist.contract.diagnosis import diagnose, differences
 from minidist.contract.enveloped import Late
 from minidist.contract.forks import Maker
 from minidist.contract.fused_step import FusedStep
 from minidist.contract.message import Message
 from minidist.contract.opaque import opaque_methods
 from minidist.contract.open_sends import OpenSends
-from minidist.contract.recorder import Recorder
-from minidist.contract.records import ANSWER_S
+from minidist.contract.recorder import NO_ENTRY, Entry, Recorder, two_threads
 from minidist.contract.reduce_op import ReduceOp
 from minidist.contract.staging import Staged, staged
 from minidist.contract.standing import Standing
@@ -70,6 +68,7 @@ class Membership(ABC):
         self._progress = Progress(f"minidist-rank{rank}", self.traffic, self._maker)
         self._closed = ""
         self._failure: CommError | None = None
+        self._last_run = NO_ENTRY  # the collective that runs now, in whatever thread, or ran last
         self._channel = self._num_channels = 0
         self._runs_apart = False  # operations always run in the other thread, which can be left behind
         self._sends = OpenSends()
@@ -181,7 +180,8 @@ class Membership(ABC):
         if self._closed:
             raise CommClosedError(f"{self.who(operation)}: the communicator cannot be used, {self._closed}")
         if self._failure is None:
-            self._fail(operation, self._lost())
+            why = self._lost() if self._gone() else two_threads(self.rank, self._last_run)
+            self._fail(operation, why, self.recorder.note(operation, (), ()))
         failure = copy.copy(self._failure)
         failure.args = (f"{self.who(operation)}: unusable since {self._failure}",)
         raise failure
@@ -221,14 +221,15 @@ class Membership(ABC):
             return DONE
 
         def run() -> None:
-            if self._closed or self._failure is not None:  # by one that ran before this one, and met nobody
+            # By one that ran before this one, and met nobody; or by one that runs yet.
+            if self._closed or self._failure is not None or self._last_run.ended is None:
                 self._refuse(operation)
             self.recorder.num_started = entry.number = self.recorder.num_started + 1
-            entry.began, started = time.perf_counter(), self.clock.now_s()
+            self._last_run, entry.began, started = entry, time.perf_counter(), self.clock.now_s()
             try:
                 job(*args, seconds)
             except Exception as error:
-                self._fail(operation, error)
+                self._fail(operation, error, entry)
             except BaseException as error:  # this rank did a part of it, so it is out of step with the others
                 self._failure = CommError(f"{self.who(operation)}: interrupted by {type(error).__name__}")
                 raise
@@ -275,41 +276,55 @@ class Membership(ABC):
             else:
                 work = post(self, hook, memory, peer, tag, seconds)
         except Exception as error:
-            self._fail(operation, error)
+            self._fail(operation, error, entry)
         message = Message(self, operation, work, staged_tensor, peer, tag, entry)
         if operation == "isend":
             self._sends.add(message)
         return message
 
-    def _fail(self, operation: str, error: Exception) -> NoReturn:
-        """Raise what ``error`` means to the caller; nothing works on this communicator after it."""
+    def _fail(self, operation: str, error: Exception, entry: Entry | None = None) -> NoReturn:
+        """Raise what ``error`` means to the caller; nothing works on this communicator after it.
+
+        Args:
+            operation: what the caller has called.
+            error: what became of it.
+            entry: its record, if it has one.
+        """
+        failure = self._failed(operation, error, entry)
+        if failure is error:
+            raise failure
+        raise failure from error
+
+    def _failed(self, operation: str, error: Exception, entry: Entry | None) -> CommError:
+        """Return what `_fail` raises."""
         if self._closed:
             failure: CommError = CommClosedError(self._closed)
         elif isinstance(error, PeerLostError) and self._gone():
             failure = self._lost()  # in this group's numbering: the error may come from a communicator beneath
         else:
             failure = error if isinstance(error, CommError) else self._translate(error)
-        failure.args = (f"{self.who(operation)}: {failure}{self._explained(failure)}",)
-        self.recorder.fail()
-        if self._failure is None:
+        is_first = self._failure is None
+        failure.args = (f"{self.who(operation)}: {self._explained(failure, entry) if is_first else failure}",)
+        self.recorder.fail(entry)
+        if is_first:
             records.write(str(failure), [self.recorder.world_rank])
-        self._failure = failure
-        if failure is error:
-            raise failure
-        raise failure from error
+            self._failure = failure
+        return failure
 
-    def _explained(self, failure: CommError) -> str:
-        """Say who waits where for whom, or what differs; of the first failure alone, as to ask may take ANSWER_S."""
-        if self._failure is not None or self.world_size == 1 or not self._is_explained(failure):
-            return ""
-        self.recorder.heard = standings = self.recorder.ask(ANSWER_S)
-        differ = isinstance(failure, MismatchError)
-        said = differences(standings) if differ else diagnose(standings, range(self.world_size), self._gone())
-        return "".join(f"; {sentence}" for sentence in said)
+    def _explained(self, failure: CommError, entry: Entry | None) -> str:
+        """Return what it says, with who waits where for whom, or what differs, and what this rank has called."""
+        said = str(failure)
+        if self.world_size == 1 or not self.recorder.explains or self._closed:
+            return said
+        if self._is_explained(failure):
+            found = records.ask(self.recorder, isinstance(failure, MismatchError), self._gone())
+            said = "; ".join([said, *found])
+        # Not twice: most often what the ranks say when they are asked tells it, too.
+        return said if entry is None or entry.where in said else f"{said}; rank {self.rank} calls {entry}"
 
     def _is_explained(self, failure: CommError) -> bool:
         """Whether the ranks ask each other where they are because of a failure; not for what says that itself."""
-        return self.recorder.explains and isinstance(failure, CommTimeoutError | MismatchError)
+        return isinstance(failure, CommTimeoutError | MismatchError)
 
     @property
     def _channels(self) -> list[int]:

@@ -28,7 +28,7 @@ class Owner(Rank, Protocol):
 
     def _gone(self) -> Mapping[int, str]: ...
 
-    def _fail(self, operation: str, error: Exception) -> NoReturn: ...
+    def _fail(self, operation: str, error: Exception, entry: Entry | None = None) -> NoReturn: ...
 
 
 class Message(Work):
@@ -57,7 +57,7 @@ class Message(Work):
             self._work.wait()
         except Exception as error:
             try:
-                self._comm._fail(self._operation, error)
+                self._comm._fail(self._operation, error, self._entry)
             except CommError as failure:
                 self._error = failure
                 raise

@@ -29,6 +29,7 @@ from minidist.contract.forks import Living
 from minidist.contract.rank import ANY_SOURCE
 from minidist.contract.reduce_op import ReduceOp
 from minidist.contract.standing import DONE, FAILED, QUEUED, WAITING, Call, Standing
+from minidist.errors import CommError
 
 NUM_ENTRIES = 256
 NUM_TOLD = 8
@@ -74,6 +75,17 @@ class Entry:
         for one in self.args:
             words.append(f"with op {one.name}" if isinstance(one, ReduceOp) else f"with root {one}")
         return " ".join(words)
+
+    @property
+    def where(self) -> str:
+        """The line of the user's code; empty if there is none."""
+        return "" if self.spot is None else str(site_of(self.spot))
+
+    def __str__(self) -> str:
+        return f"{self.what} at {self.where}" if self.spot else self.what
+
+
+NO_ENTRY = Entry("", (), None, 0.0, ended=0.0)
 
 
 class Recorder:
@@ -163,11 +175,11 @@ class Recorder:
 
         return run
 
-    def fail(self) -> None:
-        """Note that what is waited for is waited for in vain."""
+    def fail(self, failed: Entry | None = None) -> None:
+        """Note that what is waited for is waited for in vain, and what has failed before it came to that."""
         self.has_failed = True
         for entry in self.entries():
-            entry.has_failed = entry.has_failed or _state(entry) == WAITING
+            entry.has_failed = entry.has_failed or entry is failed or _state(entry) == WAITING
 
     def raised(self, error: BaseException, traceback: TracebackType | None) -> str:
         """Note what ended this rank; return where that was, as far as it is known, to follow the error's own words."""
@@ -190,6 +202,12 @@ class Recorder:
             with contextlib.suppress(RuntimeError):  # one was noted meanwhile
                 return list(self._ring)
 
+    @property
+    def waits_in(self) -> Entry | None:
+        """What this rank waits in, or waited in vain: a collective, or else a message."""
+        waiting = [entry for entry in self.entries() if _state(entry) in (WAITING, FAILED)]
+        return min(waiting, key=lambda entry: entry.number is None, default=None)
+
     def standing(self, num_calls: int = NUM_TOLD) -> Standing:
         """Return how far this rank has come, with what it waits in and its last calls; from any thread."""
         now = time.perf_counter()
@@ -208,12 +226,20 @@ class Recorder:
         return Call(
             entry.number,
             entry.what,
-            "" if entry.spot is None else str(site_of(entry.spot)),
+            entry.where,
             _state(entry),
             round(now - began, 6),
             None if end is None or entry.began is None else round(end - began, 6),
             int(str(entry.args[0])) if entry.operation in MESSAGES else None,
         )
+
+
+def two_threads(rank: int, other: Entry) -> CommError:
+    """Return what a thread is told that calls a collective while another one of its rank is in ``other``."""
+    return CommError(
+        f"rank {rank} is in {other} in another thread; one thread at a time may use a communicator: give each a split "
+        "of its own"
+    )
 
 
 def _state(entry: Entry) -> str:

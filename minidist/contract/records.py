@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from minidist.contract.diagnosis import diagnose
+from minidist.contract.diagnosis import diagnose, differences
 from minidist.contract.forks import only_here
 from minidist.contract.recorder import NUM_ENTRIES, Recorder, recorders
 
@@ -89,6 +89,18 @@ def _as_json(recorder: Recorder) -> dict[str, Any]:
         "standing": recorder.standing(NUM_ENTRIES).as_json(),
         "heard": [standing.as_json() for rank, standing in recorder.heard.items() if rank != recorder.rank],
     }
+
+
+def ask(recorder: Recorder, differ: bool, gone: Iterable[int]) -> list[str]:
+    """Ask the other ranks how far they have come, which may take ANSWER_S, and say what follows.
+
+    Args:
+        recorder: of the rank that asks.
+        differ: only what ranks call that do not call the same.
+        gone: the ranks that are not expected to answer.
+    """
+    recorder.heard = standings = recorder.ask(ANSWER_S)
+    return differences(standings) if differ else diagnose(standings, range(recorder.world_size), gone)
 
 
 def ask_and_write(why: str) -> None:
