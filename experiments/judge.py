@@ -19,7 +19,7 @@ from experiments.drawing.contest import draw_contest, write_contest_page
 from experiments.measuring.compare import report
 from experiments.measuring.contenders import contenders_of, network_of, task_of
 from experiments.measuring.contest import Trial, trial
-from experiments.measuring.verdict import Verdict, rows_of, target_of, winners
+from experiments.measuring.verdict import Verdict, rows_of, target_of, undisturbed, winners
 from experiments.running.choices import at_least, several
 from experiments.running.run import CONF, main
 from experiments.running.tables import table
@@ -55,11 +55,12 @@ def judged(cfg: DictConfig, name: str, directory: Path) -> Verdict:
     for seed in several(cfg, "seeds"):
         task = task_of(name, section, seed)
         # The first ranks of a process are slower, which is not the first contender's fault.
-        trial(replace(task, steps=2), contenders[0], networks, cfg.world_size, seed, cfg.num_at_once)
+        trial(replace(task, steps=task.test_every), contenders[0], networks, cfg.world_size, seed, cfg.num_at_once)
         for one in contenders:
             done = trial(task, one, networks, cfg.world_size, seed, cfg.num_at_once)
             trials[one.name].append(done)
             print(f"{name}, seed {seed}: {one.name} | Test loss: {done.losses[-1]:.4f}", flush=True)
+    trials = {method: undisturbed(of_one) for method, of_one in trials.items()}
     target = target_of(trials) if section.target is None else float(section.target)
     rows = rows_of(name, trials, list(networks), target)
     picture = directory / f"judge_{name}.png"
@@ -82,7 +83,9 @@ def judge(cfg: DictConfig) -> None:
     directory = Path(HydraConfig.get().runtime.output_dir)
     verdicts = {name: judged(cfg, name, directory) for name in several(cfg, "tasks")}
     columns = formats(several(cfg, "networks"))
-    title = f"{counted_ranks(cfg.world_size)} in virtual time, means of {len(several(cfg, 'seeds'))} seeds"
+    num_seeds = len(several(cfg, "seeds"))
+    seeds = "one seed" if num_seeds == 1 else f"means of {num_seeds} seeds"
+    title = f"{counted_ranks(cfg.world_size)} in virtual time, {seeds}"
     path = report(title, [row for verdict in verdicts.values() for row in verdict.rows], columns, "judge")
     texts = {name: "\n".join([table(one.rows, columns), "", *one.lines]) for name, one in verdicts.items()}
     write_contest_page(path.with_suffix(".html"), title, texts, {name: one.picture for name, one in verdicts.items()})

@@ -20,7 +20,7 @@ from backends.serial import SerialCommunicator
 from experiments.judge import check
 from experiments.measuring.contenders import contenders_of
 from experiments.measuring.contest import Contender, Task, Trial, trial
-from experiments.measuring.verdict import rows_of, target_of, winners
+from experiments.measuring.verdict import rows_of, target_of, undisturbed, winners
 from experiments.tasks import data
 from experiments.tasks.models import gpt, mlp
 from experiments.tasks.text import Text, standard_library
@@ -261,6 +261,15 @@ def test_who_is_the_first_at_the_target() -> None:
     plain_wins = rows_of("toy", trials, ["slow", "fast"], 1.5)
     sentence = "toy on fast: nothing is faster than plain, which is at loss 1.500 after 7 s"
     assert winners(plain_wins, ["fast"], 1.5) == [sentence]
+
+
+def test_what_disturbs_one_seed_for_a_while_does_not_count() -> None:
+    """One seed is slow before its first test, and the other one after that."""
+    one, other = made_up([4, 3], 1.0), made_up([5, 2], 1.0)
+    late, later = np.array([[5.0, 5.0], [5.0, 5.0]]), np.array([[0.0, 0.0], [7.0, 7.0]])
+    calm = undisturbed([replace(one, seconds=one.seconds + late), replace(other, seconds=other.seconds + later)])
+    assert [trial.seconds.tolist() for trial in calm] == [made_up([4, 3], 1.0).seconds.tolist()] * 2
+    assert [trial.losses.tolist() for trial in calm] == [[4, 3], [5, 2]]
 
 
 def test_between_two_tests_the_loss_falls_evenly() -> None:
