@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from experiments.measuring.verdict import Trials
 
@@ -54,10 +54,9 @@ def draw_contest(path: Path, title: str, trials: Trials, networks: Sequence[str]
     names = ("samples", "bytes that a rank sent", *(f"seconds on {network}" for network in networks))
     for one, name in zip(axes, names, strict=False):
         one.set(xlabel=name, ylabel="test loss", xscale="linear" if name == "samples" else "log", yscale="log")
-        one.yaxis.set(
-            major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter()
-        )
-        one.xaxis.set_minor_formatter(NullFormatter())
+        for axis in (one.yaxis,) if name == "samples" else (one.xaxis, one.yaxis):
+            axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter=NullFormatter())
+            axis.set_major_formatter(EngFormatter(sep="") if axis is axes[1].xaxis else "{x:g}")
         one.axhline(target, color="black", linestyle=":", linewidth=1)
         one.grid(visible=True, alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
