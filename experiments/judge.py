@@ -1,7 +1,8 @@
 """Judges methods that train with fewer bytes, on networks that nobody has to own: ``python experiments/judge.py``.
 
-Each method trains the same tasks on virtual ranks, with several seeds. What is learned does not depend on the network:
-one training gives the times on all of them. ``methods=[all_reduce,mine.Hook]`` puts one's own beside another.
+Each one trains the same tasks on virtual ranks, with several seeds. What is learned does not depend on the network:
+one training gives the times on all of them. ``methods=[all_reduce,mine.Hook,mine.Method]`` puts one's own beside
+another; `experiments.measuring.contenders` says what can stand there.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from omegaconf import DictConfig
 
 from experiments.drawing.contest import draw_contest, write_contest_page
 from experiments.measuring.compare import report
-from experiments.measuring.contenders import hook_of, network_of, task_of
+from experiments.measuring.contenders import contenders_of, network_of, task_of
 from experiments.measuring.contest import Trial, trial
-from experiments.measuring.verdict import Verdict, rows_of, target_of, winners
+from experiments.measuring.verdict import Verdict, rows_of, target_of, undisturbed, winners
 from experiments.running.choices import at_least, several
 from experiments.running.run import CONF, main
 from experiments.running.tables import table
 from minidist.errors import ConfigError
-from minidist.gradients.hooks import AllReduce
 from minidist.launch import counted_ranks, detect
 
 FORMATS = {"task": "s", "method": "s", "loss": ".3f", "accuracy": ".3f", "bytes_per_step": ".0f", "fewer": ".1f"}
@@ -37,33 +37,35 @@ def check(cfg: DictConfig) -> None:
     """
     if detect().launcher != "alone":
         raise ConfigError("the ranks are threads of one process; start with python alone, and set world_size")
-    at_least(cfg, world_size=2, num_at_once=1, window=1, seeds=0)
+    at_least(cfg, world_size=2, num_at_once=1, seeds=0)
     several(cfg, "seeds")
-    for method in several(cfg, "methods"):
-        hook_of(method)
     for network in several(cfg, "networks"):
         network_of(network)
     for name in several(cfg, "tasks", list(cfg.contests)):
         task_of(name, cfg.contests[name], 0)
+        contenders_of(cfg, name)
 
 
 def judged(cfg: DictConfig, name: str, directory: Path) -> Verdict:
     """Hold the contest of a task, and draw it."""
     section = cfg.contests[name]
     networks = {network: network_of(network) for network in several(cfg, "networks")}
-    trials: dict[str, list[Trial]] = {method: [] for method in several(cfg, "methods")}
+    contenders = contenders_of(cfg, name)
+    trials: dict[str, list[Trial]] = {one.name: [] for one in contenders}
     for seed in several(cfg, "seeds"):
         task = task_of(name, section, seed)
-        # The first ranks of a process are slower, which is not the first method's fault.
-        trial(replace(task, steps=2), AllReduce, networks, cfg.world_size, seed, cfg.num_at_once)
-        for method, done in trials.items():
-            done.append(trial(task, hook_of(method), networks, cfg.world_size, seed, cfg.num_at_once))
-            print(f"{name}, seed {seed}: {method} | Loss: {done[-1].test_loss:.4f}", flush=True)
-    target = target_of(trials, cfg.window) if section.target is None else float(section.target)
-    rows = rows_of(name, trials, list(networks), target, cfg.window)
+        # The first ranks of a process are slower, which is not the first contender's fault.
+        trial(replace(task, steps=task.test_every), contenders[0], networks, cfg.world_size, seed, cfg.num_at_once)
+        for one in contenders:
+            done = trial(task, one, networks, cfg.world_size, seed, cfg.num_at_once)
+            trials[one.name].append(done)
+            print(f"{name}, seed {seed}: {one.name} | Test loss: {done.losses[-1]:.4f}", flush=True)
+    trials = {method: undisturbed(of_one) for method, of_one in trials.items()}
+    target = target_of(trials) if section.target is None else float(section.target)
+    rows = rows_of(name, trials, list(networks), target)
     picture = directory / f"judge_{name}.png"
     title = f"{name} on {counted_ranks(cfg.world_size)}"
-    draw_contest(picture, title, trials, list(networks), cfg.world_size * task.batch_size, cfg.window)
+    draw_contest(picture, title, trials, list(networks), cfg.world_size * task.batch_size, target)
     return Verdict(rows, winners(rows, list(networks), target), picture)
 
 
@@ -81,7 +83,9 @@ def judge(cfg: DictConfig) -> None:
     directory = Path(HydraConfig.get().runtime.output_dir)
     verdicts = {name: judged(cfg, name, directory) for name in several(cfg, "tasks")}
     columns = formats(several(cfg, "networks"))
-    title = f"{counted_ranks(cfg.world_size)} in virtual time, means of {len(several(cfg, 'seeds'))} seeds"
+    num_seeds = len(several(cfg, "seeds"))
+    seeds = "one seed" if num_seeds == 1 else f"means of {num_seeds} seeds"
+    title = f"{counted_ranks(cfg.world_size)} in virtual time, {seeds}"
     path = report(title, [row for verdict in verdicts.values() for row in verdict.rows], columns, "judge")
     texts = {name: "\n".join([table(one.rows, columns), "", *one.lines]) for name, one in verdicts.items()}
     write_contest_page(path.with_suffix(".html"), title, texts, {name: one.picture for name, one in verdicts.items()})

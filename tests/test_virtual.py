@@ -357,3 +357,26 @@ def test_real_steps_on_the_paced_network_are_no_faster_than_their_collectives(wo
     nbytes = 4 * round(1e6 * row["parameters_M"])
     collectives = simulate(ring_all_reduce, Run("all_reduce", world_size), nbytes, network).seconds
     assert min(row["real_ms"], row["virtual_ms"]) >= 1e3 * collectives * 0.99
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_what_is_only_looked_at_takes_no_time(splits: bool) -> None:
+    """Not even of an operation that is on its way meanwhile, or of the next one, over a split or not."""
+
+    def job(comm: VirtualCommunicator) -> None:
+        ours = comm.split(0) if splits else comm
+        assert ours is not None
+        start, sent = comm.clock.now_s(), comm.bytes_with_splits
+        work = ours.all_reduce(torch.ones(1000), async_op=True)
+        begun = comm.clock.now_s()
+        with comm.unwatched():
+            ours.all_reduce(torch.ones(50_000))
+            work.wait()
+        assert comm.clock.now_s() == begun
+        work.wait()
+        assert comm.clock.now_s() - start == pytest.approx(begun - start + ring(4, 1000))
+        ours.all_reduce(torch.ones(1000))
+        assert comm.clock.now_s() - start == pytest.approx(begun - start + 2 * ring(4, 1000))
+        assert comm.bytes_with_splits - sent == 4 * 2 * 1000 * 3 / 2
+
+    ends(job, 4)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,6 +57,37 @@ class VirtualRank(Wrapper):
         self.clock = place.clock
         self.traffic = Traffic()  # whose seconds are virtual
         self.free_at: Times = np.zeros_like(place.clock.own.at)
+        self._splits: list[VirtualRank] = []
+        self._unwatched_bytes = 0
+
+    @property
+    def bytes_with_splits(self) -> int:
+        """Bytes that this rank has sent over this communicator, its splits and theirs, but for `unwatched` ones."""
+        return sum(one.traffic.bytes for one in self._with_splits()) - self._unwatched_bytes
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Let what is inside take no virtual time, after what is on its way has been sent. All ranks do it together."""
+        for one in self._with_splits():
+            with self.place.turns.let_go():
+                super(VirtualRank, one)._dispatch(_nothing, False)
+        sent = self.bytes_with_splits
+        hand = self.place.clock.computed()
+        before = hand.at, hand.waited
+        free = [(one, one.free_at) for one in self._with_splits()]
+        try:
+            yield
+        finally:
+            hand.leave_out()
+            hand.at, hand.waited = before
+            for one, free_at in free:
+                one.free_at = free_at
+            self._unwatched_bytes += self.bytes_with_splits - sent
+
+    def _with_splits(self) -> Iterator[VirtualRank]:
+        yield self
+        for split in self._splits:
+            yield from split._with_splits()
 
     def _collective(self, name: str) -> Callable[..., None]:
         num_tensors = 0 if name == "barrier" else 1 if name in ("all_reduce", "reduce", "broadcast") else 2
@@ -120,11 +152,16 @@ class VirtualRank(Wrapper):
             return None
         index = next(index for index, group in enumerate(groups) if self.rank in group)
         ranks = [self.place.ranks[rank] for rank in groups[index]]
-        return VirtualRank(child, replace(self.place, ranks=ranks, meeting=meetings[index]))
+        self._splits.append(VirtualRank(child, replace(self.place, ranks=ranks, meeting=meetings[index])))
+        return self._splits[-1]
 
     def _abort(self, reason: str) -> None:
         self.place.turns.end()
         super()._abort(reason)
+
+
+def _nothing() -> None:
+    return
 
 
 class _Operation:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from experiments.measuring.verdict import Trials
 
 matplotlib.use("agg")
+COLUMNS = 3
+"""Pictures beside each other."""
 PAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>{title}</title>
@@ -23,34 +28,48 @@ PAGE = """<!doctype html>
 """
 
 
-def draw_contest(path: Path, title: str, trials: Trials, networks: Sequence[str], samples: int, window: int) -> None:
-    """Draw the smoothed loss over samples, bytes, and seconds on each network: means over the seeds.
+def draw_contest(path: Path, title: str, trials: Trials, networks: Sequence[str], samples: int, target: float) -> None:
+    """Draw the test loss over samples, bytes, and seconds on each network: means over the seeds.
 
     Args:
         path: of the PNG file.
         title: above all.
-        trials: by method.
+        trials: by method; the first one is black, beneath the others.
         networks: in the order of the times of the trials.
         samples: of all ranks in a step.
-        window: of the mean.
+        target: the loss to reach, a dotted line.
     """
-    figure = Figure(figsize=(4.2 * (2 + len(networks)), 4.5), layout="constrained")
-    axes = figure.subplots(1, 2 + len(networks), sharey=True)
-    for method, of_one in trials.items():
-        loss = np.mean([trial.smoothed(window) for trial in of_one], axis=0)
-        axes[0].plot(samples * np.arange(1, len(loss) + 1), loss, label=method)
-        axes[1].plot(np.mean([trial.sent for trial in of_one], axis=0), loss)
+    rows = (2 + len(networks) + COLUMNS - 1) // COLUMNS
+    figure = Figure(figsize=(5 * COLUMNS, 4 * rows + 1), layout="constrained")
+    axes = list(figure.subplots(rows, COLUMNS, sharey=True, squeeze=False).flat)
+    for one in axes[2 + len(networks) :]:
+        one.set_visible(False)
+    for (method, of_one), style in zip(trials.items(), _styles(), strict=False):
+        loss = np.mean([trial.losses for trial in of_one], axis=0)
         seconds = np.mean([trial.seconds for trial in of_one], axis=0)
-        for index in range(len(networks)):
-            axes[2 + index].plot(seconds[:, index], loss)
+        sent = np.mean([trial.sent for trial in of_one], axis=0)
+        over = [samples * of_one[0].steps, sent, *seconds.T]
+        for one, values in zip(axes, over, strict=False):
+            one.plot(values, loss, label=method, **style)
     names = ("samples", "bytes that a rank sent", *(f"seconds on {network}" for network in networks))
-    for one, name in zip(axes, names, strict=True):
-        one.set(xlabel=name, xscale="linear" if name == "samples" else "log")
+    for one, name in zip(axes, names, strict=False):
+        one.set(xlabel=name, ylabel="test loss", xscale="linear" if name == "samples" else "log", yscale="log")
+        for axis in (one.yaxis,) if name == "samples" else (one.xaxis, one.yaxis):
+            axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter=NullFormatter())
+            axis.set_major_formatter(EngFormatter(sep="") if axis is axes[1].xaxis else "{x:g}")
+        one.axhline(target, color="black", linestyle=":", linewidth=1)
         one.grid(visible=True, alpha=0.3)
-    axes[0].set_ylabel("training loss")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    figure.suptitle(title)
+    figure.suptitle(f"{title}; dotted: the loss to reach")
     figure.savefig(path, dpi=120)
+
+
+def _styles() -> Iterator[dict[str, Any]]:
+    """Yield how each line looks: ten colours, whole, then dashed, and so on."""
+    yield {"color": "black", "linewidth": 3}
+    for dashes in itertools.cycle(("-", "--", "-.", ":")):
+        for index in range(10):
+            yield {"color": f"C{index}", "linestyle": dashes}
 
 
 def write_contest_page(path: Path, title: str, texts: Mapping[str, str], pictures: Mapping[str, Path]) -> None:

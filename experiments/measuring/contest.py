@@ -1,9 +1,10 @@
-"""Trains one method on virtual ranks, and keeps its loss by samples, by bytes, and by seconds on several networks."""
+"""Trains a contender on virtual ranks, and keeps its loss by samples, by bytes, and by seconds on several networks."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,114 +23,159 @@ from minidist.analysis.network import Network
 from minidist.communicator import Communicator
 from minidist.ddp import DistributedDataParallel
 from minidist.gradients.hooks import Hook
+from minidist.methods import Method
 from minidist.training.metrics import accuracy
 
 Floats = NDArray[np.float64]
 RINGS = {"all_reduce": ring_all_reduce, "reduce_scatter": ring_reduce_scatter, "all_gather": ring_all_gather}
-NUM_TEST_SAMPLES = 512
+NUM_TEST_SAMPLES = 256
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned, alike for all methods.
+    """What is learned, alike for all contenders.
 
     Attributes:
         name: of it.
         data: the samples.
         module: the model as it begins; every rank trains a copy.
-        optimizer: makes that of a replica.
         batch_size: samples per rank and step.
         steps: how many.
         warmup: those over which the learning rate rises.
+        test_every: steps between two tests, of which the last step is always one.
     """
 
     name: str
     data: Data
     module: nn.Module
-    optimizer: Callable[[DistributedDataParallel], Optimizer]
     batch_size: int
     steps: int
     warmup: int
+    test_every: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who learns it.
+
+    Attributes:
+        name: of it.
+        hook: makes what averages a rank's gradients.
+        method: makes what decides when, and what else replicas exchange.
+        optimizer: makes that of a replica.
+    """
+
+    name: str
+    hook: Callable[[], Hook]
+    method: Callable[[], Method]
+    optimizer: Callable[[DistributedDataParallel], Optimizer]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """How one method did with one seed.
+    """How one contender did with one seed, at each test.
+
+    What is tested is the model that all ranks stand for at that moment, as if training ended there: replicas that learn
+    apart may each be better, or worse, than what they come to together. A test takes no virtual time, and no bytes.
 
     Attributes:
-        losses: of each step, the mean over the ranks.
-        sent: bytes that a rank has sent by the end of each step, the mean over the ranks.
-        seconds: when the last rank has ended each step, by (step, network).
+        steps: that were done.
+        losses, accuracies: on the test data.
+        sent: bytes that a rank has sent, the mean over the ranks.
+        seconds: when the last rank was there, by (test, network).
         exposed: seconds of a step in which a rank waited, by network; the mean over ranks and steps.
-        test_loss, test_accuracy: of rank 0's model at the end.
     """
 
+    steps: Floats
     losses: Floats
+    accuracies: Floats
     sent: Floats
     seconds: Floats
     exposed: Floats
-    test_loss: float
-    test_accuracy: float
 
-    def smoothed(self, window: int) -> Floats:
-        """Return for each step the mean loss of the ``window`` steps up to it, of fewer at the start."""
-        sums = np.cumsum(np.concatenate([[0.0], self.losses]))
-        ends = np.arange(1, len(self.losses) + 1)
-        begins = np.maximum(ends - window, 0)
-        smooth: Floats = (sums[ends] - sums[begins]) / (ends - begins)
-        return smooth
+    def seconds_to(self, target: float) -> Floats | None:
+        """Return, by network, when the loss is first at most ``target``; None if it never is.
 
-    def seconds_to(self, target: float, window: int) -> Floats | None:
-        """Return, by network, when the smoothed loss is first at most ``target``; None if it never is."""
-        reached = np.flatnonzero(self.smoothed(window) <= target)
+        Between two tests it is taken to fall evenly.
+        """
+        reached = np.flatnonzero(self.losses <= target)
         if not len(reached):
             return None
-        then: Floats = self.seconds[reached[0]]
+        index = reached[0]
+        then: Floats = self.seconds[index]
+        if index:
+            ahead = (target - self.losses[index]) / (self.losses[index - 1] - self.losses[index])
+            then = then - ahead * (then - self.seconds[index - 1])
         return then
 
 
 def trial(
-    task: Task,
-    hook: Callable[[], Hook],
-    networks: Mapping[str, Network],
-    world_size: int,
-    seed: int,
-    num_at_once: int,
+    task: Task, contender: Contender, networks: Mapping[str, Network], world_size: int, seed: int, num_at_once: int
 ) -> Trial:
-    """Train one method; ``hook()`` makes that of a rank."""
+    """Train one contender with one seed."""
 
-    def job() -> tuple[list[float], list[int], list[Floats], Floats, tuple[float, float] | None]:
+    def job() -> _Run:
         torch.set_num_threads(1)
-        with VirtualCommunicator(networks, RINGS, num_at_once=num_at_once) as comm:
-            return _trained(task, hook(), comm, seed)
+        with VirtualCommunicator(networks, RINGS, num_at_once=num_at_once) as comm, closing(contender.method()) as own:
+            return _trained(task, contender, own, comm, seed)
 
-    losses, sent, seconds, waited, tests = zip(*spawn_threads(job, world_size), strict=True)
-    assert tests[0] is not None  # rank 0 is the one that tests
-    exposed: Floats = np.mean(waited, axis=0) / task.steps
-    return Trial(np.mean(losses, axis=0), np.mean(sent, axis=0), np.max(seconds, axis=0), exposed, *tests[0])
+    runs = spawn_threads(job, world_size)
+    sums = np.sum([run.tests for run in runs], axis=0)  # over the ranks, each of which tests its part
+    return Trial(
+        np.array(runs[0].steps, dtype=np.float64),
+        sums[:, 0] / sums[:, 2],
+        sums[:, 1] / sums[:, 2],
+        np.mean([run.sent for run in runs], axis=0),
+        np.max([run.seconds for run in runs], axis=0),
+        np.mean([run.waited for run in runs], axis=0) / task.steps,
+    )
 
 
-def _trained(
-    task: Task, hook: Hook, comm: VirtualCommunicator, seed: int
-) -> tuple[list[float], list[int], list[Floats], Floats, tuple[float, float] | None]:
-    replica = DistributedDataParallel(copy.deepcopy(task.module), comm, hook=hook)
-    optimizer = task.optimizer(replica)
+class _Run:
+    """One rank's part of a trial: at each test the steps, the bytes, the seconds, and what the test came to."""
+
+    def __init__(self, comm: VirtualCommunicator) -> None:
+        self._comm = comm
+        self._start, self._waited = comm.place.clock.times(), comm.place.clock.own.waited
+        self._sent = comm.bytes_with_splits
+        self.steps: list[int] = []
+        self.sent: list[int] = []
+        self.seconds: list[Floats] = []
+        self.tests: list[tuple[float, float, int]] = []
+
+    @property
+    def waited(self) -> Floats:
+        waited: Floats = self._comm.place.clock.own.waited - self._waited
+        return waited
+
+    def note(self, step: int) -> None:
+        self.steps.append(step)
+        self.sent.append(self._comm.bytes_with_splits - self._sent)
+        self.seconds.append(self._comm.place.clock.times() - self._start)
+
+
+def _trained(task: Task, contender: Contender, method: Method, comm: VirtualCommunicator, seed: int) -> _Run:
+    """Train as one rank; `Engine` would do, if its roll calls sent nothing and it tested within an epoch."""
+    replica = DistributedDataParallel(copy.deepcopy(task.module), method.replica_comm(comm), hook=contender.hook())
+    optimizer = contender.optimizer(replica)
+    method.begin(replica, optimizer, comm)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (task.warmup + 1)))
     loss_fn = nn.CrossEntropyLoss()
-    losses, sent, seconds = [], [], []
-    start, sent_before, waited_before = comm.place.clock.times(), comm.traffic.bytes, comm.place.clock.own.waited
-    for inputs, targets in _batches(task, comm, seed):
+    run = _Run(comm)
+    for step, (inputs, targets) in enumerate(_batches(task, comm, seed), start=1):
         optimizer.zero_grad()
-        loss = loss_fn(replica(inputs), targets)
-        loss.backward()
+        with nullcontext() if method.averages_gradients(step) else replica.no_sync():
+            loss_fn(replica(inputs), targets).backward()
         optimizer.step()
-        schedule.step()
         comm.clock.step_done()
-        losses.append(loss.item())
-        sent.append(comm.traffic.bytes - sent_before)
-        seconds.append(comm.place.clock.times() - start)
-    waited = comm.place.clock.own.waited - waited_before
-    return losses, sent, seconds, waited, _tested(task, replica.module) if comm.rank == 0 else None
+        method.after_step(step)
+        schedule.step()
+        if step % task.test_every == 0 or step == task.steps:
+            with comm.unwatched():
+                run.note(step)
+                with method.shown():
+                    run.tests.append(_tested(task, replica.module, comm))
+    return run
 
 
 def _batches(task: Task, comm: Communicator, seed: int) -> Iterator[Batch]:
@@ -147,11 +193,15 @@ def _batches(task: Task, comm: Communicator, seed: int) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def _tested(task: Task, module: nn.Module) -> tuple[float, float]:
+def _tested(task: Task, module: nn.Module, comm: Communicator) -> tuple[float, float, int]:
+    """Return the sums of the loss and of what is right over this rank's part of the samples, and how many these are."""
     module.eval()
-    inputs, targets = task.data.test.__getitems__(range(min(len(task.data.test), NUM_TEST_SAMPLES)))
+    mine = range(comm.rank, min(len(task.data.test), NUM_TEST_SAMPLES), comm.world_size)
+    inputs, targets = task.data.test.__getitems__(mine)
     outputs: Tensor = module(inputs)
-    return nn.functional.cross_entropy(outputs, targets).item(), accuracy(outputs, targets).item()
+    module.train()
+    loss, right = nn.functional.cross_entropy(outputs, targets), accuracy(outputs, targets)
+    return loss.item() * len(mine), right.item() * len(mine), len(mine)
 
 
 def mean_or_none(values: Sequence[float | None]) -> float | None:
