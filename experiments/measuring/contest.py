@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,7 +116,7 @@ def trial(
 
     def job() -> _Run:
         torch.set_num_threads(1)
-        with VirtualCommunicator(networks, RINGS, num_at_once=num_at_once) as comm, closing(contender.method()) as own:
+        with VirtualCommunicator(networks, RINGS, num_at_once=num_at_once) as comm, contender.method() as own:
             return _trained(task, contender, own, comm, seed)
 
     runs = spawn_threads(job, world_size)
@@ -168,7 +168,8 @@ def _trained(task: Task, contender: Contender, method: Method, comm: VirtualComm
             loss_fn(replica(inputs), targets).backward()
         optimizer.step()
         comm.clock.step_done()
-        method.after_step(step)
+        with comm.clock.between_steps():
+            method.after_step(step)
         schedule.step()
         if step % task.test_every == 0 or step == task.steps:
             with comm.unwatched():
