@@ -222,9 +222,11 @@ def test_a_rank_that_fails_with_parts_on_their_way_waits_for_nobody() -> None:
         with StreamingDiLoCo(4, 1, 3, ranks_per_worker=2) as method:
             Run(comm, method).steps(3)
             if comm.rank == 3:
+                comm.barrier()  # all have come so far
                 method.after_step(4)
                 raise OSError("the disk is full")
             with pytest.raises(PeerLostError) as caught:
+                comm.barrier()  # which rank 3 may leave, and fail, before this rank does
                 comm.barrier(timeout_s=10)
             told.append(str(caught.value))
 
