@@ -214,6 +214,12 @@ def test_a_worker_is_a_rank_with_the_batches_of_all_of_its_own() -> None:
     assert alone <= together <= alone + 4 * 2 * 8  # what fills up the last share
 
 
+def _meet_twice(comm: Communicator) -> None:
+    """Rank 3 may leave the first barrier, and fail, before this rank has left it."""
+    comm.barrier()
+    comm.barrier(timeout_s=10)
+
+
 def test_a_rank_that_fails_with_parts_on_their_way_waits_for_nobody() -> None:
     """The others wait for it elsewhere: it would wait out its timeout, and only then tell them why."""
     told: list[str] = []
@@ -226,8 +232,7 @@ def test_a_rank_that_fails_with_parts_on_their_way_waits_for_nobody() -> None:
                 method.after_step(4)
                 raise OSError("the disk is full")
             with pytest.raises(PeerLostError) as caught:
-                comm.barrier()  # which rank 3 may leave, and fail, before this rank does
-                comm.barrier(timeout_s=10)
+                _meet_twice(comm)
             told.append(str(caught.value))
 
     with pytest.raises(OSError, match="the disk is full"):
