@@ -218,7 +218,8 @@ class Fault(NamedTuple):
         call: what is named.
         lines: where that is; one of them has to be named.
         by_all: whether the culprit has to say it too.
-        culprit: whom the others have to name; None: ranks of the other host; ANYBODY: whoever they wait for.
+        culprit: whom the others have to name; None: ranks of the other host; ANYBODY: whoever they wait
+            for, or who waits where another one does not: whose message was lost most ranks cannot know.
     """
 
     act: Callable[[Rank], None]
@@ -250,7 +251,7 @@ FAULTS: dict[str, Fault] = {
     "stop": Fault(functools.partial(ended, "stop"), "all_reduce", here("reduces")),
     **OUTSIDE,
     "slow rank": Fault(slow, "all_reduce", here("reduces")),
-    "lost message": Fault(lost_message, "all_reduce", here("lost message")),
+    "lost message": Fault(lost_message, "all_reduce", here("lost message"), culprit=ANYBODY),
     "receives first": Fault(receives_first, "recv", here("receives first"), by_all=True, culprit=ANYBODY),
     "two threads": Fault(two_threads, "all_reduce", here("two threads"), by_all=True),
     "missing barrier": Fault(missing_barrier, "barrier", here("missing barrier: others"), by_all=True),

@@ -235,7 +235,7 @@ def whom(fault: Fault, rank: int) -> str:
     """Return a pattern of the rank that ``rank`` has to name."""
     if fault.culprit is None:
         return "[01]" if rank > 1 else "[23]"
-    return r"\d" if fault.culprit == ANYBODY else str(fault.culprit)
+    return rf"(?!{rank}\b)\d" if fault.culprit == ANYBODY else str(fault.culprit)
 
 
 def explained(comm: str, table: Mapping[str, Mapping[str, str]]) -> Iterator[str]:

@@ -5,7 +5,8 @@ nor hear that another rank has failed. MPI reduces neither bfloat16 nor, everywh
 more than 2**31 - 1 elements, go through the schedules over MPI's send and receive.
 
 A rank that aborts says so to all others on a second communicator. A rank that dies is the launcher's business:
-mpirun ends the job. Of a host out of reach neither says anything, but a lifeline does, see `backends.mpi.reach`.
+mpirun ends the job. Of a host out of reach neither says anything, but a lifeline does, over which the ranks also ask
+each other how far they have come, see `backends.mpi.reach`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from torch import Tensor
 from backends import cores
 from backends.deadline import Deadline
 from backends.mpi import process
-from backends.mpi.reach import lifeline
+from backends.mpi.reach import reach
 from backends.scheduled import ScheduledCommunicator
 from minidist import launch
 from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.contract.place import Place
 from minidist.contract.rank import ANY_SOURCE
+from minidist.contract.standing import Standing
 from minidist.errors import BackendUnavailableError, CommError, MismatchError, PeerLostError
 
 MAX_COUNT = 2**31 - 1
@@ -71,7 +73,9 @@ class MpiCommunicator(ScheduledCommunicator):
         self._key = self._comm.bcast(secrets.token_hex(8))
         self._notices.watch(self._key)
         # Every rank is in it before one can be out of it, so all of them watch by now.
-        self._lifeline = lifeline(MPI)
+        self._reach = reach(MPI)
+        if self._reach is not None:
+            self._reach.watch(self._key, self._standing)
         self._spin_s = cores.SPIN_S if self._cores_per_rank() else 0.0
         world_group = MPI.COMM_WORLD.Get_group()
         self._world_ranks = list(self._comm.Get_group().Translate_ranks(None, world_group))
@@ -220,8 +224,12 @@ class MpiCommunicator(ScheduledCommunicator):
     def _gone(self) -> Mapping[int, str]:
         return {**self._notices.failed(self._key), **self._out_of_reach()}
 
+    def _standings(self, channel: int, timeout_s: float) -> Mapping[int, Standing]:
+        found = {} if self._reach is None else self._reach.standings(self._key, channel, timeout_s)
+        return {self._world_ranks.index(rank): standing for rank, standing in found.items()}
+
     def _out_of_reach(self) -> dict[int, str]:
-        lost = {} if self._lifeline is None else self._lifeline.lost
+        lost = {} if self._reach is None else self._reach.lost
         return {self._world_ranks.index(rank): why for rank, why in lost.items() if rank in self._world_ranks}
 
     def _split(self, groups: list[list[int]]) -> Communicator | None:

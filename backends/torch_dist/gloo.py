@@ -188,14 +188,14 @@ class GlooCommunicator(TorchDistCommunicator):
         """The ranks that have left in good order."""
         return self._lifeline.left
 
-    def wait_for(self, work: Any, timeout_s: float) -> None:
+    def wait_for(self, work: Any, timeout_s: float, peer: int | None = None) -> None:
         started = time.monotonic()
         try:
             work.wait(timedelta(seconds=timeout_s))
         except RuntimeError as error:
             # A rank whose time is up closes its connections, which can reach us before our own time is up.
             if time.monotonic() - started > 0.8 * timeout_s:
-                raise timed_out(timeout_s) from error
+                raise timed_out(timeout_s, peer) from error
             raise
 
     # Collectives ------------------------------------------------------------------------------

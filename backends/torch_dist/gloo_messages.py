@@ -32,7 +32,7 @@ class Owner(Protocol):
     @property
     def left(self) -> set[int]: ...
 
-    def wait_for(self, work: Any, timeout_s: float) -> None: ...
+    def wait_for(self, work: Any, timeout_s: float, peer: int | None = None) -> None: ...
 
 
 class GlooMessage(Work):
@@ -66,7 +66,8 @@ class GlooMessage(Work):
 
     def _finish(self) -> None:
         try:
-            self._comm.wait_for(self._work, self._deadline.left_s)
+            # In a schedule the peer may itself wait for the rank that did not come.
+            self._comm.wait_for(self._work, self._deadline.left_s, None if self._in_schedule else self._peer)
         except CommError:
             raise
         except RuntimeError as error:
