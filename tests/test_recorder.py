@@ -345,3 +345,20 @@ def test_processes_are_asked_while_they_hang(kind: str, tmp_path: Path) -> None:
         assert float(seconds) < 2 + 2 + 10
     for rank, _, text in told[2:]:
         assert "rank 1 does not answer: it is stopped, or its host is out of reach" in text, f"rank {rank}: {text}"
+
+
+def test_a_message_that_is_refused_at_once_is_named() -> None:
+    gone = threading.Event()
+
+    def job(comm: Communicator) -> str:
+        if comm.rank == 1:
+            comm.abort("out of memory")
+            gone.set()
+            return ""
+        assert gone.wait(LIMIT_S)
+        with pytest.raises(PeerLostError) as error:
+            comm.isend(torch.ones(3), 1)
+        return str(error.value)
+
+    told = run_threads(job, 2)[0]
+    assert re.search(r"isend: rank 1 is gone: out of memory; rank 0 calls isend at \S*test_recorder.py:\d+", told), told

@@ -68,7 +68,7 @@ class Entry:
         words = [self.operation]
         if self.dtype is not None:
             words.append(f"of {self.numel} {str(self.dtype).removeprefix('torch.')}")
-        if self.operation in MESSAGES:
+        if self.operation in MESSAGES and self.args:  # none where it was refused before it was looked at
             peer, tag = self.args
             way = "to" if self.operation == "isend" else "from"
             return " ".join([*words, way, "any rank" if peer == ANY_SOURCE else f"rank {peer}", f"with tag {tag}"])
@@ -230,7 +230,7 @@ class Recorder:
             _state(entry),
             round(now - began, 6),
             None if end is None or entry.began is None else round(end - began, 6),
-            int(str(entry.args[0])) if entry.operation in MESSAGES else None,
+            int(str(entry.args[0])) if entry.operation in MESSAGES and entry.args else None,
         )
 
 
