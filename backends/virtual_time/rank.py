@@ -189,7 +189,32 @@ class _Operation:
             self.ends = self._comm.free_at = clock.computed().at
 
 
-class _Waited(Work):
+class _Timed(Work):
+    """What its rank waits for in real time, and then in virtual time."""
+
+    def __init__(self, comm: VirtualRank, work: Work) -> None:
+        self._comm = comm
+        self._work = work
+
+    def _wait_beneath(self) -> Hand:
+        """Wait in real time, which takes no virtual time, while others may compute; return this rank's hand."""
+        place = self._comm.place
+        hand = place.clock.computed()
+        with place.turns.let_go():
+            self._work.wait()
+        hand.leave_out()
+        return hand
+
+    def is_done(self) -> bool:
+        if not self._work.is_done():
+            self._comm.place.turns.pass_on()
+        return self._work.is_done()
+
+    def exception(self) -> BaseException | None:
+        return self._work.exception()
+
+
+class _Waited(_Timed):
     """An operation that takes its rank the time until it ends, or what is left of it.
 
     Args:
@@ -200,60 +225,32 @@ class _Waited(Work):
     """
 
     def __init__(self, comm: VirtualRank, work: Work, operation: _Operation, blocked_since: Times | None) -> None:
-        self._comm = comm
-        self._work = work
+        super().__init__(comm, work)
         self._operation = operation
         self._blocked_since = blocked_since
 
     def wait(self) -> None:
-        place = self._comm.place
-        hand = place.clock.computed()
-        with place.turns.let_go():
-            self._work.wait()
-        hand.leave_out()
+        hand = self._wait_beneath()
         before = hand.at if self._blocked_since is None else self._blocked_since
         hand.wait_until(self._operation.ends)
         self._blocked_since = None
         self._comm.traffic.blocked_seconds += float((hand.at - before)[0])
 
-    def is_done(self) -> bool:
-        return _is_done(self._work, self._comm.place.turns)
-
-    def exception(self) -> BaseException | None:
-        return self._work.exception()
-
     def on_done(self, callback: Callable[[], None]) -> None:
         self._work.on_done(callback)
 
 
-class _Message(Work):
+class _Message(_Timed):
     """A message that takes its rank the time until it arrives."""
 
     def __init__(self, comm: VirtualRank, work: Work, arrives: Callable[[], Times]) -> None:
-        self._comm = comm
-        self._work = work
+        super().__init__(comm, work)
         self._arrives = arrives
         self._at: Times | None = None
 
     def wait(self) -> None:
-        place = self._comm.place
-        hand = place.clock.computed()
-        with place.turns.let_go():
-            self._work.wait()
-        hand.leave_out()
+        hand = self._wait_beneath()
         self.peer = self._work.peer
         if self._at is None:
             self._at = self._arrives()
         hand.wait_until(self._at)
-
-    def is_done(self) -> bool:
-        return _is_done(self._work, self._comm.place.turns)
-
-    def exception(self) -> BaseException | None:
-        return self._work.exception()
-
-
-def _is_done(work: Work, turns: Turns) -> bool:
-    if not work.is_done():
-        turns.pass_on()
-    return work.is_done()
