@@ -122,6 +122,14 @@ def local_gradients(ddp: DistributedDataParallel, times: int = 1, step: int = 0)
             training_checks.backward(ddp, step)
 
 
+def gradients_in_buckets(ddp: DistributedDataParallel) -> list[Tensor]:
+    """Compute such gradients, and return a copy of each bucket: with zeros where autograd did not write."""
+    for bucket in ddp.buckets:
+        bucket.flat.zero_()
+    local_gradients(ddp)
+    return [bucket.flat.clone() for bucket in ddp.buckets]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -201,8 +209,7 @@ def test_other_uses_of_autograd(ask: Callable[[DistributedDataParallel], list[Te
 def test_a_gradient_that_is_asked_for_leaves_those_in_the_buckets_alone() -> None:
     def job(comm: Communicator) -> None:
         ddp = training_checks.wrapped(CASES["mlp"], comm, direct_gradients=True)
-        local_gradients(ddp)
-        before = [bucket.flat.clone() for bucket in ddp.buckets]
+        before = gradients_in_buckets(ddp)
         a_gradient_that_is_asked_for(ddp)
         ddp.zero_grad()
         a_gradient_that_is_asked_for(ddp)
@@ -218,8 +225,7 @@ def test_the_layers_are_as_before_without_the_wrapper() -> None:
         ddp = training_checks.wrapped(CASES["mlp"], comm, direct_gradients=True)
         assert repr(ddp.module) == repr(models.mlp())
         twin = copy.deepcopy(ddp.module)
-        local_gradients(ddp)
-        before = [bucket.flat.clone() for bucket in ddp.buckets]
+        before = gradients_in_buckets(ddp)
         training_checks.loss_of(twin(training_checks.batch(5, 0)[0]), training_checks.batch(5, 0)[1]).backward()
         assert_same([bucket.flat for bucket in ddp.buckets], before)
         again = DistributedDataParallel(ddp.module, comm)
