@@ -1,13 +1,15 @@
 """Virtual seconds against real ones: ``torchrun --nproc-per-node=2 experiments/truth.py network=ethernet_10g``.
 
-The ranks train over a paced network in real time; then the first one trains the same thing on as many virtual ranks.
-What is in the way of the ranks makes real steps slower and not virtual ones: on a busy machine of 2 cores they took
-1.15 to 1.31 times as long. For a fair ratio each rank needs a core that nothing else uses.
+The ranks train over a paced network in real time; then the first one trains the same thing on as many virtual ranks,
+twice. Once they measure what computing takes, one rank at a time: virtual ranks have machines of their own. Real ones
+share this one, and slow each other down, which is not the network's doing. So once they are given what a step takes
+real ranks that compute side by side and send nothing: what is left of the difference is the network's, and overlap's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import hydra
 import torch
@@ -29,7 +31,16 @@ from minidist.ddp import DistributedDataParallel
 from minidist.errors import ConfigError
 from minidist.launch import counted_ranks
 
-FORMATS = {"width": "d", "parameters_M": ".2f", "real_ms": ".2f", "virtual_ms": ".2f", "ratio": ".3f"}
+FORMATS = {
+    "width": "d",
+    "parameters_M": ".2f",
+    "real_ms": ".2f",
+    "measured_ms": ".2f",
+    "real/measured": ".3f",
+    "step_ms": ".2f",
+    "given_ms": ".2f",
+    "real/given": ".3f",
+}
 SHAPE, NUM_CLASSES = (784,), 10
 
 
@@ -50,12 +61,14 @@ def step_ms(comm: Communicator, module: nn.Module, cfg: DictConfig) -> float:
     return 1e3 * sorted(steps)[len(steps) // 2]
 
 
-def virtual_ms(network: Network, world_size: int, width: int, cfg: DictConfig) -> float:
-    """Return `step_ms` of virtual ranks."""
+def virtual_ms(
+    network: Network, world_size: int, model: Callable[[], nn.Module], cfg: DictConfig, step_s: float | None = None
+) -> float:
+    """Return `step_ms` of virtual ranks, which compute for ``step_s`` or for what they measure."""
 
     def job() -> float:
-        with VirtualCommunicator(network, RINGS) as comm:
-            return step_ms(comm, mlp(SHAPE, NUM_CLASSES, width, cfg.depth), cfg)
+        with VirtualCommunicator(network, RINGS, step_s) as comm:
+            return step_ms(comm, model(), cfg)
 
     return max(spawn_threads(job, world_size))
 
@@ -63,21 +76,26 @@ def virtual_ms(network: Network, world_size: int, width: int, cfg: DictConfig) -
 def compared(comm: Communicator, network: Network, widths: Sequence[int], cfg: DictConfig) -> list[Row]:
     """Return a row per width; the virtual ranks run while the others wait. All ranks call it."""
     rows: list[Row] = []
-    for width in widths:
-        module = mlp(SHAPE, NUM_CLASSES, width, cfg.depth)
-        real = max(comm.all_gather_object(step_ms(comm, module, cfg)))
-        virtual = virtual_ms(network, comm.world_size, width, cfg) if comm.rank == 0 else 1.0
-        comm.barrier()
-        numel = sum(parameter.numel() for parameter in module.parameters())
-        rows.append(
-            {
-                "width": width,
-                "parameters_M": numel / 1e6,
-                "real_ms": real,
-                "virtual_ms": virtual,
-                "ratio": real / virtual,
-            }
-        )
+    with comm.split(comm.rank) as nobody:
+        for width in widths:
+            model = partial(mlp, SHAPE, NUM_CLASSES, width, cfg.depth)
+            real_ms, alone_ms = (max(comm.all_gather_object(step_ms(each, model(), cfg))) for each in (comm, nobody))
+            if comm.rank == 0:
+                measured_ms = virtual_ms(network, comm.world_size, model, cfg)
+                given_ms = virtual_ms(network, comm.world_size, model, cfg, alone_ms / 1e3)
+                rows.append(
+                    {
+                        "width": width,
+                        "parameters_M": sum(parameter.numel() for parameter in model().parameters()) / 1e6,
+                        "real_ms": real_ms,
+                        "measured_ms": measured_ms,
+                        "real/measured": real_ms / measured_ms,
+                        "step_ms": alone_ms,
+                        "given_ms": given_ms,
+                        "real/given": real_ms / given_ms,
+                    }
+                )
+            comm.barrier()
     return rows
 
 

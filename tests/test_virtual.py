@@ -356,7 +356,7 @@ def test_real_steps_on_the_paced_network_are_no_faster_than_their_collectives(wo
     network = Flat(5e-5, 8e-9, 1e-10)
     nbytes = 4 * round(1e6 * row["parameters_M"])
     collectives = simulate(ring_all_reduce, Run("all_reduce", world_size), nbytes, network).seconds
-    assert min(row["real_ms"], row["virtual_ms"]) >= 1e3 * collectives * 0.99
+    assert min(row["real_ms"], row["measured_ms"], row["given_ms"]) >= 1e3 * collectives * 0.99
 
 
 @pytest.mark.parametrize("splits", [False, True])
