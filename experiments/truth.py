@@ -76,10 +76,12 @@ def virtual_ms(
 def compared(comm: Communicator, network: Network, widths: Sequence[int], cfg: DictConfig) -> list[Row]:
     """Return a row per width; the virtual ranks run while the others wait. All ranks call it."""
     rows: list[Row] = []
-    with comm.split(comm.rank) as nobody:
+    alone = comm.split(comm.rank)
+    assert alone is not None, "every rank has a color"
+    with alone:
         for width in widths:
             model = partial(mlp, SHAPE, NUM_CLASSES, width, cfg.depth)
-            real_ms, alone_ms = (max(comm.all_gather_object(step_ms(each, model(), cfg))) for each in (comm, nobody))
+            real_ms, alone_ms = (max(comm.all_gather_object(step_ms(each, model(), cfg))) for each in (comm, alone))
             if comm.rank == 0:
                 measured_ms = virtual_ms(network, comm.world_size, model, cfg)
                 given_ms = virtual_ms(network, comm.world_size, model, cfg, alone_ms / 1e3)
