@@ -2,8 +2,8 @@
 
 The ranks train over a paced network in real time; then the first one trains the same thing on as many virtual ranks,
 twice. Once they measure what computing takes, one rank at a time: virtual ranks have machines of their own. Real ones
-share this one, and slow each other down, which is not the network's doing. So once they are given what a step takes
-real ranks that compute side by side and send nothing: what is left of the difference is the network's, and overlap's.
+share this one, and slow each other down. So once they are given what a step takes real ranks that compute side by
+side and send nothing. Then what is left is what it takes the same cores to move the bytes, besides the model's faults.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FORMATS = {
     "real_ms": ".2f",
     "measured_ms": ".2f",
     "real/measured": ".3f",
-    "step_ms": ".2f",
+    "alone_ms": ".2f",
     "given_ms": ".2f",
     "real/given": ".3f",
 }
@@ -74,9 +74,9 @@ def virtual_ms(
 
 
 def compared(comm: Communicator, network: Network, widths: Sequence[int], cfg: DictConfig) -> list[Row]:
-    """Return a row per width; the virtual ranks run while the others wait. All ranks call it."""
+    """Return a row per width on rank 0; the virtual ranks run while the others wait. All ranks call it."""
     rows: list[Row] = []
-    alone = comm.split(comm.rank)
+    alone = comm.split(comm.rank)  # of one rank each: a step of DDP's own work that sends nothing
     assert alone is not None, "every rank has a color"
     with alone:
         for width in widths:
@@ -92,7 +92,7 @@ def compared(comm: Communicator, network: Network, widths: Sequence[int], cfg: D
                         "real_ms": real_ms,
                         "measured_ms": measured_ms,
                         "real/measured": real_ms / measured_ms,
-                        "step_ms": alone_ms,
+                        "alone_ms": alone_ms,
                         "given_ms": given_ms,
                         "real/given": real_ms / given_ms,
                     }
