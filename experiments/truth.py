@@ -3,7 +3,7 @@
 The ranks train over a paced network in real time; then the first one trains the same thing on as many virtual ranks,
 twice. Once they measure what computing takes, one rank at a time: virtual ranks have machines of their own. Real ones
 share this one, and slow each other down. So once they are given what a step takes real ranks that compute side by
-side and send nothing. Then what is left is what it takes the same cores to move the bytes, besides the model's faults.
+side and send nothing. Then what is left is what moving the bytes takes of the same cores, or the model's fault.
 """
 
 from __future__ import annotations
