@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from backends.ring import ring_all_reduce
 from backends.thread import ThreadCommunicator, run_threads, spawn_threads
 from backends.virtual import VirtualCommunicator
+from backends.virtual_time import turn
 from backends.virtual_time.clock import FORWARD
 from backends.virtual_time.turn import Turns
 from minidist.analysis.network import Flat, Network, Torus
@@ -289,6 +291,36 @@ def test_turns_let_as_many_compute_as_they_say() -> None:
 
     run_threads(job, 4)
     assert max(most) <= 2
+
+
+@pytest.mark.parametrize("pause_s", [5e-3, 0.0])
+def test_a_turn_ends_whose_thread_asks_for_what_another_has_to_do(
+    pause_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks may wait for each other in ways that no communicator knows of, such as a file: with pauses, or without."""
+    if not pause_s:
+        monkeypatch.setattr(turn, "LONGEST_S", 1.0)
+    turns = Turns(1)
+    is_held, is_done = threading.Event(), threading.Event()
+
+    def ask() -> None:
+        turns.take()
+        is_held.set()
+        while not is_done.is_set():
+            asked_at = time.thread_time()
+            while time.thread_time() < asked_at + pause_s / 20:
+                pass
+            time.sleep(pause_s)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    is_held.wait()
+    helper = threading.Thread(target=lambda: (turns.take(), is_done.set()), daemon=True)
+    helper.start()
+    try:
+        assert is_done.wait(30)
+    finally:
+        is_done.set()
 
 
 def test_metrics_are_in_virtual_seconds(tmp_path: Path) -> None:

@@ -9,6 +9,10 @@ from contextlib import contextmanager
 
 GLANCE_S = 0.25
 """After how long who waits looks whether those who have a turn compute at all."""
+IDLE_SHARE = 0.1
+"""Who computes less of the time than this waits: one that asks every few milliseconds whether a file is there, too."""
+LONGEST_S = 60.0
+"""How long a turn lasts at most while others wait: one who asks without a pause looks like one who computes."""
 
 
 class _Holder:
@@ -17,14 +21,16 @@ class _Holder:
     def __init__(self) -> None:
         self._clock = time.pthread_getcpuclockid(threading.get_ident())
         self._seen = self._look()
+        self._until = time.monotonic() + LONGEST_S
 
-    def idles(self) -> bool:
-        """Whether it has not computed for a while, since it waits for something, or has ended."""
+    def is_over(self) -> bool:
+        """Whether it has not computed for a while, since it waits for something, or has ended; or computes for long."""
         seen, seen_at = self._seen
-        if time.monotonic() < seen_at + GLANCE_S:
+        now = time.monotonic()
+        if now < seen_at + GLANCE_S:
             return False
         self._seen = self._look()
-        return self._seen[0] - seen < GLANCE_S / 100
+        return now > self._until or self._seen[0] - seen < IDLE_SHARE * (now - seen_at)
 
     def _look(self) -> tuple[float, float]:
         try:
@@ -37,7 +43,8 @@ class Turns:
     """Lets so many threads compute at once; a turn ends where its thread waits for others.
 
     A turn is for speed and for a measure of what computing takes; nothing is wrong without. So a thread that waits for
-    something that nobody here knows of loses its turn, and no two threads can block each other by it.
+    something that nobody here knows of loses its turn, as does one that has it for very long, and no two threads can
+    block each other by it.
 
     Args:
         num_at_once: how many.
@@ -57,7 +64,7 @@ class Turns:
             try:
                 while not self._free:
                     if not self._changed.wait(GLANCE_S):
-                        self._end_idle()
+                        self._end_those_over()
             finally:
                 self._num_waiting -= 1
             self._free -= 1
@@ -97,6 +104,6 @@ class Turns:
             self._changed.notify()  # one: the one that has waited longest
             return True
 
-    def _end_idle(self) -> None:
-        for thread in [thread for thread, holder in self._holders.items() if holder.idles()]:
+    def _end_those_over(self) -> None:
+        for thread in [thread for thread, holder in self._holders.items() if holder.is_over()]:
             self._end(thread)
