@@ -21,7 +21,7 @@ from minidist.collective import COLLECTIVES
 from minidist.communicator import Communicator, ReduceOp
 from minidist.errors import ConfigError
 from tests.inputs import BITWISE
-from tests.test_commands import ROOT, only_run, run, run_python
+from tests.test_commands import ROOT, only_run, run_python, run_ranks
 
 CONF = ROOT / "conf" / "bench.yaml"
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -151,8 +151,8 @@ def test_numbers_are_checked_alone_and_in_lists(given: object, message: str) -> 
 @pytest.mark.timeout(300)
 def test_bench_step_measures_the_models_that_are_chosen(tmp_path: Path) -> None:
     small = ("architectures.mlp.width=16", "architectures.cnn.width=2", "batch_size=2", "warmup=0", "iterations=1")
-    command = ("torchrun", "--nproc-per-node=2", str(ROOT / "experiments" / "bench_step.py"), "models=[cnn,mlp]")
-    done = run(tmp_path, *command, "comms=gloo", *small)
+    program = str(ROOT / "experiments" / "bench_step.py")
+    done = run_ranks(tmp_path, 2, program, "models=[cnn,mlp]", "comms=gloo", *small)
     assert done.returncode == 0, done.stderr
     rows = json.loads((only_run(tmp_path) / "bench_step.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["cnn"] * 6 + ["mlp"] * 6
@@ -164,7 +164,7 @@ def test_bench_step_measures_the_models_that_are_chosen(tmp_path: Path) -> None:
 def test_bench_c10d_compares_a_communicator_with_torch_over_it(tmp_path: Path) -> None:
     program = str(ROOT / "experiments" / "bench_c10d.py")
     sizes = ("min_bytes=1024", "max_bytes=8192", "warmup=0", "iterations=1", "burst=2")
-    done = run(tmp_path, "torchrun", "--nproc-per-node=2", program, "spec=ring/gloo", *sizes)
+    done = run_ranks(tmp_path, 2, program, "spec=ring/gloo", *sizes)
     assert done.returncode == 0, done.stderr
     rows = json.loads((only_run(tmp_path) / "bench_c10d.json").read_text())["rows"]
     variants = ["ring/gloo itself", "torch.distributed, ring/gloo", "torch.distributed, gloo"]
@@ -175,7 +175,7 @@ def test_bench_c10d_compares_a_communicator_with_torch_over_it(tmp_path: Path) -
 def test_bench_checked_compares_each_cadence_with_none(tmp_path: Path) -> None:
     program = str(ROOT / "experiments" / "bench_checked.py")
     small = ("model.width=2", "batch_size=2", "warmup=1", "iterations=2", "burst=2", "every=[1,3]")
-    done = run(tmp_path, "torchrun", "--nproc-per-node=2", program, "comms=[gloo,ring]", *small)
+    done = run_ranks(tmp_path, 2, program, "comms=[gloo,ring]", *small)
     assert done.returncode == 0, done.stderr
     rows = json.loads((only_run(tmp_path) / "bench_checked.json").read_text())["rows"]
     variants = [(comm, checked) for comm in ("gloo", "ring") for checked in ("no", "every=1", "every=3")]
@@ -252,7 +252,7 @@ def test_one_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(300)
 def test_bench_compares_checks_and_writes(tmp_path: Path) -> None:
     settings = ("comms=[gloo,ring,shm]", "max_bytes=4096", "warmup=1", "iterations=2", "burst=2")
-    done = run(tmp_path, "torchrun", "--nproc-per-node=2", str(ROOT / "experiments" / "bench.py"), *settings)
+    done = run_ranks(tmp_path, 2, str(ROOT / "experiments" / "bench.py"), *settings)
     assert done.returncode == 0, done.stderr
     written = only_run(tmp_path)
     with (written / "bench.csv").open() as file:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -34,7 +33,7 @@ from minidist.analysis.simulate import Message, simulate
 from minidist.collective import Run
 from minidist.communicator import Communicator
 from minidist.schedule import Reduce, Send, Step, num_chunks
-from tests.test_commands import ROOT, run
+from tests.test_commands import ROOT, run_python, run_ranks
 
 TABLES = Tables(2, 5e-5, [1e3, 1e6], [1e-5, 1e-3], [2e-5, 2e-3], [0.0, 1e-4], [0.0, 2e-4])
 
@@ -330,10 +329,9 @@ def test_predict_as_the_readme_has_it(tmp_path: Path) -> None:
         f"hydra.run.dir={tmp_path}",
     ]
     model = ["model._target_=experiments.tasks.models.cnn", "model.shape=[1,28,28]", "+model.width=4"]
-    command = ["torchrun", "--nproc-per-node=2", str(ROOT / "experiments" / "predict.py"), "transport=gloo"]
-    done = run(tmp_path, *command, *settings, *model)
+    done = run_ranks(tmp_path, 2, str(ROOT / "experiments" / "predict.py"), "transport=gloo", *settings, *model)
     assert done.returncode == 0, done.stderr
-    assert "geometric mean error" in done.stdout
+    assert "geometric mean error" in done.stderr
     rows = json.loads((tmp_path / "predict.json").read_text())["rows"]
     assert [row["algorithm"] for row in rows] == ["ring", "direct"]
     steps = json.loads((tmp_path / "predict_step.json").read_text())["rows"]
@@ -343,20 +341,20 @@ def test_predict_as_the_readme_has_it(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_a_calibrated_preset_predicts(tmp_path: Path) -> None:
-    command = ["torchrun", "--nproc-per-node=2", str(ROOT / "experiments" / "calibrate.py"), "transport=gloo"]
-    done = run(tmp_path, *command, "max_bytes=4096", "iterations=1", f"hydra.run.dir={tmp_path}")
+    small = ("transport=gloo", "max_bytes=4096", "iterations=1", f"hydra.run.dir={tmp_path}")
+    done = run_ranks(tmp_path, 2, str(ROOT / "experiments" / "calibrate.py"), *small)
     assert done.returncode == 0, done.stderr
-    assert "network=gloo_2" in done.stdout
-    draw = [sys.executable, str(ROOT / "experiments" / "draw.py"), "--config-dir", str(tmp_path), "network=gloo_2"]
-    drawn = run(tmp_path, *draw, "algorithm=ring", "world_size=2", f"hydra.run.dir={tmp_path}/drawn")
+    assert "network=gloo_2" in done.stderr
+    settings = ("network=gloo_2", "algorithm=ring", "world_size=2", f"hydra.run.dir={tmp_path}/drawn")
+    drawn = run_python(tmp_path, str(ROOT / "experiments" / "draw.py"), "--config-dir", str(tmp_path), *settings)
     assert drawn.returncode == 0, drawn.stderr
-    assert "network gloo_2" in drawn.stdout
+    assert "network gloo_2" in drawn.stderr
 
 
 @pytest.mark.timeout(300)
 def test_a_real_run_is_drawn(tmp_path: Path) -> None:
-    command = ["torchrun", "--nproc-per-node=3", str(ROOT / "experiments" / "timeline.py"), "algorithm=swing"]
-    done = run(tmp_path, *command, "nbytes=4096", "warmup=1", f"hydra.run.dir={tmp_path}")
+    settings = ("algorithm=swing", "nbytes=4096", "warmup=1", f"hydra.run.dir={tmp_path}")
+    done = run_ranks(tmp_path, 3, str(ROOT / "experiments" / "timeline.py"), *settings)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "timeline.png").stat().st_size > 10_000
     assert (tmp_path / "timeline.svg").read_text().startswith("<?xml")

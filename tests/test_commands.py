@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,11 +55,22 @@ def run_python(
     directory: Path, script: str, *arguments: str, variables: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """As ``run(directory, "python", ...)``, in a fork of a process that has torch loaded; both outputs are stderr."""
+    return run_ranks(directory, None, script, *arguments, variables=variables)
+
+
+def run_ranks(
+    directory: Path,
+    world_size: int | None,
+    script: str,
+    *arguments: str,
+    variables: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """As ``run(directory, "torchrun", ...)`` on so many ranks, without torchrun; see `run_python`."""
     with tempfile.TemporaryDirectory() as elsewhere:
         status, output = run_forked(
             script,
             *arguments,
-            world_size=None,
+            world_size=world_size,
             output=Path(elsewhere) / "output.txt",
             limit_s=TIMEOUT_S,
             directory=directory,
@@ -126,7 +138,7 @@ def test_launch(launch: Sequence[str], overrides: Sequence[str], comm: str, worl
 
 
 def test_launch_threads(tmp_path: Path) -> None:
-    done = run(tmp_path, "python", MNIST, "comm=thread", "launch.nproc=3", *TINY)
+    done = run_python(tmp_path, MNIST, "comm=thread", "launch.nproc=3", *TINY)
     assert done.returncode == 0, done.stderr
     check_run(only_run(tmp_path), "thread", 3, rank_files=1)
 
@@ -159,7 +171,7 @@ def test_a_shell_in_a_job_starts_ranks_on_its_own_machine(
 
 
 def test_the_number_of_ranks_is_the_launchers_where_there_is_one(tmp_path: Path) -> None:
-    done = run(tmp_path, "torchrun", "--nproc-per-node=1", MNIST, "launch.nproc=2", *TINY)
+    done = run_ranks(tmp_path, 1, MNIST, "launch.nproc=2", *TINY)
     assert done.returncode == 0, done.stderr
     assert "launch.nproc=2 has no effect: torchrun has started the ranks, and their number is 1; leave" in done.stderr
     check_run(only_run(tmp_path), "gloo", 1)
@@ -183,9 +195,9 @@ def test_sweep_with_a_fresh_world_per_job(tmp_path: Path) -> None:
 
 
 def test_sweep_inside_one_world(tmp_path: Path) -> None:
-    done = run(tmp_path, "torchrun", "--nproc-per-node=2", MNIST, "-m", "comm=gloo,ring", *TINY)
+    done = run_ranks(tmp_path, 2, MNIST, "-m", "comm=gloo,ring", *TINY)
     assert done.returncode == 0, done.stderr
-    check_sweep(tmp_path, done.stdout, [("gloo", 2), ("ring/gloo", 2)])
+    check_sweep(tmp_path, done.stderr, [("gloo", 2), ("ring/gloo", 2)])
 
 
 def check_sweep(directory: Path, stdout: str, jobs: list[tuple[str, int]]) -> None:
@@ -239,14 +251,14 @@ def test_mistakes_are_one_line_before_any_rank_starts(overrides: Sequence[str], 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_nccl_without_a_gpu_is_one_line_before_any_rank_starts(tmp_path: Path) -> None:
-    done = run(tmp_path, "python", MNIST, "comm=nccl", "launch.nproc=2")
+    done = run_python(tmp_path, MNIST, "comm=nccl", "launch.nproc=2")
     assert done.returncode == 1
     assert done.stderr.startswith("error: nccl needs")
     assert done.stderr.count("\n") == 1
 
 
 def test_mpi_under_torchrun_is_said_once(tmp_path: Path) -> None:
-    done = run(tmp_path, "torchrun", "--nproc-per-node=2", MNIST, "comm=mpi", *TINY)
+    done = run_ranks(tmp_path, 2, MNIST, "comm=mpi", *TINY)
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "mpirun" in line
@@ -254,8 +266,7 @@ def test_mpi_under_torchrun_is_said_once(tmp_path: Path) -> None:
 
 def test_an_unwritable_data_directory_ends_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    command = ("torchrun", "--nproc-per-node=2", MNIST, f"data.root={tmp_path}/file/data")
-    done = run(tmp_path, *command)
+    done = run_ranks(tmp_path, 2, MNIST, f"data.root={tmp_path}/file/data")
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: data.root={tmp_path}/file/data cannot be written (Not a directory)")
@@ -279,7 +290,8 @@ def test_a_job_of_a_sweep_goes_on_from_itself_and_not_from_the_job_before(tmp_pa
     assert first.returncode == 0, first.stderr
     assert first.stderr.count("no earlier run of this command has a checkpoint; starting anew") == 2
     directory = only_run(tmp_path, "multirun/*")
-    again = run(tmp_path, "python", *sweep, "engine.epochs=2")  # in a later second, by which runs are named
+    time.sleep(1)  # runs are named by the second
+    again = run_python(tmp_path, *sweep, "engine.epochs=2")
     assert again.returncode == 0, again.stderr
     for number in range(2):
         assert f"going on from {directory / str(number) / 'checkpoints'}" in again.stderr
@@ -290,7 +302,8 @@ def test_a_run_goes_on_from_its_own_command_and_not_from_the_last_one(tmp_path: 
     assert run_python(tmp_path, *own).returncode == 0
     first = only_run(tmp_path)
     assert run_python(tmp_path, *other).returncode == 0
-    again = run(tmp_path, "python", *own, "engine.epochs=2", "engine.resume=true")  # in a later second, see above
+    time.sleep(1)  # runs are named by the second
+    again = run_python(tmp_path, *own, "engine.epochs=2", "engine.resume=true")
     assert f"going on from {first / 'checkpoints'}" in again.stderr, again.stderr
 
 

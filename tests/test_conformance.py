@@ -57,12 +57,14 @@ def _wanted(row: Row, world_size: int, check: str) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    slow = metafunc.config.getoption("--slow")  # nine of ten are: to make them and to leave them out takes seconds
     cases = [
         pytest.param(case, id=f"{row.name}-{world_size}-{check}", marks=_marks(row, world_size, check))
         for row in _rows(metafunc.config)
         for world_size in _world_sizes(metafunc.config, row)
         for check in CHECKS
         if _wanted(row, world_size, check)
+        if slow or row.missing(check) or not _is_slow(row, world_size, check)
         for case in [Case(row, world_size, check)]
     ]
     metafunc.parametrize("case", cases)
@@ -78,10 +80,12 @@ def _marks(row: Row, world_size: int, check: str) -> list[pytest.MarkDecorator]:
 FATAL_BY_DEFAULT = {"gloo": "check_killed_rank_is_named"}
 OTHER_LAUNCHER = ("shm-mpirun", "ring-shm-mpirun")
 SIMILAR = ("ring-thread", "group-of-thread", "ring-gloo")
+FAULTS_IN_THREES = ("thread", "shm")
+"""Rows that run with several numbers of ranks, of which faults, that wait for their times, need one."""
 
 
 def _is_slow(row: Row, world_size: int, check: str) -> bool:
-    """By default: processes in threes, and what is much like another one; shared memory in twos too, and training."""
+    """Slow are processes but in threes, and what is much like another one; but shared memory in twos, and training."""
     if row.only is not None:
         return True
     if row.focus:
@@ -97,7 +101,9 @@ def _is_slow(row: Row, world_size: int, check: str) -> bool:
         return True
     if needs_of(check).own_world:
         return FATAL_BY_DEFAULT.get(row.name) != check
-    if row.name in SIMILAR and world_size != 3:
+    if row.name in FAULTS_IN_THREES and world_size in (2, 4) and needs_of(check).fresh:
+        return True
+    if row.name in SIMILAR and (world_size != 3 or ("large" in check and "refused" in check)):
         return True
     return (
         check.startswith("check_training")
