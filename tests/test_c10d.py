@@ -142,7 +142,7 @@ def test_a_long_program_computes_as_over_gloo(world: World, program: str, world_
 @pytest.mark.parametrize(
     ("launcher", "arguments", "environment"),
     [
-        ("torchrun", ["{script}", "minidist"], {}),
+        pytest.param("torchrun", ["{script}", "minidist"], {}, marks=pytest.mark.slow),  # a page's command does it too
         ("torchrun", ["-m", "minidist.c10d", "--as", "gloo", "{script}", "gloo", "x"], {}),
         ("mpirun", ["-m", "minidist.c10d", "{script}", "minidist", "x"], {"MINIDIST_COMM": "ring/mpi"}),
     ],

@@ -15,6 +15,8 @@ from tests.harness import ROOT
 PAGE = (ROOT / "docs" / "your_collective_elsewhere.md").read_text()
 PYTHON, SHELL = (re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL) for kind in ("python", "sh"))
 COMMANDS = [line for block in SHELL for line in block.splitlines()]
+REPEATED = ("--as gloo", "halving_doubling")
+"""In commands that differ from others in what tests/test_c10d.py runs too."""
 COURSE = ROOT / "tests" / "c10d_course.py"
 """It imports the adapter by its name, as a course's tests do."""
 
@@ -27,7 +29,13 @@ def run(command: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.slow] if any(part in command for part in REPEATED) else [])
+        for command in COMMANDS
+    ],
+)
 def test_a_command_of_the_page(tmp_path: Path, command: str) -> None:
     text = PYTHON[0].replace('"minidist"', '"gloo"') if "--as gloo" in command else PYTHON[0]
     (tmp_path / "train.py").write_text(text)

@@ -30,6 +30,7 @@ def test_the_check_prints_what_the_page_says(mine: Path) -> None:
     assert run(SHELL[1].strip(), mine) == OUTPUT[0]
 
 
+@pytest.mark.slow
 def test_the_training_runs(mine: Path) -> None:
     accuracy = re.findall(r"Test accuracy: ([\d.]+) %", run(SHELL[2].strip(), mine))
     assert float(accuracy[-1]) > 40

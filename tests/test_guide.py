@@ -48,7 +48,7 @@ def test_the_files_are_those_that_the_page_names() -> None:
         (1, "8 ranks: 14 steps"),
         (2, "two_way is the fastest"),
         (3, "schedule.png, .svg, .html"),
-        (4, "two_way"),
+        pytest.param(4, "two_way", marks=pytest.mark.slow),
         (5, "Test accuracy"),
         (6, "passed"),
     ],

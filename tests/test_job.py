@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_commands import MNIST, ROOT, TINY, environment, only_run, run
+from tests.test_commands import MNIST, ROOT, TINY, environment, only_run, run, run_python
 
 SMALL = tuple(setting for setting in TINY if not setting.startswith("engine."))
 STRANGE = "a=b, (2) 'c' \"d\" [e] {f} $g %s ; # Данные"
@@ -57,7 +57,7 @@ QUICK = ("config-path",)
     "way", [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow) for way in ways(Path("/"))]
 )
 def test_ranks_train_what_the_user_composed(way: str, mine: Path) -> None:
-    done = run(mine.parent, "python", MNIST, *ways(mine)[way], *SMALL, "launch.nproc=1")
+    done = run_python(mine.parent, MNIST, *ways(mine)[way], *SMALL, "launch.nproc=1")
     assert done.returncode == 0, done.stderr
     assert results(only_run(mine.parent))["epochs"] == 3
 
@@ -66,7 +66,7 @@ def test_any_path_can_be_the_directory_of_a_run(tmp_path: Path) -> None:
     """Each rank resolves for itself what differs between ranks; the name of the run is the same for all."""
     where = tmp_path / STRANGE
     where.mkdir()
-    done = run(where, "python", MNIST, *TINY, "engine.checkpoint_dir=kept/${run_id:}", "launch.nproc=2")
+    done = run_python(where, MNIST, *TINY, "engine.checkpoint_dir=kept/${run_id:}", "launch.nproc=2")
     assert done.returncode == 0, done.stderr
     assert results(only_run(where))["world_size"] == 2
     assert {"rank0.log", "rank1.log"} < {path.name for path in only_run(where).iterdir()}
@@ -87,7 +87,7 @@ def test_a_sweep_can_name_its_directories_by_what_differs(tmp_path: Path) -> Non
     """An override with a slash makes a directory in a directory; the table has all jobs, in their order."""
     sweep = ["-m", "comm=ring", "comm/transport=shm,gloo", "hydra.sweep.subdir=${hydra.job.override_dirname}"]
     short = "hydra.job.config.override_dirname.exclude_keys=[" + ",".join(s.split("=")[0] for s in TINY) + "]"
-    done = run(tmp_path, "python", MNIST, *sweep, short, "launch.nproc=1", *TINY)
+    done = run_python(tmp_path, MNIST, *sweep, short, "launch.nproc=1", *TINY)
     assert done.returncode == 0, done.stderr
     found = {path.parent.relative_to(only_run(tmp_path, "multirun/*")) for path in tmp_path.rglob("results.json")}
     assert found == {Path(f"comm/transport={name},comm=ring,launch.nproc=1") for name in ("shm", "gloo")}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,15 +29,15 @@ from minidist.ddp import DistributedDataParallel
 from minidist.errors import ConfigError
 from minidist.gradients.hooks import AllReduce, BFloat16, Hook
 from minidist.methods import DiLoCo, EveryStep, Gossip, LocalSGD, Method, StreamingDiLoCo
+from tests.test_commands import ROOT, run_python
 
-ROOT = Path(__file__).parent.parent
 NETWORKS = {"slow": Flat(1e-3, 1e-6), "fast": Flat(1e-5, 1e-9)}
 
 
 def run(tmp_path: Path, *settings: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "experiments" / "judge.py"), *settings, f"hydra.run.dir={tmp_path}"]
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=env)
+    program = str(ROOT / "experiments" / "judge.py")
+    variables = {"PYTHONPATH": str(tmp_path)}
+    return run_python(tmp_path, program, *settings, f"hydra.run.dir={tmp_path}", variables=variables)
 
 
 def made_up(losses: list[float], step_s: float) -> Trial:
@@ -103,7 +101,7 @@ def test_one_contest_of_ones_own(tmp_path: Path) -> None:
     assert [row["method"] for row in rows] == ["all_reduce", "mine.Hook", "mine.every(period=2)"]
     assert [row["fewer"] for row in rows] == [1.0, 2.0, 2.0]
     assert all(row["exposed_ms_ethernet_1g"] > row["exposed_ms_ethernet_10g"] > 0 for row in rows)
-    assert "digits on ethernet_1g: " in done.stdout
+    assert "digits on ethernet_1g: " in done.stderr
     for name in ("judge.csv", "judge.html", "judge_digits.png"):
         assert (tmp_path / name).stat().st_size > 0
 
@@ -145,7 +143,7 @@ def test_what_is_wrong_is_said_before_any_rank_starts(tmp_path: Path) -> None:
     done = run(tmp_path, "methods=[all_reduce,top_q]")
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("error: methods must be of all_reduce, ")
-    assert "Loss" not in done.stdout
+    assert "Loss" not in done.stderr
 
 
 def test_what_is_learned_does_not_depend_on_the_network() -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from tests.harness import run_command
 
+SOME = "values or split or timeout or rank_is_named"
+
 
 def _conformance(directory: Path, limit_s: float, *options: str) -> tuple[int | None, str]:
     command = [sys.executable, "-m", "pytest", "-q", "tests/test_conformance.py", *options]
@@ -16,7 +18,10 @@ def _conformance(directory: Path, limit_s: float, *options: str) -> tuple[int | 
 
 
 @pytest.mark.timeout(300)
-def test_a_communicator_from_outside_passes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "checks", ["values or split or timeout or rank_is_named", pytest.param("", marks=pytest.mark.slow)]
+)
+def test_a_communicator_from_outside_passes(checks: str, tmp_path: Path) -> None:
     options = [
         "--comm",
         "tests.outside.StoreCommunicator",
@@ -25,7 +30,7 @@ def test_a_communicator_from_outside_passes(tmp_path: Path) -> None:
         "--world-sizes",
         "3",
         "-k",
-        "not training",
+        f"not training and ({checks})" if checks else "not training",
     ]
     for check in ("killed_rank", "exiting_rank"):
         options += ["--comm-lacks", f"{check}=nobody watches the processes"]

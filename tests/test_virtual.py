@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from minidist.gradients.hooks import AllReduce, BFloat16, Hook
 from minidist.methods import DiLoCo
 from minidist.training.report import Report
 from tests import models
+from tests.test_commands import ROOT, run_ranks
 
 ALPHA, BETA = 1e-3, 1e-6
 FLAT = Flat(ALPHA, BETA)
@@ -379,10 +379,9 @@ def test_one_object_is_shared_by_the_ranks_of_a_communicator() -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_real_steps_on_the_paced_network_are_no_faster_than_their_collectives(world_size: int, tmp_path: Path) -> None:
     """How much slower they are than virtual ones depends on the machine; the program prints it."""
-    program = Path(__file__).parent.parent / "experiments" / "truth.py"
+    program = ROOT / "experiments" / "truth.py"
     settings = ("network=ethernet_1g", "widths=[256]", "iterations=5", f"hydra.run.dir={tmp_path}")
-    command = ("torchrun", f"--nproc-per-node={world_size}", str(program), *settings)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    done = run_ranks(tmp_path, world_size, str(program), *settings)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "truth.json").read_text())["rows"]
     network = Flat(5e-5, 8e-9, 1e-10)
