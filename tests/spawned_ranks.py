@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from backends.processes import rendezvous
@@ -44,7 +45,11 @@ def run(rank: int, what: str, address: str, port: int) -> None:
             except CommError as error:
                 print(f"rank 0: {error}\n", end="", flush=True)
         return
-    with MAKE[what]() as comm:
+    use(MAKE[what]())
+
+
+def use(comm: Communicator) -> None:
+    with comm:
         comm.all_reduce(total := torch.ones(10_000))
         child = comm.split(0)
         assert child is not None
@@ -54,5 +59,17 @@ def run(rank: int, what: str, address: str, port: int) -> None:
         print(f"sum {total.max()} rank {world.local_rank} of {world.local_world_size} here\n", end="", flush=True)
 
 
+def restart(rank: int, address: str, port: int, attempt: int) -> None:
+    """Join a start of the ranks in the store of an agent; the first one is on two hosts, and only rank 1's counts."""
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(rank * attempt)}
+    run(rank, "shm" if attempt else "apart", address, port)
+
+
 if __name__ == "__main__":
-    mp.start_processes(run, (sys.argv[1], sys.argv[2], free_port()), nprocs=2, start_method=sys.argv[3])
+    what, address, how = sys.argv[1:]
+    if what == "restarted":
+        store = dist.TCPStore(address, 0, None, True, wait_for_workers=False)
+        for attempt in range(2):
+            mp.start_processes(restart, (address, store.port, attempt), nprocs=2, start_method=how)
+    else:
+        mp.start_processes(run, (what, address, free_port()), nprocs=2, start_method=how)

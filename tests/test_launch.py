@@ -129,6 +129,13 @@ def test_a_spawned_rank_that_does_not_come_is_named_in_time(tmp_path: Path) -> N
     assert "rank 0: [rank 0] ranks [1] did not come within 1 s" in spawned("one_missing", "127.0.0.1", tmp_path)
 
 
+def test_ranks_that_are_started_again_meet_whatever_their_agents_count(tmp_path: Path) -> None:
+    """And find nothing of the earlier ones in the agents' store, such as the hosts that they were on."""
+    output = spawned("restarted", "127.0.0.1", tmp_path)
+    for rank in range(2):
+        assert f"sum 4.0 rank {rank} of 2 here" in output, output
+
+
 # IPv6 ---------------------------------------------------------------------------------------------
 
 

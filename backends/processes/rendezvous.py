@@ -19,6 +19,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from backends.processes.attempt import agreed_attempt
 from minidist import launch
 from minidist.communicator import Communicator
 from minidist.contract import addresses
@@ -40,7 +41,8 @@ class Meeting:
         world: this process among them.
         host: an address of rank 0's host that all of them reach.
         port: of the store on that host; 0 where it is in this process alone.
-        store: the key-value store that they share, the same before and after a restart.
+        store: the key-value store that they share; that of torchrun's agent is the same before and after a restart.
+        attempt: a name of this start of the ranks, where the store may hold what earlier ones have left.
         address: of this process, by which those of other hosts reach it.
     """
 
@@ -48,6 +50,7 @@ class Meeting:
     host: str
     port: int
     store: dist.Store
+    attempt: str = "attempt"
     address: str = addresses.LOOPBACK
     maker: Maker = field(default_factory=Maker, init=False)
     is_located: bool = field(default=False, init=False)
@@ -69,7 +72,7 @@ class Meeting:
     def locate(self, timeout_s: float) -> None:
         """Find out which ranks share a host, and by which address this one is reached; all ranks call it."""
         world = self.world
-        store = dist.PrefixStore("hosts", self.store)
+        store = dist.PrefixStore(f"{self.attempt}/hosts", self.store)
         mine = launch.host_id(), addresses.towards(self.host)
         everyone = from_everyone(store, world.rank, world.world_size, json.dumps(mine), timeout_s)
         hosts, theirs = zip(*map(json.loads, everyone), strict=True)
@@ -80,7 +83,7 @@ class Meeting:
     def job_store(self) -> dist.Store:
         """Return an empty store for one communicator; all ranks call it in the same order."""
         self._num_jobs += 1
-        return dist.PrefixStore(f"attempt{self.world.restarts}/job{self._num_jobs}", self.store)
+        return dist.PrefixStore(f"{self.attempt}/job{self._num_jobs}", self.store)
 
     def place(self) -> Place:
         """Return the place of one communicator of all processes; all ranks call it in the same order."""
@@ -158,9 +161,10 @@ def _meet_at_master(world: launch.World, timeout_s: float) -> Meeting:
         raise BackendUnavailableError(
             f"RANK and WORLD_SIZE are set but {error} is not; start with torchrun, or set it to rank 0's"
         ) from error
-    serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     within = timedelta(seconds=timeout_s)
     try:
+        serves = world.rank == 0 and not of_agent
         store = dist.TCPStore(host, port, world.world_size, serves, within, wait_for_workers=False)
     except dist.DistNetworkError as error:
         raise CommTimeoutError(
@@ -168,7 +172,10 @@ def _meet_at_master(world: launch.World, timeout_s: float) -> Meeting:
             f"within {timeout_s:g} s; MASTER_ADDR has to lead to its host from all hosts, by name or by address"
         ) from error
     store.set_timeout(CONNECT_TIMEOUT)
-    return Meeting(world, host, port, dist.PrefixStore("minidist", store))
+    meeting = Meeting(world, host, port, dist.PrefixStore("minidist", store))
+    if of_agent:
+        meeting.attempt = agreed_attempt(meeting.store, world.rank, world.world_size, timeout_s)
+    return meeting
 
 
 def _meet_over_mpi(world: launch.World, timeout_s: float) -> Meeting:

@@ -126,7 +126,7 @@ def _engine(
 
 def _checkpoints(settings: EngineConfig, comm: Communicator, directory: Path) -> Checkpoints:
     """Return those of this run, or of the one that it goes on from: asked to, or started again after a failure."""
-    resumes = settings.resume or detect().restarts > 0
+    resumes = settings.resume or any(comm.all_gather_object(detect().restarts > 0))  # agents count them differently
     where = Path(settings.checkpoint_dir) if settings.checkpoint_dir else directory / resume.CHECKPOINTS
     if resumes and not settings.checkpoint_dir:
         where = resume.directory(directory, comm)
