@@ -196,6 +196,7 @@ def become(order: Order) -> None:
     elif order.world_size is not None:
         become_ranks(order.world_size)
     sys.argv = [order.program, *order.arguments]
+    sys.path[1:1] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ["", *sys.path]]
     if order.program.endswith(".py"):
         sys.path[0] = str(Path(order.program).parent)
         runpy.run_path(order.program, run_name="__main__")
