@@ -290,10 +290,12 @@ def test_fragments_in_another_order_are_caught() -> None:
         on_threads(check, 2)
 
 
-@pytest.mark.parametrize("lost", ["hook", "outers"])
-def test_a_state_that_is_lost_at_a_resume_is_caught(lost: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lost", "name"), [("hook", "sparse_loco"), ("momentum", "diloco"), ("mean", "streaming_diloco")]
+)
+def test_a_state_that_is_lost_at_a_resume_is_caught(lost: str, name: str, tmp_path: Path) -> None:
     def make() -> Method:
-        method = SparseLoCo(PERIOD, 0.2) if lost == "hook" else DiLoCo(PERIOD)
+        method = METHODS[name]()
         load = method.load_state_dict
 
         def load_less(state: dict[str, Any]) -> None:
@@ -301,7 +303,9 @@ def test_a_state_that_is_lost_at_a_resume_is_caught(lost: str, tmp_path: Path) -
                 state["method"]["hook"] = {"errors": {}, "compressor": {}}
             else:
                 for outer in state["method"]["outers"]:
-                    outer["optimizer"]["state"] = {}
+                    outer.update(
+                        {"mean": None} if lost == "mean" else {"optimizer": {**outer["optimizer"], "state": {}}}
+                    )
             load(state)
 
         method.load_state_dict = load_less  # type: ignore[method-assign]
