@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,9 @@ def test_files_hold_the_rows(tmp_path: Path) -> None:
     assert (tmp_path / "t.csv").read_text().split() == ["b", "2.5"]
     write_json(tmp_path / "t.json", {"about": "this"}, rows)
     assert json.loads((tmp_path / "t.json").read_text()) == {"about": "this", "rows": rows}
+    write_json(tmp_path / "t.json", {"sizes": (1, math.inf)}, [{"loss": math.nan, "time": -math.inf, "name": "a"}])
+    row = {"loss": None, "time": None, "name": "a"}  # NaN and Infinity are no JSON, though Python reads them
+    assert json.loads((tmp_path / "t.json").read_text()) == {"sizes": [1, None], "rows": [row]}
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:

@@ -303,6 +303,7 @@ def test_a_stop_saves_and_the_next_run_goes_on(tmp_path: Path) -> None:
     first = only_run(tmp_path)
     results = json.loads((first / "results.json").read_text())
     assert results["stopped"]
+    assert results["accuracy"] is None  # it was not measured, for which JSON has no NaN
 
     epochs = results["epochs"] + 1
     done = run(tmp_path, "python", MNIST, *LONG, f"engine.epochs={epochs}", "engine.resume=true")

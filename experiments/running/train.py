@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -33,7 +32,7 @@ from minidist.launch import counted_ranks, detect
 from minidist.methods import Method
 from minidist.training.checkpoint import Checkpoints
 from minidist.training.optimisation import Optimisation
-from minidist.training.report import Report, Summary
+from minidist.training.report import Report, Summary, as_json
 from minidist.training.seed import seed_everything
 
 log = logging.getLogger(__name__)
@@ -179,4 +178,4 @@ def _write_results(directory: Path, summary: Summary, world_size: int, data_name
         "data": data_name,
         **asdict(summary),
     }
-    (directory / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+    (directory / RESULTS).write_text(as_json(results, indent=2) + "\n")
