@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -79,10 +78,6 @@ class LocalMethod(Method):
         self.comm = comm if self._worker is None else self._part(comm, self._worker.rank)
         self.pieces = make_pieces(trained(self._module), self.num_fragments, self._worker)
         self.begin_anew()
-
-    @property
-    def parts(self) -> Sequence[Communicator]:
-        return self._parts
 
     @final
     def close(self) -> None:
