@@ -87,7 +87,7 @@ def _loader(samples: Samples, checked: Config, comm: Communicator, train: bool) 
 
 def _replica(cfg: DictConfig, checked: Config, comm: Communicator, model: nn.Module) -> DistributedDataParallel:
     ddp = checked.ddp
-    hook = build(cfg.ddp.hook, "ddp.hook")
+    hook = method.hook(cfg)
     return DistributedDataParallel(
         model, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook, ddp.direct_gradients
     )

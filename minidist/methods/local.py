@@ -7,7 +7,7 @@ from abc import abstractmethod
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
@@ -54,6 +54,16 @@ class LocalMethod(Method):
                 f"ranks_per_worker is {self.ranks_per_worker}, which does not divide the number of ranks, {num_ranks}"
             )
         return None
+
+    def misfit(self, module: nn.Module) -> str | None:
+        """Return why it cannot do with a model, which may lie on the device meta; None if it can."""
+        num_parameters = len(trained(module))
+        if self.num_fragments <= num_parameters:
+            return None
+        return (
+            f"num_fragments is {self.num_fragments}, and there are {num_parameters} parameters to share out among "
+            "them; use fewer"
+        )
 
     @property
     def uses_hook(self) -> bool:
@@ -178,12 +188,8 @@ class LocalMethod(Method):
             raise ValueError(
                 f"{who}: the model is wrapped over {replica.comm}; wrap it over replica_comm(comm) of this method"
             )
-        num_parameters = len(trained(replica.module))
-        if self.num_fragments > num_parameters:
-            raise ConfigError(
-                f"{who}: num_fragments is {self.num_fragments}, and there are {num_parameters} parameters to share "
-                "out among them; use fewer"
-            )
+        if why := self.misfit(replica.module):
+            raise ConfigError(f"{who}: {why}")
 
     def _ensure_unchanged(self) -> None:
         known = {id(parameter) for piece in self.pieces for parameter in piece.named.values()}
