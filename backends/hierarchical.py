@@ -68,11 +68,13 @@ class HierarchicalCommunicator(Wrapper):
         self._make_intra = intra
         self._host = launch.host_id() if host is None else host
         self._where = where = Placement(inter.all_gather_object(self._host), self.rank)
+        splits = list(self.traffic.splits)
         neighbours = inter.split(where.host)
         assert neighbours is not None  # every rank is on a host
         self._inside = Level(_joined(neighbours, intra), where.here)
         lane = inter.split(where.local if where.local < where.num_lanes else None)
         self._across = None if lane is None else Level(lane, [ranks[where.local] for ranks in where.ranks_of])
+        self.traffic.splits[:] = splits  # what the levels send, `_collective` counts as sent here
 
     def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:
         return self._inside.comm.empty(shape, dtype, device)

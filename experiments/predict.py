@@ -146,7 +146,7 @@ def recommended(rows: Sequence[Row]) -> list[Row]:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="predict")
 def experiment(cfg: DictConfig) -> None:
     """Predict, measure, and print both; then predict what cannot be measured here."""
-    at_least(cfg, min_bytes=4, iterations=1, rounds=1, factor=2, batch_size=1, world_sizes=1, bucket_caps_mb=1)
+    at_least(cfg, min_bytes=4, iterations=1, rounds=1, factor=2, batch_size=1, world_sizes=1, bucket_caps_mb=1.0)
     at_least(cfg, max_bytes=cfg.min_bytes)
     with communicators([cfg.transport], "transport") as comms:
         (comm,) = comms.values()

@@ -257,6 +257,7 @@ class Communicator(Membership):
         if child is not None:
             mine = [rank for rank in by_key if answers[rank][0] == color]
             child.recorder.among(mine, self.recorder)
+            self.traffic.splits.append(child.traffic)
         return child
 
     def empty(self, shape: Shape, dtype: torch.dtype = torch.float32, device: Device = None) -> Tensor:

@@ -10,6 +10,7 @@ The sections ``comm``, ``model``, ``optim`` and ``method`` are open: whatever ``
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -211,13 +212,13 @@ SCHEMAS: dict[str, type] = {
 _OPEN_LIMITS: dict[str, Callable[[str, float], None]] = {
     "timeout_s": lambda key, value: _above(key, value, 0),
     "segment_bytes": lambda key, value: _at_least(key, value, 16),
-    "lr": lambda key, value: _above(key, value, 0),
-    "weight_decay": lambda key, value: _at_least(key, value, 0),
-    "momentum": lambda key, value: _at_least(key, value, 0),
+    "lr": lambda key, value: _above(key, _finite(key, value), 0),
+    "weight_decay": lambda key, value: _at_least(key, _finite(key, value), 0),
+    "momentum": lambda key, value: _at_least(key, _finite(key, value), 0),
     "width": lambda key, value: _at_least(key, value, 1),
     "depth": lambda key, value: _at_least(key, value, 1),
-    "outer_lr": lambda key, value: _above(key, value, 0),
-    "outer_momentum": lambda key, value: _at_least(key, value, 0),
+    "outer_lr": lambda key, value: _above(key, _finite(key, value), 0),
+    "outer_momentum": lambda key, value: _at_least(key, _finite(key, value), 0),
     "num_fragments": lambda key, value: _at_least(key, value, 1),
     "tau": lambda key, value: _at_least(key, value, 0),
     "period": lambda key, value: _at_least(key, value, 1),
@@ -305,6 +306,12 @@ def _at_least(key: str, value: float, least: float) -> None:
 def _above(key: str, value: float, bound: float) -> None:
     if not value > bound:
         raise ConfigError(f"{key} must be greater than {bound}, got {value}")
+
+
+def _finite(key: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise ConfigError(f"{key} must be finite, got {value}")
+    return value
 
 
 def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -85,7 +85,7 @@ class Engine:
             model.module, optimizer, optimisation.scheduler, self.position, self.tallies, self.method, model.hook
         )
         self.stop_signal = StopSignal()
-        self.roll_call = RollCall(comm, self.stop_signal, self.method.parts)
+        self.roll_call = RollCall(comm, self.stop_signal)
 
     def fit(self, train_loader: Loader, epochs: int, eval_loader: Iterable[Batch] | None = None) -> Summary:
         """Train until ``epochs`` epochs are complete, those before a resume included.

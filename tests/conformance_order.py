@@ -238,6 +238,7 @@ def check_a_large_message_moves_while_a_split_is_waited_for(comm: Communicator, 
 
 @needs(fresh=True)
 def check_split_nested_and_closed(comm: Communicator, meet: Callable[[], None]) -> None:
+    before = comm.traffic.with_splits().bytes, comm.traffic.bytes
     child = comm.split(0)
     grandchild = child.split(0, key=-child.rank)
     assert grandchild.broadcast_object(comm.rank, 0) == comm.world_size - 1
@@ -246,6 +247,8 @@ def check_split_nested_and_closed(comm: Communicator, meet: Callable[[], None]) 
     assert child.broadcast_object(comm.rank, 0) == 0
     child.close()
     assert comm.all_gather_object(comm.rank) == list(range(comm.world_size))
+    sent = comm.traffic.bytes - before[1] + child.traffic.bytes + grandchild.traffic.bytes
+    assert comm.traffic.with_splits().bytes - before[0] == sent
 
 
 # Everything at once ---------------------------------------------------------------------------

@@ -28,7 +28,7 @@ METHODS: dict[str, Make] = {
     "local_sgd": lambda: LocalSGD(PERIOD),
     "post_local_sgd": lambda: LocalSGD(PERIOD, local_after=4),
     "diloco": lambda: DiLoCo(PERIOD),
-    "streaming_diloco": lambda: StreamingDiLoCo(PERIOD, num_fragments=2, tau=1),
+    "streaming_diloco": lambda: StreamingDiLoCo(PERIOD, num_fragments=2, tau=2),  # one is in flight at each checkpoint
     "sparse_loco": lambda: SparseLoCo(PERIOD, fraction=0.2),
     "gossip": Gossip,
 }
@@ -200,11 +200,12 @@ def check_gossip_conserves_the_sum(comm: Communicator, graph: Graph, make: Calla
 def bytes_per_period(comm: Communicator, make: Make) -> int:
     """Return what this rank sends in a period, the third one, for a layer of 36 weights and 6 biases."""
     run = Run(comm, make(), model=nn.Linear(6, 6).double())
-    before = 0
+    sent = []
     for run.step in range(1, 3 * PERIOD + 1):
         run.on(lambda model: model(torch.ones(2, 6).double()).square().mean())
-        before = comm.traffic.bytes if run.step == 2 * PERIOD else before
-    return comm.traffic.bytes - before
+        run.method.state_dict()  # waits for what is in flight, and sends nothing
+        sent.append(comm.traffic.bytes)
+    return sent[-1] - sent[2 * PERIOD - 1]
 
 
 # Replicas -----------------------------------------------------------------------------------------

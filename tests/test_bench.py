@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -139,13 +140,21 @@ def test_a_wrong_choice_is_refused_with_what_there_is(given: object, message: st
     [
         ([4, 0], "world_sizes must be at least 1, got 0"),
         (0, "world_sizes must be at least 1, got 0"),
-        (["many"], "world_sizes must be a number of at least 1, got many"),
-        (True, "world_sizes must be a number of at least 1, got True"),
+        (["many"], "world_sizes must be a whole number of at least 1, got many"),
+        (True, "world_sizes must be a whole number of at least 1, got True"),
+        (2.5, "world_sizes must be a whole number of at least 1, got 2.5"),
+        (math.nan, "world_sizes must be a whole number of at least 1, got nan"),
     ],
 )
 def test_numbers_are_checked_alone_and_in_lists(given: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         at_least(DictConfig({"world_sizes": given}), world_sizes=1)
+
+
+def test_where_the_bound_is_a_float_so_may_be_what_is_given() -> None:
+    at_least(DictConfig({"caps": [1, 2.5]}), caps=1.0)
+    with pytest.raises(ConfigError, match=r"caps must be at least 1\.0, got nan"):
+        at_least(DictConfig({"caps": [math.nan]}), caps=1.0)
 
 
 @pytest.mark.timeout(300)
@@ -221,6 +230,9 @@ def test_files_hold_the_rows(tmp_path: Path) -> None:
     assert (tmp_path / "t.csv").read_text().split() == ["b", "2.5"]
     write_json(tmp_path / "t.json", {"about": "this"}, rows)
     assert json.loads((tmp_path / "t.json").read_text()) == {"about": "this", "rows": rows}
+    write_json(tmp_path / "t.json", {"sizes": (1, math.inf)}, [{"loss": math.nan, "time": -math.inf, "name": "a"}])
+    row = {"loss": None, "time": None, "name": "a"}  # NaN and Infinity are no JSON, though Python reads them
+    assert json.loads((tmp_path / "t.json").read_text()) == {"sizes": [1, None], "rows": [row]}
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:

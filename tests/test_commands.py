@@ -238,6 +238,15 @@ def check_sweep(directory: Path, stdout: str, jobs: list[tuple[str, int]]) -> No
             "error: comm.schedules.all_reduce=no.such.schedule cannot be imported: ",
         ),
         (("model._target_=no.such.model",), "error: model._target_=no.such.model cannot be imported: "),
+        (("ddp/hook=top_k", "ddp.hook.fraction=1.5"), "error: ddp.hook: TopK: fraction must be above 0 and at most 1,"),
+        (("ddp/hook=power_sgd", "ddp.hook.rank=0"), "error: ddp.hook: PowerSGD: rank must be a whole number of at le"),
+        (("method=diloco", "method.period=0"), "error: method.period must be at least 1, got 0"),
+        (("method=diloco", "method.outer_lr=inf"), "error: method.outer_lr must be finite, got inf"),
+        (
+            ("method=streaming_diloco", "method.num_fragments=9"),
+            "error: method: StreamingDiLoCo: num_fragments is 9, and there are 8 parameters",
+        ),
+        (("method=gossip", "launch.nproc=1"), "error: method: Gossip: there is nobody to tell with one worker; use mo"),
     ],
     ids=words,
 )
@@ -316,6 +325,7 @@ def test_a_stop_saves_and_the_next_run_goes_on(tmp_path: Path) -> None:
     first = only_run(tmp_path)
     results = json.loads((first / "results.json").read_text())
     assert results["stopped"]
+    assert results["accuracy"] is None  # it was not measured, for which JSON has no NaN
 
     epochs = results["epochs"] + 1
     done = run(tmp_path, "python", MNIST, *LONG, f"engine.epochs={epochs}", "engine.resume=true")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -352,7 +353,9 @@ def test_a_hook_serves_one_model() -> None:
     [
         (lambda: TopK(0), r"TopK: fraction must be above 0 and at most 1, got 0"),
         (lambda: RandomK(1.5), r"RandomK: fraction must be above 0 and at most 1, got 1.5"),
-        (lambda: PowerSGD(0), r"PowerSGD: rank must be at least 1, got 0"),
+        (lambda: PowerSGD(0), r"PowerSGD: rank must be a whole number of at least 1, got 0"),
+        (lambda: PowerSGD(1.5), r"PowerSGD: rank must be a whole number of at least 1, got 1.5"),
+        (lambda: PowerSGD(1, math.nan), r"min_compression_rate must be at least 0, got nan"),
         (lambda: PowerSGD(1, -1), r"min_compression_rate must be at least 0, got -1"),
         (lambda: Int8(12), r"Int8: block must be a positive multiple of 8, got 12"),
         (lambda: ErrorFeedback(RandomK(0.1)), r"RandomK scales up what it sends, .* use unbiased=False"),

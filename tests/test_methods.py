@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -290,10 +291,12 @@ def test_fragments_in_another_order_are_caught() -> None:
         on_threads(check, 2)
 
 
-@pytest.mark.parametrize("lost", ["hook", "outers"])
-def test_a_state_that_is_lost_at_a_resume_is_caught(lost: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lost", "name"), [("hook", "sparse_loco"), ("momentum", "diloco"), ("mean", "streaming_diloco")]
+)
+def test_a_state_that_is_lost_at_a_resume_is_caught(lost: str, name: str, tmp_path: Path) -> None:
     def make() -> Method:
-        method = SparseLoCo(PERIOD, 0.2) if lost == "hook" else DiLoCo(PERIOD)
+        method = METHODS[name]()
         load = method.load_state_dict
 
         def load_less(state: dict[str, Any]) -> None:
@@ -301,7 +304,9 @@ def test_a_state_that_is_lost_at_a_resume_is_caught(lost: str, tmp_path: Path) -
                 state["method"]["hook"] = {"errors": {}, "compressor": {}}
             else:
                 for outer in state["method"]["outers"]:
-                    outer["optimizer"]["state"] = {}
+                    outer.update(
+                        {"mean": None} if lost == "mean" else {"optimizer": {**outer["optimizer"], "state": {}}}
+                    )
             load(state)
 
         method.load_state_dict = load_less  # type: ignore[method-assign]
@@ -344,10 +349,16 @@ def test_fit_goes_on_from_the_replicas(tmp_path: Path) -> None:
         (lambda: DiLoCo(2.5), "DiLoCo: period must be a whole number, got 2.5"),
         (lambda: LocalSGD("8"), "LocalSGD: period must be a whole number, got '8'"),
         (lambda: Gossip(ranks_per_worker=1.5), "Gossip: ranks_per_worker must be a whole number, got 1.5"),
-        (lambda: DiLoCo(outer_lr=0), "DiLoCo: outer_lr must be greater than 0, got 0"),
-        (lambda: DiLoCo(outer_momentum=-1), "DiLoCo: outer_momentum must be at least 0, got -1"),
+        (lambda: DiLoCo(outer_lr=0), "DiLoCo: outer_lr must be greater than 0 and finite, got 0"),
+        (lambda: DiLoCo(outer_lr=math.inf), "DiLoCo: outer_lr must be greater than 0 and finite, got inf"),
+        (lambda: SparseLoCo(outer_lr=math.nan), "SparseLoCo: outer_lr must be greater than 0 and finite, got nan"),
+        (lambda: DiLoCo(outer_momentum=-1), "DiLoCo: outer_momentum must be at least 0 and below 1, got -1"),
+        (lambda: StreamingDiLoCo(outer_momentum=1), "outer_momentum must be at least 0 and below 1, got 1"),
+        (lambda: DiLoCo(outer_momentum=math.nan), "DiLoCo: outer_momentum must be at least 0 and below 1, got nan"),
         (lambda: DiLoCo(ranks_per_worker=0), "DiLoCo: ranks_per_worker must be at least 1, got 0"),
         (lambda: StreamingDiLoCo(4, tau=4), "StreamingDiLoCo: tau must be below period, 4, .* got 4"),
+        (lambda: StreamingDiLoCo(4, tau=-1), "StreamingDiLoCo: tau must be at least 0, got -1"),
+        (lambda: StreamingDiLoCo(mixing=math.nan), "mixing must be at least 0 and below 1, got nan"),
         (lambda: StreamingDiLoCo(num_fragments=0), "StreamingDiLoCo: num_fragments must be at least 1, got 0"),
         (lambda: StreamingDiLoCo(mixing=1), "StreamingDiLoCo: mixing must be at least 0 and below 1, got 1"),
         (lambda: SparseLoCo(fraction=0), "fraction must be above 0 and at most 1, got 0"),

@@ -397,7 +397,7 @@ def test_what_is_only_looked_at_takes_no_time(splits: bool) -> None:
     def job(comm: VirtualCommunicator) -> None:
         ours = comm.split(0) if splits else comm
         assert ours is not None
-        start, sent = comm.clock.now_s(), comm.bytes_with_splits
+        start, sent = comm.clock.now_s(), comm.traffic.with_splits().bytes
         work = ours.all_reduce(torch.ones(1000), async_op=True)
         begun = comm.clock.now_s()
         with comm.unwatched():
@@ -408,6 +408,6 @@ def test_what_is_only_looked_at_takes_no_time(splits: bool) -> None:
         assert comm.clock.now_s() - start == pytest.approx(begun - start + ring(4, 1000))
         ours.all_reduce(torch.ones(1000))
         assert comm.clock.now_s() - start == pytest.approx(begun - start + 2 * ring(4, 1000))
-        assert comm.bytes_with_splits - sent == 4 * 2 * 1000 * 3 / 2
+        assert comm.traffic.with_splits().bytes - sent == 4 * (2 * 1000 + 50_000) * 3 / 2
 
     ends(job, 4)

@@ -58,12 +58,6 @@ class VirtualRank(Wrapper):
         self.traffic = Traffic()  # whose seconds are virtual
         self.free_at: Times = np.zeros_like(place.clock.own.at)
         self._splits: list[VirtualRank] = []
-        self._unwatched_bytes = 0
-
-    @property
-    def bytes_with_splits(self) -> int:
-        """Bytes that this rank has sent over this communicator, its splits and theirs, but for `unwatched` ones."""
-        return sum(one.traffic.bytes for one in self._with_splits()) - self._unwatched_bytes
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
@@ -71,7 +65,6 @@ class VirtualRank(Wrapper):
         for one in self._with_splits():
             with self.place.turns.let_go():
                 super(VirtualRank, one)._dispatch(_nothing, False)
-        sent = self.bytes_with_splits
         hand = self.place.clock.computed()
         before = hand.at, hand.waited
         free = [(one, one.free_at) for one in self._with_splits()]
@@ -82,7 +75,6 @@ class VirtualRank(Wrapper):
             hand.at, hand.waited = before
             for one, free_at in free:
                 one.free_at = free_at
-            self._unwatched_bytes += self.bytes_with_splits - sent
 
     def _with_splits(self) -> Iterator[VirtualRank]:
         yield self

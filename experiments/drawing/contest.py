@@ -19,6 +19,9 @@ from experiments.measuring.verdict import Trials
 matplotlib.use("agg")
 COLUMNS = 3
 """Pictures beside each other."""
+MARK_EVERY = 4
+"""Tests from one mark of a line to the next."""
+MARKS = "so^vDP*X<>dph"
 PAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>{title}</title>
@@ -34,7 +37,7 @@ def draw_contest(path: Path, title: str, trials: Trials, networks: Sequence[str]
     Args:
         path: of the PNG file.
         title: above all.
-        trials: by method; the first one is black, beneath the others.
+        trials: by method; the first one is black, beneath the others, and each has a mark of its own.
         networks: in the order of the times of the trials.
         samples: of all ranks in a step.
         target: the loss to reach, a dotted line.
@@ -44,13 +47,14 @@ def draw_contest(path: Path, title: str, trials: Trials, networks: Sequence[str]
     axes = list(figure.subplots(rows, COLUMNS, sharey=True, squeeze=False).flat)
     for one in axes[2 + len(networks) :]:
         one.set_visible(False)
-    for (method, of_one), style in zip(trials.items(), _styles(), strict=False):
+    for index, ((method, of_one), style) in enumerate(zip(trials.items(), _styles(), strict=False)):
         loss = np.mean([trial.losses for trial in of_one], axis=0)
         seconds = np.mean([trial.seconds for trial in of_one], axis=0)
         sent = np.mean([trial.sent for trial in of_one], axis=0)
         over = [samples * of_one[0].steps, sent, *seconds.T]
         for one, values in zip(axes, over, strict=False):
-            one.plot(values, loss, label=method, **style)
+            # Each line has its marks at other tests than its neighbours: those that lie on each other are all seen.
+            one.plot(values, loss, label=method, markevery=(index % MARK_EVERY, MARK_EVERY), **style)
     names = ("samples", "bytes that a rank sent", *(f"seconds on {network}" for network in networks))
     for one, name in zip(axes, names, strict=False):
         one.set(xlabel=name, ylabel="test loss", xscale="linear" if name == "samples" else "log", yscale="log")
@@ -65,11 +69,12 @@ def draw_contest(path: Path, title: str, trials: Trials, networks: Sequence[str]
 
 
 def _styles() -> Iterator[dict[str, Any]]:
-    """Yield how each line looks: ten colours, whole, then dashed, and so on."""
-    yield {"color": "black", "linewidth": 3}
+    """Yield how each line looks: ten colours, whole, then dashed, and so on; and one of 13 marks."""
+    marks = itertools.cycle(MARKS)
+    yield {"color": "black", "linewidth": 3, "marker": next(marks), "markersize": 9}
     for dashes in itertools.cycle(("-", "--", "-.", ":")):
         for index in range(10):
-            yield {"color": f"C{index}", "linestyle": dashes}
+            yield {"color": f"C{index}", "linestyle": dashes, "marker": next(marks)}
 
 
 def write_contest_page(path: Path, title: str, texts: Mapping[str, str], pictures: Mapping[str, Path]) -> None:

@@ -12,6 +12,7 @@ Those that begin with ``optim`` or ``ddp/hook`` are of the whole configuration, 
 from __future__ import annotations
 
 import json
+import math
 import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -90,7 +91,7 @@ def _contender(name: str, settings: Mapping[str, Any], task: Sequence[str], num_
         raise ConfigError(f"methods: {title}: {' '.join(str(error).split())}") from error
     return Contender(
         title,
-        lambda: build(cfg.ddp.hook, "ddp.hook"),
+        lambda: method.hook(cfg),
         lambda: method.method(cfg),
         lambda replica: optim.optimizer(cfg, replica),
     )
@@ -98,7 +99,7 @@ def _contender(name: str, settings: Mapping[str, Any], task: Sequence[str], num_
 
 def _text(value: Any) -> str:
     """Return a setting as Hydra reads it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return str(value) if isinstance(value, str | float) else json.dumps(value)  # JSON's Infinity is not Hydra's
 
 
 def _chosen(name: str) -> tuple[list[str], str]:
@@ -148,9 +149,6 @@ def _check(cfg: DictConfig, num_ranks: int) -> None:
     config.check(cfg)
     optim.check(cfg)
     method.check(cfg, num_ranks)
-    made = build(cfg.ddp.hook, "ddp.hook")
-    if not callable(made):
-        raise ConfigError(f"ddp.hook makes {made!r}, which is no hook; a hook is called with (bucket, comm)")
 
 
 def network_of(name: str) -> Network:
@@ -173,6 +171,8 @@ def task_of(name: str, section: DictConfig, seed: int) -> Task:
         ConfigError: a setting is wrong.
     """
     at_least(section, steps=1, warmup=0, test_every=1)
+    if section.target is not None and not (isinstance(section.target, int | float) and 0 < section.target < math.inf):
+        raise ConfigError(f"target of {name} must be a loss greater than 0, or null, got {section.target}")
     cfg = hydra.compose("config", overrides=list(section.overrides))
     checked = config.check(cfg)
     with SerialCommunicator() as comm:

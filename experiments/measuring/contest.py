@@ -137,20 +137,24 @@ class _Run:
     def __init__(self, comm: VirtualCommunicator) -> None:
         self._comm = comm
         self._start, self._waited = comm.place.clock.times(), comm.place.clock.own.waited
-        self._sent = comm.bytes_with_splits
         self.steps: list[int] = []
         self.sent: list[int] = []
         self.seconds: list[Floats] = []
         self.tests: list[tuple[float, float, int]] = []
+        self.go_on()
 
     @property
     def waited(self) -> Floats:
         waited: Floats = self._comm.place.clock.own.waited - self._waited
         return waited
 
+    def go_on(self) -> None:
+        """Leave out what has been sent since the last note: it was for a test."""
+        self._sent_before = self._comm.traffic.with_splits().bytes - sum(self.sent[-1:])
+
     def note(self, step: int) -> None:
         self.steps.append(step)
-        self.sent.append(self._comm.bytes_with_splits - self._sent)
+        self.sent.append(self._comm.traffic.with_splits().bytes - self._sent_before)
         self.seconds.append(self._comm.place.clock.times() - self._start)
 
 
@@ -176,6 +180,7 @@ def _trained(task: Task, contender: Contender, method: Method, comm: VirtualComm
                 run.note(step)
                 with method.shown():
                     run.tests.append(_tested(task, replica.module, comm))
+                run.go_on()
     return run
 
 

@@ -43,16 +43,17 @@ def several(cfg: DictConfig, key: str, allowed: Sequence[str] | None = None) -> 
 
 
 def at_least(cfg: DictConfig, **least: float) -> None:
-    """Refuse settings that are too small, or no numbers, alone or in a list.
+    """Refuse settings that are too small, or no numbers, alone or in a list; whole ones where the bound is an int.
 
     Raises:
         ConfigError: naming the setting and what it has to be.
     """
     for key, bound in least.items():
         for value in several(cfg, key) if isinstance(cfg[key], ListConfig) else [cfg[key]]:
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ConfigError(f"{key} must be a number of at least {bound}, got {value}")
-            if value < bound:
+            if isinstance(value, bool) or not isinstance(value, int if isinstance(bound, int) else int | float):
+                kind = "whole number" if isinstance(bound, int) else "number"
+                raise ConfigError(f"{key} must be a {kind} of at least {bound}, got {value}")
+            if not value >= bound:
                 raise ConfigError(f"{key} must be at least {bound}, got {value}")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +59,7 @@ def run(cfg: DictConfig) -> float:
     accuracy = on_ranks(cfg, train)
     if accuracy is None:
         results = json.loads((_output_dir() / RESULTS).read_text())
-        accuracy = float(results["accuracy"])
+        accuracy = math.nan if results["accuracy"] is None else float(results["accuracy"])
     return accuracy
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from minidist.training.report import as_json
 
 Row = Mapping[str, Any]
 
@@ -44,5 +45,5 @@ def write_csv(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
 
 
 def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Write every row, and beside them what they are ``about``."""
-    path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    """Write every row, and beside them what they are ``about``; null stands for what is not finite."""
+    path.write_text(as_json({**about, "rows": rows}, indent=1) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -33,7 +32,7 @@ from minidist.launch import counted_ranks, detect
 from minidist.methods import Method
 from minidist.training.checkpoint import Checkpoints
 from minidist.training.optimisation import Optimisation
-from minidist.training.report import Report, Summary
+from minidist.training.report import Report, Summary, as_json
 from minidist.training.seed import seed_everything
 
 log = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ def _loader(samples: Samples, checked: Config, comm: Communicator, train: bool) 
 
 def _replica(cfg: DictConfig, checked: Config, comm: Communicator, model: nn.Module) -> DistributedDataParallel:
     ddp = checked.ddp
-    hook = build(cfg.ddp.hook, "ddp.hook")
+    hook = method.hook(cfg)
     return DistributedDataParallel(
         model, comm, ddp.bucket_cap_mb, ddp.broadcast_buffers, ddp.find_unused_parameters, hook, ddp.direct_gradients
     )
@@ -179,4 +178,4 @@ def _write_results(directory: Path, summary: Summary, world_size: int, data_name
         "data": data_name,
         **asdict(summary),
     }
-    (directory / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+    (directory / RESULTS).write_text(as_json(results, indent=2) + "\n")

@@ -53,6 +53,7 @@ class Source:
         kind: the class in torchvision.datasets.
         folder: what it makes in the data directory.
         url: an address that answers where a download can work.
+        shape: of an image.
         mean, std: of the pixels of each channel, from 0 to 1.
         augment: whether to shift and mirror the images.
         substitute: the data to take where this cannot be had.
@@ -61,6 +62,7 @@ class Source:
     kind: str
     folder: str
     url: str
+    shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: bool
@@ -75,12 +77,20 @@ class Source:
 
 SOURCES = {
     "mnist": Source(
-        "MNIST", "MNIST", "https://ossci-datasets.s3.amazonaws.com/mnist/", (0.1307,), (0.3081,), False, "digits"
+        "MNIST",
+        "MNIST",
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        (1, 28, 28),
+        (0.1307,),
+        (0.3081,),
+        False,
+        "digits",
     ),
     "fashion_mnist": Source(
         "FashionMNIST",
         "FashionMNIST",
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        (1, 28, 28),
         (0.2860,),
         (0.3530,),
         False,
@@ -90,6 +100,7 @@ SOURCES = {
         "CIFAR10",
         "cifar-10-batches-py",
         "https://www.cs.toronto.edu/~kriz/cifar.html",
+        (3, 32, 32),
         (0.4914, 0.4822, 0.4465),
         (0.2470, 0.2435, 0.2616),
         True,
@@ -97,6 +108,15 @@ SOURCES = {
     ),
 }
 NAMES = (*SOURCES, "digits", "synthetic", "stdlib")
+
+
+def sizes_of(config: DataConfig) -> tuple[tuple[int, ...], int]:
+    """Return the shape of a sample and the number of classes, also of what stands in for the data, without a look."""
+    if isinstance(config, SyntheticConfig):
+        return tuple(config.shape), config.num_classes
+    if isinstance(config, TextConfig):
+        return (config.context,), NUM_CHARACTERS
+    return SOURCES[config.name].shape if config.name in SOURCES else (1, 28, 28), 10
 
 
 def load(config: DataConfig, comm: Communicator, seed: int) -> Data:

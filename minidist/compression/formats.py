@@ -25,7 +25,7 @@ class Format(ABC):
     bits = 8
 
     def __init__(self, block: int) -> None:
-        if block < 8 or block % 8:
+        if not isinstance(block, int) or block < 8 or block % 8:
             raise ValueError(f"{type(self).__name__}: block must be a positive multiple of 8, got {block}")
         self.block = block
 

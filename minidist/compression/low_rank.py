@@ -37,9 +37,9 @@ class PowerSGD(Compressor):
 
     def __init__(self, rank: int = 2, min_compression_rate: float = 2.0, seed: int = 0) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"PowerSGD: rank must be at least 1, got {rank}")
-        if min_compression_rate < 0:
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"PowerSGD: rank must be a whole number of at least 1, got {rank}")
+        if not min_compression_rate >= 0:
             raise ValueError(f"PowerSGD: min_compression_rate must be at least 0, got {min_compression_rate}")
         self.rank = rank
         self.min_compression_rate = min_compression_rate

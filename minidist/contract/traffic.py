@@ -1,6 +1,8 @@
 """What a communicator has moved so far."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
@@ -14,12 +16,24 @@ class Traffic:
         seconds: time that operations ran, in the background or not.
         blocked_seconds: time that the caller spent waiting for them; the difference to ``seconds``
             was hidden behind other work. On nccl both hold only the time spent on the host.
+        splits: those of the communicators that were split off this one.
     """
 
     messages: int = 0
     bytes: int = 0
     seconds: float = 0.0
     blocked_seconds: float = 0.0
+    splits: list[Traffic] = field(default_factory=list)
+
+    def with_splits(self) -> Traffic:
+        """Return the sum of this, of what was split off, and of what was split off that."""
+        whole = Traffic(self.messages, self.bytes, self.seconds, self.blocked_seconds)
+        for split in self.splits:
+            other = split.with_splits()
+            whole.count(other.bytes, other.messages)
+            whole.seconds += other.seconds
+            whole.blocked_seconds += other.blocked_seconds
+        return whole
 
     def count(self, nbytes: int, messages: int = 1) -> None:
         """Add messages of ``nbytes`` together."""

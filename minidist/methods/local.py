@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
@@ -56,6 +55,16 @@ class LocalMethod(Method):
             )
         return None
 
+    def misfit(self, module: nn.Module) -> str | None:
+        """Return why it cannot do with a model, which may lie on the device meta; None if it can."""
+        num_parameters = len(trained(module))
+        if self.num_fragments <= num_parameters:
+            return None
+        return (
+            f"num_fragments is {self.num_fragments}, and there are {num_parameters} parameters to share out among "
+            "them; use fewer"
+        )
+
     @property
     def uses_hook(self) -> bool:
         return self.ranks_per_worker > 1
@@ -79,10 +88,6 @@ class LocalMethod(Method):
         self.comm = comm if self._worker is None else self._part(comm, self._worker.rank)
         self.pieces = make_pieces(trained(self._module), self.num_fragments, self._worker)
         self.begin_anew()
-
-    @property
-    def parts(self) -> Sequence[Communicator]:
-        return self._parts
 
     @final
     def close(self) -> None:
@@ -183,12 +188,8 @@ class LocalMethod(Method):
             raise ValueError(
                 f"{who}: the model is wrapped over {replica.comm}; wrap it over replica_comm(comm) of this method"
             )
-        num_parameters = len(trained(replica.module))
-        if self.num_fragments > num_parameters:
-            raise ConfigError(
-                f"{who}: num_fragments is {self.num_fragments}, and there are {num_parameters} parameters to share "
-                "out among them; use fewer"
-            )
+        if why := self.misfit(replica.module):
+            raise ConfigError(f"{who}: {why}")
 
     def _ensure_unchanged(self) -> None:
         known = {id(parameter) for piece in self.pieces for parameter in piece.named.values()}

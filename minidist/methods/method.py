@@ -16,7 +16,7 @@ A *worker* is the ranks that have one replica between them and average its gradi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self, final
 
@@ -63,11 +63,6 @@ class Method(ABC):
             ValueError: the model is wrapped over other ranks, or the method cannot do with what it is given.
             RuntimeError: it has served another training.
         """
-
-    @property
-    def parts(self) -> Sequence[Communicator]:
-        """The communicators that it has made, which count what it and the replica send there."""
-        return ()
 
     def close(self) -> None:
         """Close the communicators that it has made; closing twice is fine."""

@@ -12,6 +12,7 @@ The pseudo-gradients travel through a hook, as gradients do: whole, cast or comp
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -108,10 +109,10 @@ class OuterMethod(LocalMethod):
         super().__init__(num_fragments, ranks_per_worker)
         name = type(self).__name__
         ensure_count(name, "period", period, 1)
-        if not outer_lr > 0:
-            raise ValueError(f"{name}: outer_lr must be greater than 0, got {outer_lr}")
-        if not outer_momentum >= 0:
-            raise ValueError(f"{name}: outer_momentum must be at least 0, got {outer_momentum}")
+        if not 0 < outer_lr < math.inf:
+            raise ValueError(f"{name}: outer_lr must be greater than 0 and finite, got {outer_lr}")
+        if not 0 <= outer_momentum < 1:
+            raise ValueError(f"{name}: outer_momentum must be at least 0 and below 1, got {outer_momentum}")
         self.period = period
         self.outer_lr = outer_lr
         self.outer_momentum = outer_momentum

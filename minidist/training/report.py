@@ -6,10 +6,10 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -134,12 +134,24 @@ class Report:
 
     def _record(self, position: Position, **metrics: float) -> None:
         if self._directory is not None:
-            known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             with open(self._directory / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"epoch": position.epoch, "step": position.step, **known}) + "\n")
+                file.write(as_json({"epoch": position.epoch, "step": position.step, **metrics}) + "\n")
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, position.step)
+
+
+def as_json(what: Any, indent: int | None = None) -> str:
+    """Return JSON that any program reads: null for a number that is not finite, which JSON cannot spell."""
+    return json.dumps(_finite(what), indent=indent, allow_nan=False)
+
+
+def _finite(what: Any) -> Any:
+    if isinstance(what, Mapping):
+        return {name: _finite(value) for name, value in what.items()}
+    if isinstance(what, list | tuple):
+        return [_finite(value) for value in what]
+    return None if isinstance(what, float) and not math.isfinite(what) else what
 
 
 def _speed(tally: Tally) -> dict[str, float]:

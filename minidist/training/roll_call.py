@@ -15,8 +15,6 @@ same number of steps to go::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -34,16 +32,15 @@ class RollCall:
     Args:
         comm: the ranks that train.
         stop_signal: says whether this rank was asked to stop.
-        parts: of the ranks, over which training communicates besides.
 
     Attributes:
         stopping: whether some rank was asked to stop; the same on all ranks.
     """
 
-    def __init__(self, comm: Communicator, stop_signal: StopSignal, parts: Sequence[Communicator] = ()) -> None:
+    def __init__(self, comm: Communicator, stop_signal: StopSignal) -> None:
         self._comm = comm
         self._stop_signal = stop_signal
-        self._own = OwnTally(comm, parts)
+        self._own = OwnTally(comm)
         self._first_bad_step = FirstBadStep()
         self.stopping = False
         self._last_step = 0

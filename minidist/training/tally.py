@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -103,13 +102,11 @@ class OwnTally:
     """This rank's steps since it was last drained; adding to it waits for no device.
 
     Args:
-        comm: what training waits for; its clock counts.
-        parts: of its ranks, for which training waits besides.
+        comm: what training waits for, and its splits; its clock counts.
     """
 
-    def __init__(self, comm: Communicator, parts: Sequence[Communicator] = ()) -> None:
+    def __init__(self, comm: Communicator) -> None:
         self._comm = comm
-        self._traffics = [comm.traffic, *(part.traffic for part in parts)]
         self._loss_sum = torch.zeros((), dtype=torch.float64)
         self._num_samples = 0
         self._sent_before = self._sent
@@ -152,8 +149,8 @@ class OwnTally:
 
     @property
     def _sent(self) -> int:
-        return sum(traffic.bytes for traffic in self._traffics)
+        return self._comm.traffic.with_splits().bytes
 
     @property
     def _blocked(self) -> float:
-        return sum(traffic.blocked_seconds for traffic in self._traffics)
+        return self._comm.traffic.with_splits().blocked_seconds
