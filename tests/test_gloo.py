@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.gloo_ranks import others
-from tests.harness import run_forked
+from tests.harness import ROOT, run_forked
 
 
 def run_ranks(what: str, kind: str, tmp_path: Path, world_size: int) -> list[str]:
@@ -56,3 +59,39 @@ def test_what_is_given_up_is_named_with_its_line(tmp_path: Path) -> None:
         lines[0],
     ), lines
     assert lines[1].startswith("CommTimeoutError: [rank 0/2] barrier: unusable since [rank 0/2] all_reduce: not every")
+
+
+BACK_AT_THE_END = """
+import gc, threading, time
+import torch.distributed as dist
+from minidist.contract.library_wait import library_wait
+
+def end(phase, info):  # called when the ending interpreter collects garbage
+    if phase == "start":
+        print("ends", flush=True)
+        store.set("key", "value")
+        time.sleep(1)
+
+def wait():
+    began.set()
+    {call}(store.get, "key")
+
+began, store = threading.Event(), dist.HashStore()
+threading.Thread(target=wait, daemon=True).start()
+began.wait()
+time.sleep(0.5)
+gc.collect()
+gc.disable()
+gc.callbacks.append(end)
+gc.enable()
+"""
+
+
+@pytest.mark.parametrize("call", ["library_wait", pytest.param("(lambda wait, key: wait(key))", id="alone")])
+def test_a_thread_that_comes_back_from_a_library_does_not_take_the_ending_process_along(call: str) -> None:
+    """As one that was left behind in Gloo does, where the interpreter takes a while to end; alone it does."""
+    command = [sys.executable, "-c", BACK_AT_THE_END.format(call=call)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    aborts = call != "library_wait" and sys.version_info < (3, 14)
+    assert done.returncode == (-signal.SIGABRT if aborts else 0), done.stderr
+    assert done.stdout.startswith("ends")

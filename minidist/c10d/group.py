@@ -16,6 +16,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.contract.carriers import bytes_of
+from minidist.contract.library_wait import library_wait
 from minidist.errors import CommClosedError, CommError, CommTimeoutError
 
 OPS = {
@@ -165,7 +166,7 @@ class _Message(Work):
 
     def _await(self, ended: Future[None]) -> None:
         try:
-            self._work.wait(self._timeout)
+            library_wait(self._work.wait, self._timeout)
         except BaseException as error:  # whatever it is belongs to the one who waits
             ended.set_exception(error)
         else:
