@@ -39,7 +39,7 @@ from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.contract.call_site import CallSite, call_site
 from minidist.contract.checks import spell
 from minidist.contract.recorder import BLOCK
-from minidist.errors import CommError, CommTimeoutError, MismatchError
+from minidist.errors import CommError, MismatchError
 
 WORDS_BYTES = 512
 ROLL = 0x9E3779B97F4A7C15
@@ -165,11 +165,8 @@ class CheckedCommunicator(Wrapper):
             *given, timeout_s = args
             deadline = Deadline(timeout_s)
             call = described(name, given, site) if asked is None else asked
-            try:
-                self._compare(call, deadline)
-                run(*given, deadline.left_s)
-            except CommTimeoutError as error:
-                raise CommTimeoutError(f"{error}; this rank calls {call.what} {call.where}") from error
+            self._compare(call, deadline)
+            run(*given, deadline.left_s)
 
         return checked
 

@@ -51,6 +51,7 @@ def same(ours: list[list[Tensor]], theirs: list[list[Tensor]]) -> bool:
     return bool(pairs) and all(torch.equal(a, b) for a, b in pairs)
 
 
+SPECS = ["shm", *(pytest.param(spec, marks=pytest.mark.slow) for spec in ("ring/gloo", "checked/gloo"))]
 OF_2_RANKS = [
     "training.zero_redundancy",
     "training.power_sgd",
@@ -110,13 +111,13 @@ def test_a_borrowed_group_has_the_bitwise_operations(world: World) -> None:
         ]
 
 
-@pytest.mark.parametrize("spec", ["shm", pytest.param("ring/gloo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("program", OF_2_RANKS)
 def test_a_stock_program_computes_as_over_gloo(world: World, program: str, spec: str) -> None:
     assert same(world(program, spec), world(program, "torch"))
 
 
-@pytest.mark.parametrize("spec", ["shm", pytest.param("ring/gloo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("program", OF_4_RANKS)
 def test_a_stock_program_of_4_ranks_computes_as_over_gloo(world: World, program: str, spec: str) -> None:
     assert same(world(program, spec, 4), world(program, "torch", 4))

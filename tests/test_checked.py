@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from minidist.ddp import DistributedDataParallel
 from minidist.errors import CommTimeoutError, MismatchError
 from minidist.gradients.buckets import Bucket
 from tests import checked_ranks
-from tests.c10d_programs import mismatches
+from tests.c10d_programs import mismatches, sharded_mismatches
 from tests.c10d_worlds import run_program
 from tests.checked_ranks import MISTAKES, at
 from tests.harness import ROOT, command, run_command, run_forked
@@ -168,7 +169,7 @@ def test_turns_in_two_functions_are_right_where_it_is_said() -> None:
     spawn_threads(job, 2)
 
 
-def test_a_timeout_tells_what_the_rank_has_called() -> None:
+def test_a_timeout_tells_once_what_the_rank_has_called() -> None:
     def job() -> str:
         with ThreadCommunicator(timeout_s=20) as transport:
             comm = CheckedCommunicator(transport)
@@ -181,9 +182,9 @@ def test_a_timeout_tells_what_the_rank_has_called() -> None:
             transport.recv(torch.ones(1), 0) if transport.rank == 1 else None
             return message
 
-    assert re.search(
-        r"no answer from rank 1 .*; this rank calls barrier at .*test_checked.py:\d+;", spawn_threads(job, 2)[0]
-    )
+    said = spawn_threads(job, 2)[0]
+    assert re.search(r"has not called barrier #\d+, which rank 0 waits for at \S*test_checked.py:\d+ since", said), said
+    assert " calls " not in said
 
 
 def test_a_job_in_another_thread_is_placed_where_it_was_given() -> None:
@@ -259,34 +260,56 @@ def test_a_hook_that_raises_leaves_no_word_of_its_bucket_behind() -> None:
 
 
 IN_STOCK = {
-    "shape": (r"broadcast of float32 \[12\] with root 0", r"broadcast of float32 \[11\] with root 0"),
-    "dtype": (r"all_reduce of int64 \[1\] with op SUM", r"all_reduce of float32 \[1\] with op SUM"),
-    "op": (r"all_reduce of float32 \[3\] with op MAX", r"all_reduce of float32 \[3\] with op SUM"),
-    "order": (r"all_reduce of float32 \[10\] with op SUM", r"all_reduce of float32 \[1\] with op SUM"),
-    "collective": (r"barrier", r"all_reduce of float32 \[3\] with op SUM"),
+    "shape": ("broadcast of float32 [12] with root 0 <shape>", "broadcast of float32 [11] with root 0 <shape>"),
+    "dtype": ("all_reduce of int64 [1] with op SUM <dtype>", "all_reduce of float32 [1] with op SUM <dtype>"),
+    "op": ("all_reduce of float32 [3] with op MAX <op>", "all_reduce of float32 [3] with op SUM <op>"),
+    "order": ("all_reduce of float32 [10] with op SUM <order>", "all_reduce of float32 [1] with op SUM <order>"),
+    "collective": ("barrier <collective: rank 1>", f"{SUM} <collective: rank 0>"),
 }
-"""What rank 1 calls, and rank 0."""
+"""What rank 1 calls, and rank 0, with the marks of their lines."""
+IN_SHARDED = {
+    "shape": ("all_gather of float32 [15] <shape>", "all_gather of float32 [10] <shape>"),
+    "dtype": ("all_gather of bfloat16 [10] <dtype>", "all_gather of float32 [10] <dtype>"),
+    "op": ("reduce_scatter of float32 [10] with op SUM <op>", "reduce_scatter of float32 [10] with op AVG <op>"),
+    "order": (
+        "all_gather of float32 [10] <order: second> and then <order: first>",
+        "all_gather of float32 [10] <order: first> and then <order: second>",
+    ),
+    "collective": (
+        "reduce_scatter of float32 [10] with op AVG <collective: rank 1>",
+        "all_reduce of float32 [] with op SUM <collective: rank 0>",
+    ),
+}
+"""The same of a model that FSDP2 shards."""
 
 
-def test_the_six_mistakes_are_named_in_stock_programs(tmp_path: Path) -> None:
-    file = mismatches.__file__
-    ranks = run_program("mismatches.all_six", "checked/gloo", 2, tmp_path)
+@pytest.mark.parametrize(
+    ("program", "calls", "alone"),
+    [
+        (mismatches, IN_STOCK, "all_reduce"),
+        pytest.param(sharded_mismatches, IN_SHARDED, "all_gather", marks=pytest.mark.slow),
+    ],
+    ids=["ddp", "fsdp2"],
+)
+def test_the_six_mistakes_are_named_in_stock_programs(
+    program: ModuleType, calls: dict[str, tuple[str, str]], alone: str, tmp_path: Path
+) -> None:
+    def with_lines(text: str) -> str:
+        text = re.sub("<(.*?)>", lambda mark: f"at {at(mark[1], str(program.__file__))}", text)
+        return text.replace(f"{ROOT}/", "")
+
+    ranks = run_program(f"{program.__name__.rpartition('.')[2]}.all_six", "checked/gloo", 2, tmp_path)
     for said in ranks:
-        for name, (of_1, of_0) in IN_STOCK.items():
-            lines = [at(f"{name}: rank {rank}" if name == "collective" else name, file) for rank in (1, 0)]
-            line_of_1, line_of_0 = (re.escape(line.removeprefix(f"{ROOT}/")) for line in lines)
-            assert re.search(
-                rf"MismatchError: .*: rank 1 calls {of_1} at \S*{line_of_1}; rank 0 calls {of_0} at \S*{line_of_0}; ",
-                said[name],
-            ), said[name]
-    alone = re.escape(at("missing rank", file).removeprefix(f"{ROOT}/"))
-    told = ranks[0]["missing_rank"]
+        for name, (of_1, of_0) in calls.items():
+            assert said[name].startswith("MismatchError: [rank ")
+            named = with_lines(f": rank 1 calls {of_1}; rank 0 calls {of_0}; ")
+            assert named in said[name].replace(f"{ROOT}/", ""), said[name]
+    missed = with_lines("<missing rank>")
     assert re.search(
-        rf"CommTimeoutError: .*; this rank calls {IN_STOCK['collective'][1]} at \S*{alone}; "
-        rf"rank 1 is at \S*mismatches.py:\d+ and has not called all_reduce #\d+, "
-        rf"which rank 0 waits for at \S*{alone} since",
-        told,
-    ), told
+        rf"CommTimeoutError: .*; rank 1 is at \S*mismatches.py:\d+ and has not called {alone} #\d+, "
+        rf"which rank 0 waits for {re.escape(missed)} since",
+        ranks[0]["missing_rank"].replace(f"{ROOT}/", ""),
+    ), ranks[0]["missing_rank"]
 
 
 def test_a_mistake_in_a_stock_program_is_named_with_its_line(tmp_path: Path) -> None:

@@ -317,8 +317,7 @@ class Membership(ABC):
         if self.world_size == 1 or not self.recorder.explains or self._closed:
             return said
         if self._is_explained(failure):
-            found = records.ask(self.recorder, isinstance(failure, MismatchError), self._gone())
-            said = "; ".join([said, *found])
+            said = records.explained(failure, entry, self.recorder, self._gone())
         # Not twice: most often what the ranks say when they are asked tells it, too.
         return said if entry is None or entry.where in said else f"{said}; rank {self.rank} calls {entry}"
 

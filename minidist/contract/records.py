@@ -24,7 +24,8 @@ from typing import Any, Self
 
 from minidist.contract.diagnosis import diagnose, differences
 from minidist.contract.forks import only_here
-from minidist.contract.recorder import NUM_ENTRIES, Recorder, recorders
+from minidist.contract.recorder import NUM_ENTRIES, Entry, Recorder, recorders
+from minidist.errors import CommError, MismatchError
 
 FORMAT = "minidist records 1"
 ANSWER_S = 2.0
@@ -91,16 +92,22 @@ def _as_json(recorder: Recorder) -> dict[str, Any]:
     }
 
 
-def ask(recorder: Recorder, differ: bool, gone: Iterable[int]) -> list[str]:
-    """Ask the other ranks how far they have come, which may take ANSWER_S, and say what follows.
+def explained(failure: CommError, entry: Entry | None, recorder: Recorder, gone: Iterable[int]) -> str:
+    """Ask the other ranks how far they have come, which may take ANSWER_S, and return what the failure comes to.
 
     Args:
+        failure: a MismatchError is only about what ranks call that do not call the same.
+        entry: what failed, if that is known.
         recorder: of the rank that asks.
-        differ: only what ranks call that do not call the same.
         gone: the ranks that are not expected to answer.
     """
     recorder.heard = standings = recorder.ask(ANSWER_S)
-    return differences(standings) if differ else diagnose(standings, range(recorder.world_size), gone)
+    if not isinstance(failure, MismatchError):
+        return "; ".join([str(failure), *diagnose(standings, range(recorder.world_size), gone)])
+    found = differences(standings)
+    # Of collectives that differ a transport has seen some message, or the same calls without their lines.
+    is_seen = found and entry is not None and entry.number is not None
+    return "; ".join(found if is_seen else [str(failure), *found])
 
 
 def ask_and_write(why: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -53,22 +53,21 @@ def missing_rank(group: Any) -> None:
         store.wait(["rank 0 has given up"], timedelta(seconds=60))
 
 
-MISTAKES: dict[str, Callable[[Any], None]] = {
-    each.__name__: each for each in (shape, dtype, op, order, collective, missing_rank)
-}
-
-
 def all_six(folder: Path) -> Any:
+    return told([shape, dtype, op, order, collective, missing_rank])
+
+
+def told(mistakes: Sequence[Callable[[Any], None]]) -> dict[str, str]:
     """Make each mistake on a group of its own, and return what this rank is told."""
     store = dist.distributed_c10d._get_default_store()
     said = {}
-    for name, mistake in MISTAKES.items():
+    for mistake in mistakes:
         group = dist.new_group(timeout=SOON)
         try:
             mistake(group)
-            said[name] = "nothing"
+            said[mistake.__name__] = "nothing"
         except RuntimeError as error:
-            said[name] = f"{type(error).__name__}: {error}"
+            said[mistake.__name__] = f"{type(error).__name__}: {error}"
     if dist.get_rank() == 0:
         store.set("rank 0 has given up", "")
     return said
