@@ -31,7 +31,6 @@ from minidist.communicator import ReduceOp, Work
 from minidist.contract.addresses import LOOPBACK
 from minidist.contract.carriers import bytes_of
 from minidist.contract.forks import kept_in_forks, never_destroy
-from minidist.contract.library_wait import library_wait
 from minidist.contract.place import Place, from_everyone
 from minidist.errors import CommClosedError, CommError, CommTimeoutError
 
@@ -192,7 +191,7 @@ class GlooCommunicator(TorchDistCommunicator):
     def wait_for(self, work: Any, timeout_s: float, peer: int | None = None) -> None:
         started = time.monotonic()
         try:
-            library_wait(work.wait, timedelta(seconds=timeout_s))
+            work.wait(timedelta(seconds=timeout_s))
         except RuntimeError as error:
             # A rank whose time is up closes its connections, which can reach us before our own time is up.
             if time.monotonic() - started > 0.8 * timeout_s:

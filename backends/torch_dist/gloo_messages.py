@@ -14,6 +14,7 @@ from torch import Tensor
 from backends.contact import ContactLostError
 from backends.deadline import Deadline
 from minidist.communicator import Work
+from minidist.contract.library_wait import waits_in_library
 from minidist.errors import CommError
 
 LEFT_S = 0.5
@@ -79,7 +80,7 @@ class GlooMessage(Work):
         if self._ended is None:
             self._ended = Future()
             self._comm.waited_for.add(self)
-            threading.Thread(target=self._await, args=(self._ended,), daemon=True).start()
+            waits_in_library(threading.Thread(target=self._await, args=(self._ended,), daemon=True)).start()
         return self._ended
 
     def _await(self, ended: Future[None]) -> None:

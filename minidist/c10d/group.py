@@ -16,7 +16,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from minidist.communicator import Communicator, ReduceOp, Work
 from minidist.contract.carriers import bytes_of
-from minidist.contract.library_wait import library_wait
+from minidist.contract.library_wait import waits_in_library
 from minidist.errors import CommClosedError, CommError, CommTimeoutError
 
 OPS = {
@@ -161,12 +161,12 @@ class _Message(Work):
             return True
         if self._ended is None:
             self._ended = ended = Future[None]()
-            threading.Thread(target=self._await, args=(ended,), daemon=True).start()
+            waits_in_library(threading.Thread(target=self._await, args=(ended,), daemon=True)).start()
         return self._ended.done()
 
     def _await(self, ended: Future[None]) -> None:
         try:
-            library_wait(self._work.wait, self._timeout)
+            self._work.wait(self._timeout)
         except BaseException as error:  # whatever it is belongs to the one who waits
             ended.set_exception(error)
         else:

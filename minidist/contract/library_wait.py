@@ -15,37 +15,30 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import weakref
 
-P = ParamSpec("P")
-R = TypeVar("R")
-_inside: dict[int, None] = {}  # threads; each puts in and takes out itself, at once, so that no lock is needed
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
-def library_wait(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Return ``call(*args)``, which waits inside of a library, maybe still when the interpreter ends."""
-    me = threading.get_ident()
-    _inside[me] = None
-    try:
-        return call(*args, **kwargs)
-    finally:
-        _inside.pop(me, None)
+def waits_in_library(thread: threading.Thread) -> threading.Thread:
+    """Return a thread that waits inside of a library, maybe still when the interpreter ends."""
+    _threads.add(thread)
+    return thread
 
 
 def _hang() -> None:
-    """Keep those who wait now from coming back. None of them has the GIL, as this thread has it."""
-    left = [thread for thread in _inside if thread != threading.get_ident()]
+    """Keep those that wait now from coming back. None of them has the GIL, as this thread has it."""
+    left = [thread.ident for thread in _threads if thread.is_alive() and thread.ident is not None]
     if not left or sys.version_info >= (3, 14) or not hasattr(signal, "SIGRTMAX"):
         return
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
     libc.signal(signal.SIGRTMAX, ctypes.cast(libc.pause, ctypes.c_void_p))
-    for thread in left:
+    for ident in left:
         with contextlib.suppress(OSError):  # it has just ended
-            signal.pthread_kill(thread, signal.SIGRTMAX)
+            signal.pthread_kill(ident, signal.SIGRTMAX)
 
 
 # Registered when this is imported, so it runs after what users of it have registered, and what they end by themselves.
 atexit.register(_hang)
-os.register_at_fork(after_in_child=_inside.clear)
+os.register_at_fork(after_in_child=_threads.clear)

@@ -15,6 +15,7 @@ from concurrent.futures import Future, InvalidStateError
 from typing import final
 
 from minidist.contract.forks import Maker, only_here
+from minidist.contract.library_wait import waits_in_library
 from minidist.contract.opaque import opaque_methods
 from minidist.contract.traffic import Traffic
 
@@ -225,6 +226,8 @@ class Progress:
         """
         left = list(self._open)
         self.is_left_behind = self.is_left_behind or bool(left)
+        if left and self._thread is not None:
+            waits_in_library(self._thread)
         for future in left:
             with contextlib.suppress(InvalidStateError):  # it has ended by itself
                 future.set_exception(error())
