@@ -45,11 +45,7 @@ def run(rank: int, what: str, address: str, port: int) -> None:
             except CommError as error:
                 print(f"rank 0: {error}\n", end="", flush=True)
         return
-    use(MAKE[what]())
-
-
-def use(comm: Communicator) -> None:
-    with comm:
+    with MAKE[what]() as comm:
         comm.all_reduce(total := torch.ones(10_000))
         child = comm.split(0)
         assert child is not None

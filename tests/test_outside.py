@@ -10,6 +10,7 @@ import pytest
 from tests.harness import run_command
 
 SOME = "values or split or timeout or rank_is_named"
+"""What is run by default: each kind of hook, and what becomes of a rank that is gone."""
 
 
 def _conformance(directory: Path, limit_s: float, *options: str) -> tuple[int | None, str]:
@@ -18,9 +19,7 @@ def _conformance(directory: Path, limit_s: float, *options: str) -> tuple[int | 
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "checks", ["values or split or timeout or rank_is_named", pytest.param("", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("checks", [SOME, pytest.param("", marks=pytest.mark.slow)], ids=["some", "all"])
 def test_a_communicator_from_outside_passes(checks: str, tmp_path: Path) -> None:
     options = [
         "--comm",

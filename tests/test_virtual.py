@@ -239,7 +239,9 @@ def test_ranks_that_mean_different_things_are_told() -> None:
         return job(virtual())
 
     whats = ("broadcast", "all_reduce")
-    told = "rank 0 (calls|runs) broadcast of 4 float32 .*rank 1 (calls )?all_reduce of 3 float32"
+    where = r"at tests/test_virtual\.py:\d+"
+    of_0, of_1 = f"broadcast of 4 float32 with root 0 {where}", f"all_reduce of 3 float32 with op SUM {where}"
+    told = f"rank 0 calls {of_0}; rank 1 calls {of_1}; every rank has to call the same as its collective #"
     for rank, (what, said) in enumerate(zip(whats, spawn_threads(run, 2), strict=True)):
         assert re.match(rf"\[rank {rank}/2\] {what}: {told}", said), said
 
