@@ -30,26 +30,26 @@ def agreed_attempt(store: dist.Store, rank: int, world_size: int, timeout_s: flo
     deadline = time.monotonic() + timeout_s
     word = secrets.token_hex(8)
     store.set(f"word{rank}", word)
-    attempt, missing = _seen(store, rank, world_size, word)
-    while missing:
+    while (attempt := _agreed(store, rank, world_size, word)) is None:
         if time.monotonic() > deadline:
+            others = range(1, world_size)
+            missing = [0] if rank else [other for other in others if not store.check([f"{word}/{other}"])]
             raise CommTimeoutError(
                 f"[rank {rank}/{world_size}] rendezvous: ranks {missing} did not come within {timeout_s:g} s"
             )
         time.sleep(POLL_S)
-        attempt, missing = _seen(store, rank, world_size, word)
     return attempt
 
 
-def _seen(store: dist.Store, rank: int, world_size: int, word: str) -> tuple[str, list[int]]:
-    """Return the name of this start, and the ranks of which this one has not yet seen that they are of it."""
+def _agreed(store: dist.Store, rank: int, world_size: int, word: str) -> str | None:
+    """Return the name of this start once this rank has seen that the others, or rank 0 for these, are of it."""
     if rank == 0:
         keys = [f"word{each}" for each in range(world_size)]
         if store.check(keys):
-            store.set("words", json.dumps([store.get(key).decode() for key in keys]))
-        return word, [other for other in range(1, world_size) if not store.check([f"{word}/{other}"])]
-    shown = json.loads(store.compare_set("words", "", "[]"))
+            store.set("words", json.dumps([each.decode() for each in store.multi_get(keys)]))
+        return word if store.check([f"{word}/{other}" for other in range(1, world_size)]) else None
+    shown: list[str] = json.loads(store.compare_set("words", "", "[]"))
     if word not in shown:
-        return "", [0]
+        return None
     store.set(f"{shown[0]}/{rank}", "")
-    return shown[0], []
+    return shown[0]

@@ -162,9 +162,9 @@ def _meet_at_master(world: launch.World, timeout_s: float) -> Meeting:
             f"RANK and WORLD_SIZE are set but {error} is not; start with torchrun, or set it to rank 0's"
         ) from error
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = world.rank == 0 and not of_agent
     within = timedelta(seconds=timeout_s)
     try:
-        serves = world.rank == 0 and not of_agent
         store = dist.TCPStore(host, port, world.world_size, serves, within, wait_for_workers=False)
     except dist.DistNetworkError as error:
         raise CommTimeoutError(
@@ -172,10 +172,10 @@ def _meet_at_master(world: launch.World, timeout_s: float) -> Meeting:
             f"within {timeout_s:g} s; MASTER_ADDR has to lead to its host from all hosts, by name or by address"
         ) from error
     store.set_timeout(CONNECT_TIMEOUT)
-    meeting = Meeting(world, host, port, dist.PrefixStore("minidist", store))
-    if of_agent:
-        meeting.attempt = agreed_attempt(meeting.store, world.rank, world.world_size, timeout_s)
-    return meeting
+    ours = dist.PrefixStore("minidist", store)
+    if not of_agent:
+        return Meeting(world, host, port, ours)
+    return Meeting(world, host, port, ours, agreed_attempt(ours, world.rank, world.world_size, timeout_s))
 
 
 def _meet_over_mpi(world: launch.World, timeout_s: float) -> Meeting:
